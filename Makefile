@@ -1,0 +1,45 @@
+# Every target works alone on a fresh machine with Python 3.11 and make: it creates .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-slow test-all lint format clean
+
+help:
+	@echo "make demo      train and align a small model on the CPU, and print before and after"
+	@echo "make test      every test but the slow ones: under ten minutes on two cores"
+	@echo "make test-all  those and the slow ones"
+	@echo "make lint      ruff check and ruff format --check"
+	@echo "make format    ruff's fixes, written"
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+test-all: test test-slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so an installation cut short is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	    || { echo "prefuse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "installing into .venv; the first time this downloads torch and takes a few minutes"
+	@"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,trl,bench,dev]" -c constraints.txt
+	@touch $@

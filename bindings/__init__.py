@@ -1,0 +1,26 @@
+"""Preference optimization of language models, fused before the logits exist."""
+
+from .kernels import linear_logprobs
+from .losses import DPO, IPO, KTO, SFT
+from .preference import (
+    PreferenceOutput,
+    kto_reference_point,
+    linear_preference_loss,
+    preference_loss,
+    reduce_metrics,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPO",
+    "IPO",
+    "KTO",
+    "SFT",
+    "PreferenceOutput",
+    "kto_reference_point",
+    "linear_logprobs",
+    "linear_preference_loss",
+    "preference_loss",
+    "reduce_metrics",
+]

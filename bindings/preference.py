@@ -1,0 +1,268 @@
+"""From per-token log-probabilities to a preference loss, its rewards and its metrics.
+
+    N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,); P = S / 2 pairs.
+
+Token log-ratios are subtracted first and summed per sequence in float64 in a fixed order, so a policy equal to its
+reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .kernels import linear_logprobs
+from .losses import DPO, KTO, Loss, Sequences
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """What a preference loss gives back; everything but `loss` is detached."""
+
+    loss: Tensor  # () float32, the one differentiable field: sum of `losses` / num_items
+    losses: Tensor  # (P,) for pairs, else (S,), float32
+    logps: Tensor  # (S,) float64, log pi(y | x): exact enough to serve as another run's `ref_logps`
+    rewards: Tensor  # (S,) float32, beta * log-ratio
+    metrics: dict[str, Tensor]  # {TRL's name: (2,) [sum, count]}, to be added up and given to `reduce_metrics`
+
+
+def preference_loss(
+    logps: Tensor,  # (N,)
+    ref_logps: Tensor | None,  # (N,) or (S,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    loss: Loss = DPO(),  # noqa: B008 (frozen)
+    labels: Tensor | None = None,  # (S,)
+    z0: Tensor | float | None = None,  # ()
+    num_items: int | Tensor | None = None,
+) -> PreferenceOutput:
+    """Equals, for `DPO` with pairs (0, 1), (2, 3), ...::
+
+        ratios = torch.stack([x.sum() for x in (logps - ref_logps).split(lengths)])
+        loss = -torch.nn.functional.logsigmoid(beta * (ratios[0::2] - ratios[1::2])).mean()
+
+    Args:
+        logps: (N,) per-token log-probabilities of the policy, nats, packed without padding; carries the gradient.
+        ref_logps: the reference's: (N,) float32 per token, or (S,) float64 per sequence, or None for a loss that
+            uses no reference.
+        cu_seqlens: (S + 1,) int32 offsets: sequence s is `logps[cu_seqlens[s] : cu_seqlens[s + 1]]`.
+        loss: `DPO`, `IPO`, `KTO` or `SFT`; equation and paper stand in its docstring.
+        labels: (S,) bool, desirable or not, for `KTO`.
+        z0: KTO's reference point in nats, from `kto_reference_point` (or a number).
+        num_items: what the sum is divided by: pairs, sequences or tokens, by the loss. Default: those of this call;
+            give the global count when microbatches or ranks share one optimizer step.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, an odd number of sequences for a loss over pairs, a missing or
+            superfluous reference, labels or z0.
+    """
+    _check_packed(logps, cu_seqlens)
+    counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+
+
+def linear_preference_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    ref_logps: Tensor | None,  # (N,) or (S,)
+    loss: Loss = DPO(),  # noqa: B008 (frozen)
+    labels: Tensor | None = None,  # (S,)
+    z0: Tensor | float | None = None,  # ()
+    num_items: int | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> PreferenceOutput:
+    """Equals `preference_loss(linear_logprobs(hidden, weight, targets, ...), ref_logps, cu_seqlens, loss, ...)`.
+
+    `hidden[i]` is the state that predicts `targets[i]`: packed completion tokens only, no prompt and no padding. The
+    head's options are `linear_logprobs`'s, the rest `preference_loss`'s. Tokens with `targets == ignore_index` count
+    nowhere: not in a sum, not in a length, and `ref_logps` is not read there.
+    """
+    logps = linear_logprobs(
+        hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
+        ignore_index=ignore_index, impl=impl,
+    )  # fmt: skip
+    _check_packed(logps, cu_seqlens)
+    kept = targets != ignore_index
+    counts = _sequence_sums(kept.double(), cu_seqlens).long()
+    if ref_logps is not None and _is_per_token(ref_logps, logps, counts):
+        ref_logps = torch.where(kept, ref_logps, 0.0)
+    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+
+
+def kto_reference_point(
+    kl_logps: Tensor,  # (N,)
+    kl_ref_logps: Tensor,  # (N,) or (S,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """KTO's reference point z0 (arXiv 2402.01306, section 4.1), from completions paired with another row's prompt.
+
+        z0 = max(0, mean over s of (log pi(y'_s | x_s) - log pi_ref(y'_s | x_s)))      y'_s: another row's completion
+
+    Args:
+        kl_logps, kl_ref_logps: log-probabilities of the mismatched completions, as in `preference_loss`. Give those
+            of a whole optimizer step at once, so that accumulation does not change the update.
+        cu_seqlens: (S + 1,) int32 offsets of the mismatched completions.
+        group: ranks that share the optimizer step; sum and count are reduced over them.
+
+    Returns:
+        () float64 >= 0, detached: the paper lets no gradient through z0. With no sequence at all, 0.
+    """
+    _check_packed(kl_logps, cu_seqlens)
+    ratios = _log_ratios(kl_logps.detach(), kl_ref_logps.detach(), cu_seqlens)
+    total = torch.stack([ratios.sum(), torch.full_like(ratios.sum(), len(ratios))])
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return (total[0] / total[1].clamp_min(1.0)).clamp_min(0.0)
+
+
+def reduce_metrics(metrics: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """{name: (2,) [sum, count]} -> {name: mean}: one packed reduction over `group`, one wait for the device.
+
+    A name that nobody counted is left out. Unpaired losses have no margin per row; theirs is the difference of the
+    two means, as TRL has it.
+    """
+    if not metrics:
+        return {}
+    packed = torch.stack([value.double() for value in metrics.values()])  # (names, 2)
+    if group is not None:
+        dist.all_reduce(packed, group=group)
+    means = {name: total / count for name, (total, count) in zip(metrics, packed.tolist(), strict=True) if count}
+    if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
+
+
+def _preference_loss(
+    logps: Tensor,  # (N,)
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor,
+    counts: Tensor,  # (S,) tokens that count
+    loss: Loss,
+    labels: Tensor | None,
+    z0: Tensor | float | None,
+    num_items: int | Tensor | None,
+) -> PreferenceOutput:
+    _check_loss(loss, len(counts), ref_logps, labels, z0)
+    ratios = _log_ratios(logps, ref_logps, cu_seqlens)
+    if z0 is not None:
+        z0 = torch.as_tensor(z0, dtype=torch.float64, device=logps.device).detach()
+    seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0)
+
+    losses = loss.losses(seq)
+    if num_items is None:
+        num_items = counts.sum().clamp_min(1) if loss.per == "token" else max(len(losses), 1)
+    total = (losses.sum() / num_items).float()
+
+    with torch.no_grad():
+        sums = _sequence_sums(logps, cu_seqlens)
+        rewards = loss.rewards(seq)
+        metrics = _metrics(loss, seq, sums, rewards)
+    return PreferenceOutput(total, losses.detach().float(), sums, rewards.detach().float(), metrics)
+
+
+def _log_ratios(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """(S,) float64: token differences first, then their sum."""
+    if ref_logps is None:
+        return _sequence_sums(logps, cu_seqlens)
+    if _is_per_token(ref_logps, logps, cu_seqlens[1:]):
+        return _sequence_sums(logps.double() - ref_logps.double(), cu_seqlens)
+    return _sequence_sums(logps, cu_seqlens) - ref_logps.double()
+
+
+def _is_per_token(ref_logps: Tensor, logps: Tensor, counts: Tensor) -> bool:
+    """(N,) or (S,)? Where N = S, float64 says per sequence."""
+    per_token, per_sequence = ref_logps.shape == logps.shape, ref_logps.shape == counts.shape
+    if not (per_token or per_sequence):
+        raise ValueError(
+            f"expected ref_logps ({len(logps)},) per token or ({len(counts)},) per sequence, "
+            f"got {tuple(ref_logps.shape)}"
+        )
+    return per_token and not (per_sequence and ref_logps.dtype == torch.float64)
+
+
+def _sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(N,) -> (S,) float64. Each sequence is summed by itself in token order: no neighbour changes its bits."""
+    return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens.long(), unsafe=True)
+
+
+def _metrics(loss: Loss, seq: Sequences, sums: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """TRL's names -> [sum, count]."""
+    if loss.per == "token":
+        return {}
+    chosen, rejected = _sides(loss, seq)
+
+    def pick(x: Tensor, side: Tensor) -> Tensor:
+        return torch.stack([torch.where(side, x, 0.0).sum(), side.sum().double()])
+
+    metrics = {
+        "rewards/chosen": pick(rewards, chosen),
+        "rewards/rejected": pick(rewards, rejected),
+        "logps/chosen": pick(sums, chosen),
+        "logps/rejected": pick(sums, rejected),
+    }
+    if loss.per == "pair":
+        margins = rewards[0::2] - rewards[1::2]
+        everyone = torch.ones_like(margins, dtype=torch.bool)
+        metrics["rewards/accuracies"] = pick((margins > 0).double(), everyone)
+        metrics["rewards/margins"] = pick(margins, everyone)
+    if seq.z0 is not None:
+        metrics["kl"] = torch.stack([seq.z0, torch.ones_like(seq.z0)])
+    return metrics
+
+
+def _sides(loss: Loss, seq: Sequences) -> tuple[Tensor, Tensor]:
+    """(S,) bool twice: which sequences are chosen (desirable), which rejected."""
+    if loss.per == "pair":
+        chosen = torch.arange(len(seq.ratios), device=seq.ratios.device) % 2 == 0
+    else:
+        chosen = seq.labels
+    return chosen, ~chosen
+
+
+def _check_packed(logps: Tensor, cu_seqlens: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens must be a tensor (S + 1,) of offsets, beginning with 0")
+    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise TypeError(f"cu_seqlens must hold integers (int32), got {cu_seqlens.dtype}")
+    if logps.dim() != 1:
+        raise ValueError(
+            f"expected logps (N,), the completion tokens of all sequences end to end, got {tuple(logps.shape)}"
+        )
+    if (
+        torch.compiler.is_compiling() or cu_seqlens.is_cuda
+    ):  # a look at the values would break the graph, or wait for them
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != len(logps) or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {len(logps)}, got {cu_seqlens.tolist()[:8]} ... {last}")
+
+
+def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
+    name = type(loss).__name__
+    if loss.per == "pair" and sequences % 2:
+        raise ValueError(f"{name} takes pairs (chosen, rejected adjacent), got an odd number of sequences: {sequences}")
+    if loss.uses_reference and ref_logps is None:
+        raise ValueError(f"{name} needs ref_logps; for a uniform reference pass zeros ({sequences},) in float64")
+    if not loss.uses_reference and ref_logps is not None:
+        raise ValueError(f"{name} uses no reference, so ref_logps must be None")
+    if not isinstance(loss, KTO):
+        if labels is not None or z0 is not None:
+            raise ValueError(f"{name} takes neither labels nor z0; they belong to KTO")
+        return
+    if labels is None or z0 is None:
+        raise ValueError("KTO needs labels (S,) bool and z0, from kto_reference_point (or a number)")
+    if labels.dtype != torch.bool:
+        raise TypeError(f"labels must be bool, got {labels.dtype}")
+    if labels.shape != (sequences,):
+        raise ValueError(f"expected labels ({sequences},), one per sequence, got {tuple(labels.shape)}")

@@ -1,0 +1,7 @@
+"""`python -m prefuse.engine` is `prefuse`."""
+
+import sys
+
+from prefuse.engine.cli import main
+
+sys.exit(main())

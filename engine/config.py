@@ -1,0 +1,264 @@
+"""Every setting of a run in one flat dataclass: TRL's names where TRL has one.
+
+Values come from the defaults below, then a YAML file (``--config``), then the command line.
+The run folder keeps the result as ``config.yaml``, so ``prefuse train --config run/config.yaml`` repeats it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import prefuse
+from prefuse.engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    # Model
+    model_name_or_path: str = ""
+    """Model to start from: a folder with safetensors weights, or a hub name."""
+    ref_model_name_or_path: str | None = None
+    """Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights and of the optimizer's states. Float32 unless memory forbids it: at learning rates
+    near 5e-7 most bfloat16 weights do not move at all."""
+    bf16: bool | None = None
+    """Compute in bfloat16 by autocast. None: where the GPU supports it; never by default on CPU."""
+    device: str = "auto"
+    """Device to run on: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ..."""
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Which implementation of the fused head runs (see prefuse.linear_logprobs)."""
+
+    # Data
+    dataset_name: str = ""
+    """Rows to train on, evaluate, or prompt with: a JSON, JSONL or Parquet file, a folder, or a hub name."""
+    dataset_train_split: str = "train"
+    """Split to read when dataset_name or eval_dataset has splits."""
+    eval_dataset: str | None = None
+    """Held-out rows. If not given, eval_fraction of dataset_name is held out."""
+    dataset_test_split: str = "test"
+    """Split of eval_dataset to read when it has splits."""
+    eval_fraction: float | None = None
+    """Share of dataset_name's prompts that is held out (chosen by seed) when eval_dataset is not given. None: 0.05
+    for `train` and `sft`; `eval` and `generate` then look at all rows."""
+    max_length: int = 1024
+    """Most tokens of a prompt and its completion. A longer prompt loses its start; a completion is never cut."""
+
+    # Loss
+    loss_type: Literal["dpo", "ipo", "kto"] = "dpo"
+    """Preference loss of `train` and `eval`. kto also takes pairs, each as one good and one bad completion."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = 0.0
+    """DPO: the share of pairs whose preference is thought to be flipped, in [0, 0.5)."""
+    desirable_weight: float = 1.0
+    """KTO: weight of the desirable completions."""
+    undesirable_weight: float = 1.0
+    """KTO: weight of the undesirable completions."""
+    z0_scope: Literal["step", "microbatch"] = "step"
+    """KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit)."""
+    reference_cache: str | None = None
+    """Folder that keeps reference log-probabilities between runs; None keeps them in memory."""
+
+    # Optimization
+    learning_rate: float | None = None
+    """Peak learning rate. None: 1e-6 for `train`, 2e-5 for `sft`."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of all steps in which the learning rate rises linearly from 0."""
+    warmup_steps: int = 0
+    """Warm-up steps; if not 0, wins over warmup_ratio."""
+    per_device_train_batch_size: int = 8
+    """Pairs (dpo, ipo) or sequences (kto, sft) in one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes summed into one optimizer step. The loss is divided by the step's true count of items."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Optimizer steps; if positive, wins over num_train_epochs."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; norms and biases have none."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    seed: int = 42
+    """Decides the order of the rows, the held-out rows, KTO's mismatches and sampling."""
+
+    # Output
+    output_dir: str = ""
+    """Folder of the run: model, checkpoints, config.yaml, metrics.jsonl, curves.png. Must be new or empty."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in output_dir."""
+    save_steps: int = 500
+    """Optimizer steps between checkpoints; 0 writes none."""
+    save_total_limit: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    logging_steps: int = 10
+    """Optimizer steps between lines of metrics."""
+    eval_steps: int = 100
+    """Optimizer steps between evaluations, beside those before the first and after the last step."""
+    per_device_eval_batch_size: int = 8
+    """Pairs or sequences in one evaluation pass; prompts in one generation pass."""
+
+    # `eval` and `generate`
+    output_file: str | None = None
+    """`eval`: JSON file, `generate`: JSONL file for the results. Must not exist."""
+    num_prompts: int = 8
+    """`generate`: how many prompts of the dataset to answer; 0 answers all."""
+    max_new_tokens: int = 128
+    """`generate`: most tokens of an answer."""
+    temperature: float = 0.0
+    """`generate`: 0 takes the most likely token; above it, samples from the whole distribution."""
+
+    def loss(self) -> prefuse.DPO | prefuse.IPO | prefuse.KTO:
+        """The preference loss these settings name."""
+        if self.loss_type == "dpo":
+            return prefuse.DPO(beta=self.beta, label_smoothing=self.label_smoothing)
+        if self.loss_type == "ipo":
+            return prefuse.IPO(beta=self.beta)
+        return prefuse.KTO(
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+
+FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
+TRAINING_COMMANDS = ("sft", "train")
+
+_AT_LEAST_ONE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "max_new_tokens",
+)
+_AT_LEAST_ZERO = (
+    "warmup_steps",
+    "weight_decay",
+    "save_steps",
+    "save_total_limit",
+    "num_prompts",
+    "temperature",
+    "seed",
+)
+_ABOVE_ZERO = ("num_train_epochs", "max_grad_norm", "adam_epsilon")
+_UNLIKE_DPO = {"label_smoothing": "dpo", "desirable_weight": "kto", "undesirable_weight": "kto", "z0_scope": "kto"}
+
+
+def validate(config: Config, command: str) -> Config:
+    """The settings with the command's own defaults filled in; UserError names the first that cannot be."""
+    trains = command in TRAINING_COMMANDS
+    if config.learning_rate is None:
+        config = dataclasses.replace(config, learning_rate=2e-5 if command == "sft" else 1e-6)
+    if config.eval_fraction is None:
+        config = dataclasses.replace(config, eval_fraction=0.05 if trains else 1.0)
+
+    required = ["model_name_or_path"]
+    required += ["output_dir"] if trains else []
+    required += ["ref_model_name_or_path"] if command == "eval" else []  # what rewards and KL are relative to
+    required += ["dataset_name"] if trains or config.eval_dataset is None else []
+    for name in required:
+        if not getattr(config, name):
+            raise UserError(f"{name} is required: give --{name}, or {name}: in the --config file")
+
+    _require(config, _AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
+    _require(config, _AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
+    _require(config, _ABOVE_ZERO, "above 0", lambda value: value > 0)
+    _require(config, ("learning_rate",), "at least 0", lambda value: value >= 0)
+    _require(config, ("max_steps",), "-1 (num_train_epochs decides) or at least 1", lambda v: v == -1 or v >= 1)
+    _require(config, ("adam_beta1", "adam_beta2"), "in [0, 1)", lambda value: 0 <= value < 1)
+    if trains:
+        _require(config, ("eval_fraction",), "in [0, 1): training needs rows too", lambda value: 0 <= value < 1)
+    else:
+        _require(config, ("eval_fraction",), "in (0, 1]", lambda value: 0 < value <= 1)
+    _require(config, ("warmup_ratio",), "in [0, 1]", lambda value: 0 <= value <= 1)
+    for name, loss_type in _UNLIKE_DPO.items():
+        if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type != loss_type:
+            raise UserError(
+                f"{name} has a meaning only with loss_type {loss_type}, got loss_type {config.loss_type}: drop {name}"
+            )
+    try:
+        config.loss()
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    return config
+
+
+def _require(config: Config, names: tuple[str, ...], wanted: str, holds: typing.Callable[[float], bool]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not holds(value):  # also false for nan
+            raise UserError(f"{name} must be {wanted}, got {value}")
+
+
+def read_yaml(path: str | Path) -> Config:
+    """The settings of a YAML file, the rest as the defaults say."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"the config file {path} must hold `name: value` lines, got a {type(settings).__name__}")
+    for name in settings:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(str(name), FIELDS, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; `prefuse train --help` lists the settings"
+            raise UserError(f"unknown setting {name!r} in {path}{hint}")
+    return Config(**{name: _typed(name, value) for name, value in settings.items()})
+
+
+def write_yaml(config: Config, path: Path, command: str) -> None:
+    """The inverse of `read_yaml`."""
+    import yaml
+
+    body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# prefuse {command} --config {path.name}\n{body}", encoding="utf-8")
+
+
+def _typed(name: str, value: object) -> object:
+    """A YAML value as the field's type. YAML 1.1 reads 1e-6 as text and yes as true: the first is meant as a
+    number, the second is never meant as one."""
+    annotation = FIELDS[name]
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if option is types.NoneType:
+            if value is None:
+                return None
+        elif typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float:
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                try:
+                    return float(value)
+                except ValueError:
+                    pass
+        elif type(value) is option:
+            return value
+    wanted = " or ".join(_type_name(option) for option in options)
+    raise UserError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _type_name(option: object) -> str:
+    if option is types.NoneType:
+        return "null"
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(typing.get_args(option))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option]

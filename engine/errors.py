@@ -1,0 +1,5 @@
+"""The one exception the command line shows as a line instead of a traceback."""
+
+
+class UserError(ValueError):
+    """Something the user can fix: the message says what was expected, what was found and the fix."""

@@ -1,0 +1,79 @@
+"""Batch -> trunk -> hidden states of the completion tokens -> fused head."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import prefuse
+from prefuse.engine.batches import Batch
+from prefuse.transformers import Head, trunk_hidden
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM with all it takes to compute with it."""
+
+    model: torch.nn.Module  # a transformers PreTrainedModel
+    head: Head
+    device: torch.device
+    compute_dtype: torch.dtype
+    impl: str
+
+    def autocast(self) -> AbstractContextManager:
+        mixed = self.compute_dtype != self.head.weight.dtype
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
+
+
+def completion_hidden(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
+    """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
+    hidden = trunk_hidden(lm.model, batch.input_ids, batch.attention_mask)  # (B, T, D)
+    return hidden.flatten(0, 1).index_select(0, batch.predictors)
+
+
+def count_items(batch: Batch, loss) -> int:
+    """What `loss` is a mean over, in this batch."""
+    return len(batch.targets) if loss.per == "token" else batch.num_items
+
+
+def fused_loss(
+    lm: LanguageModel,
+    batch: Batch,
+    loss,  # prefuse.DPO | prefuse.IPO | prefuse.KTO | prefuse.SFT
+    num_items: int | None = None,
+    z0: Tensor | None = None,  # ()
+):
+    """The loss of one batch, summed and divided by `num_items`, with its metrics."""
+    with lm.autocast():
+        return prefuse.linear_preference_loss(
+            completion_hidden(lm, batch),
+            lm.head.weight,
+            batch.targets,
+            batch.cu_seqlens,
+            batch.ref_logps,
+            loss=loss,
+            labels=batch.labels,
+            z0=z0,
+            num_items=num_items,
+            impl=lm.impl,
+            **lm.head.options(),
+        )
+
+
+@torch.no_grad()
+def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
+    with lm.autocast():
+        hidden = completion_hidden(lm, batch)
+        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+
+
+@torch.no_grad()
+def reference_point(lm: LanguageModel, batches: Sequence[Batch]) -> Tensor:  # () >= 0
+    """KTO's z0 over the mismatched completions of all `batches`."""
+    logps = torch.cat([token_logps(lm, batch) for batch in batches])
+    ref_logps = torch.cat([batch.ref_logps for batch in batches])
+    counts = torch.cat([batch.cu_seqlens.diff() for batch in batches])
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    return prefuse.kto_reference_point(logps, ref_logps, cu_seqlens)

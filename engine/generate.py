@@ -1,0 +1,88 @@
+"""Answers to the prompts of a data set, by one model or by two side by side.
+
+prefuse generate --model_name_or_path run --ref_model_name_or_path base --dataset_name pairs.jsonl
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from prefuse.engine.config import Config
+from prefuse.engine.data import Prompt, load_prompts
+from prefuse.engine.forward import LanguageModel
+from prefuse.engine.model import device_of, load_model, load_tokenizer
+from prefuse.engine.order import hold_out
+from prefuse.engine.report import progress_bar, say, table
+
+
+def generate(config: Config) -> list[dict[str, str]]:
+    """`prefuse generate`: prints a table, writes JSONL to output_file; one {row, prompt, model, reference} a prompt."""
+    device = device_of(config)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    prompts = _read_prompts(config, tokenizer)
+    names = {"model": config.model_name_or_path}
+    if config.ref_model_name_or_path is not None:
+        names = {"reference": config.ref_model_name_or_path, **names}
+    answers = {}
+    for role, path in names.items():
+        lm = load_model(path, config, device)
+        answers[role] = answer(lm, tokenizer, [prompt.ids for prompt in prompts], config)
+
+    results = [
+        {"row": prompt.row, "prompt": prompt.text} | {role: answers[role][i] for role in names}
+        for i, prompt in enumerate(prompts)
+    ]
+    title = f"greedy, at most {config.max_new_tokens} tokens"
+    if config.temperature > 0:
+        title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
+    table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], [list(r.values())[1:] for r in results])
+    if config.output_file is not None:
+        lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        Path(config.output_file).write_text("".join(lines), encoding="utf-8")
+        say(f"wrote {len(results)} answers to {config.output_file}")
+    return results
+
+
+@torch.no_grad()
+def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Config) -> list[str]:
+    """The text each prompt is continued with, special tokens left out. The seed decides what is sampled."""
+    torch.manual_seed(config.seed)
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    texts = []
+    size = config.per_device_eval_batch_size
+    with progress_bar() as bar, lm.autocast():
+        task = bar.add_task("generating", total=len(prompts))
+        for start in range(0, len(prompts), size):
+            ids, mask = pad_left(prompts[start : start + size])
+            out = lm.model.generate(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **(sampling if config.temperature > 0 else {"do_sample": False}),
+            )
+            texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            bar.update(task, completed=start + len(ids))
+    return texts
+
+
+def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask
+    """So that every answer starts in the same column; the mask tells the model where a prompt begins."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
+    """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out."""
+    if config.eval_dataset is not None:
+        prompts = load_prompts(config.eval_dataset, tokenizer, config.max_length, split=config.dataset_test_split)
+    else:
+        prompts = load_prompts(config.dataset_name, tokenizer, config.max_length, split=config.dataset_train_split)
+        _, held = hold_out([prompt.ids for prompt in prompts], config.eval_fraction, config.seed)
+        prompts = [prompts[i] for i in held]
+    prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each
+    return prompts[: config.num_prompts or None]

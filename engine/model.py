@@ -1,0 +1,124 @@
+"""Load and save a causal LM with its tokenizer; where and in which precision it computes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prefuse.engine.batches import Examples
+from prefuse.engine.config import Config
+from prefuse.engine.errors import UserError
+from prefuse.engine.forward import LanguageModel
+from prefuse.transformers import UnsupportedModel, check_head, head_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def device_of(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 where the trunk and the head run under autocast, else the weights' dtype."""
+    mixed = config.bf16
+    if mixed is None:
+        mixed = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if mixed else getattr(torch, config.dtype)
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    _require_model_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+
+
+def load_model(path: str, config: Config, device: torch.device) -> LanguageModel:
+    """The model, ready to train.
+
+    It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
+    calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _require_model_folder(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
+            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+        )
+    model = model.to(device).eval()
+    try:
+        head = head_of(model)
+    except UnsupportedModel as error:
+        raise UserError(str(error)) from None
+    return LanguageModel(model, head, device, compute_dtype(config, device), config.impl)
+
+
+def check_model(lm: LanguageModel, examples: Examples) -> None:
+    """Before the first step: every token has a row in the head, and the fused head is the model's own."""
+    vocabulary = lm.head.weight.shape[0]
+    sequences = [prompt + completion for group in examples.sequences for prompt, completion in group]
+    largest = max(max(ids) for ids in sequences)
+    if largest >= vocabulary:
+        raise UserError(
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
+            "the model was trained with"
+        )
+    probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
+    try:
+        check_head(lm.model, probe, impl=lm.impl)
+    except UnsupportedModel as error:
+        raise UserError(str(error)) from None
+
+
+def save_model(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _require_model_folder(path: str) -> None:
+    """A path that exists must be a whole model; any other name is left to the hub."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")):
+            raise UserError(f"model folder {path} does not exist")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is no model folder: expected config.json in it")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise UserError(
+            f"model folder {path} has no weights: expected {' or '.join(WEIGHT_FILES[:2])} beside config.json"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,82 @@
+"""Every choice of a run that looks random: which rows are held out, their order, and KTO's mismatches.
+
+Each is a function of its arguments and the seed alone, so a resumed run, or one on another machine, chooses the same.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from prefuse.engine.errors import UserError
+
+Plan = list[list[list[int]]]  # optimizer steps of microbatches of example indices
+
+
+def generator(purpose: str, seed: int, epoch: int = 0) -> torch.Generator:
+    """A generator of its own for every purpose: drawing more for one never shifts another."""
+    digest = hashlib.sha256(f"{purpose} {seed} {epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def hold_out(prompts: Sequence[list[int]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out, in the order of the data.
+
+    Whole prompts are held out: rows that share a prompt stay on one side, so nothing held out was seen in training.
+    """
+    if fraction == 0:
+        return list(range(len(prompts))), []
+    keys = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
+    distinct = sorted(set(keys))
+    held = set(distinct[: max(1, round(fraction * len(distinct)))])
+    if fraction < 1 and len(held) == len(distinct):
+        raise UserError(
+            f"holding out eval_fraction {fraction} of {len(distinct)} distinct prompt(s) leaves nothing to train on: "
+            "set eval_fraction to 0, or give an eval_dataset"
+        )
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, key in enumerate(keys):
+        sides[key in held].append(index)
+    return sides
+
+
+def plan_epoch(lengths: Sequence[int], microbatch: int, accumulation: int, seed: int, epoch: int) -> Plan:
+    """A new order each epoch, cut into optimizer steps and those into microbatches; the last of each may be smaller.
+
+    Inside a step the microbatches are filled longest first, which cuts padding and changes the update by rounding only.
+    """
+    order = torch.randperm(len(lengths), generator=generator("order", seed, epoch)).tolist()
+    steps = _cut(order, microbatch * accumulation)
+    return [_cut(sorted(step, key=lambda i: (-lengths[i], i)), microbatch) for step in steps]
+
+
+def plan_evaluation(lengths: Sequence[int], microbatch: int) -> list[list[int]]:
+    """All examples once, longest first."""
+    return _cut(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), microbatch)
+
+
+def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
+    """For each example i, an example j with another prompt, uniformly: KTO's z0 looks at completion j after prompt i."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt), []).append(index)
+    if len(groups) < 2:
+        raise UserError(
+            "all rows have the same prompt: KTO's reference point needs completions of another prompt, "
+            "so at least two different prompts are expected; use loss_type dpo or ipo with pairs"
+        )
+    # With the examples of one prompt side by side, the others are all but one range: draw, then step over it.
+    by_prompt = [index for group in groups.values() for index in group]
+    uniform = torch.rand(len(prompts), dtype=torch.float64, generator=generator("mismatch", seed, epoch)).tolist()
+    mismatches = [0] * len(prompts)
+    start = 0
+    for group in groups.values():
+        for index in group:
+            draw = int(uniform[index] * (len(prompts) - len(group)))
+            mismatches[index] = by_prompt[draw if draw < start else draw + len(group)]
+        start += len(group)
+    return mismatches
+
+
+def _cut(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

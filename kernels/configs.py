@@ -1,0 +1,77 @@
+"""Tile shapes of the Triton kernels: chosen by chip, dtype and path, never by N, so that a row's bits do not depend on
+how many rows there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's tile and schedule."""
+
+    block_n: int  # rows of hidden
+    block_v: int  # rows of the weight
+    block_d: int  # depth of one step of the product
+    warps: int
+    stages: int
+    descriptors: bool  # operands by tensor descriptor (TMA), else by pointer
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        # Fusing multiply and add is part of the numerics, so it does not follow Triton's changing default.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
+
+# (compute capability from, kernel, descriptors) -> tile; the last entry whose capability is reached counts.
+HALF_PRECISION = [
+    (80, "fold", False, Config(128, 128, 64, 8, 3, False)),
+    (80, "dlogits", False, Config(128, 128, 64, 8, 3, False)),
+    (90, "fold", True, Config(128, 256, 64, 8, 3, True)),
+    (90, "dlogits", True, Config(128, 256, 64, 8, 3, True)),
+    (100, "fold", True, Config(128, 256, 64, 8, 3, True)),
+    (100, "dlogits", True, Config(128, 256, 64, 8, 3, True)),
+]
+# float32 is multiplied by the ordinary units, exactly ("ieee"): small tiles, for the accumulators compete with operands.
+FULL_PRECISION = Config(64, 64, 32, 8, 2, False)
+
+
+def capability(device: torch.device) -> int:
+    """90 for sm_90; `INTERPRETER` for CPU tensors; AMD chips take sm_80's pointer path."""
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(kernel: str, chip: int, dtype: torch.dtype, descriptors: bool) -> Config:
+    """The tile of `kernel` ("fold" or "dlogits") on `chip`; `descriptors` says whether the operands allow them."""
+    if chip == INTERPRETER:
+        return Config(16, 32, 16, 4, 1, descriptors)
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    fitting = [c for least, name, desc, c in HALF_PRECISION if name == kernel and least <= chip and desc <= descriptors]
+    if not fitting:
+        raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
+    return fitting[-1]
+
+
+def segments(device: torch.device, tiles: int) -> int:
+    """Vocabulary segments of the forward: enough to fill the chip at few rows, a number that never depends on N."""
+    if device.type != "cuda":
+        return min(3, tiles)
+    return min(max(1, torch.cuda.get_device_properties(device).multi_processor_count // 4), tiles)
+
+
+def allow_descriptors(*operands: Tensor) -> bool:
+    """Tensor descriptors want unit inner stride, and 16-byte aligned bases and rows."""
+    return all(
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands
+    )

@@ -1,0 +1,386 @@
+"""`linear_logprobs` in plain PyTorch: tiled over rows and vocabulary, no `(N, V)` tensor, any device.
+
+    N tokens, D hidden, V vocabulary; R rows and C columns of one tile; y a row's target.
+
+Forward folds each tile of logits `z (R, C)`, the target's own column left out, against a shift:
+
+    total_i = sum over v != y of exp(z_iv - shift_i)            shift_i = z_iy
+    gap_i   = (shift_i - z_iy) + log total_i                  logp_i = -softplus(gap_i)    q_i = sigmoid(gap_i) = 1 - p_iy
+
+Rows whose target lies too far under another logit are folded again, shifted by their maximum.
+Backward recomputes each tile, turns it into dlogits in place and feeds two matrix products.
+
+Every matrix product of the forward has the same shape whatever N is: a BLAS may give a row other bits when the number
+of rows changes, and a token's log-probability must not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .gemm import accumulator_dtype, addmm_, mm, operand
+from .options import HeadOptions
+
+# A larger total is folded again: its square (for log_sum_sq_probs) must stay finite in float32.
+MAX_TOTAL = math.exp(40.0)
+# Rows and columns of a tile. On a CPU: as fast as one large product, and small enough to stay in its cache.
+TILE = {"cpu": (256, 2048), "cuda": (2048, 8192)}
+# The backward's dlogits buffer: as many rows as fit, so that the two gradient products are large.
+BUFFER_BYTES = 64 << 20
+
+
+class Forward(NamedTuple):
+    """What the forward leaves for each row; `lse` and `q` are what the backward needs."""
+
+    logps: Tensor  # (N,)
+    lse: Tensor  # (N,) logsumexp of the whole row
+    q: Tensor  # (N,) 1 - p_target, kept because 1 - exp(logp) cancels where p is near 1
+    extra: Tensor  # (len(outputs), N) the optional outputs, in the order asked
+    direction: Tensor  # (N, D) d logp / d hidden with a frozen head, else (0, D)
+
+
+class Head:
+    """The weight in vocabulary slices, and the transform from matrix products to logits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions, dtype: torch.dtype):
+        self.weight, self.bias, self.options = weight, bias, options
+        self.dtype = dtype  # the op computes in hidden's dtype
+        self.acc = accumulator_dtype(dtype)
+        self.rows, self.columns = TILE.get(weight.device.type, TILE["cuda"])
+
+    def slices(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yields (first column, weight (C, D), bias (C,)) in the type this device multiplies."""
+        for first in range(0, len(self.weight), self.columns):
+            part = slice(first, first + self.columns)
+            yield first, operand(self.weight[part], self.dtype), self._bias(part)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """(R, D), (C, D), (C,) -> z (R, C), written into `out`."""
+        return self._transform_(mm(hidden, weight.T, out=out), bias)
+
+    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(R, D), (R,) -> z_y (R,): a dot product a row, in the accumulator's dtype."""
+        rows = operand(self.weight[targets], self.dtype).to(self.acc)
+        return self._transform_((hidden.to(self.acc) * rows).sum(-1), self._bias(targets))
+
+    def slope_(self, dz: Tensor, z: Tensor | None) -> Tensor:
+        """dL/dz -> dL/dx in place, x the matrix product; `z` is overwritten, and needed under a softcap only."""
+        o = self.options
+        if o.softcap is not None:
+            # dz/dx = slope * (1 - tanh^2),  tanh = z * temperature / softcap
+            dz.mul_(z.mul_(o.temperature / o.softcap).square_().neg_().add_(1.0))
+        return dz if o.slope == 1.0 else dz.mul_(o.slope)
+
+    def _bias(self, index: slice | Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias[index].to(self.acc)
+
+    def _transform_(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        o = self.options
+        if bias is not None:
+            x.add_(bias)
+        if o.softcap is not None:
+            # z = softcap * tanh(logit_scale * x / softcap) / temperature
+            return x.mul_(o.logit_scale / o.softcap).tanh_().mul_(o.softcap / o.temperature)
+        return x if o.slope == 1.0 else x.mul_(o.slope)
+
+
+class RowTile:
+    """The running sums of R rows while the vocabulary passes by."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, shift: Tensor, outputs: tuple[str, ...], frozen: bool):
+        self.hidden, self.targets, self.shift = hidden, targets[:, None], shift[:, None]
+        zeros = torch.zeros_like(self.shift)
+        self.total = zeros.clone()
+        self.pulled = torch.zeros_like(hidden, dtype=shift.dtype) if frozen else None
+        self.weighted = zeros.clone() if "entropy" in outputs else None  # sum of (z - shift) exp(z - shift)
+        self.squares = zeros.clone() if "log_sum_sq_probs" in outputs else None  # sum of exp(z - shift)^2
+        self.plain = zeros.clone() if "mean_logits" in outputs else None  # sum of z, target included
+        # Largest logit before the target, from the target, after it; all from the same product, so ties are ties.
+        self.tops = zeros.new_full((len(hidden), 3), -math.inf) if "is_top1" in outputs else None
+
+    def fold(self, z: Tensor, first: int, head: Head, weight: Tensor) -> None:
+        """Adds the columns `first, first + 1, ...` of the logits; overwrites `z (R, C)`."""
+        if self.plain is not None:
+            self.plain += z.sum(-1, keepdim=True)
+        if self.tops is not None:
+            self._compare(z, first)
+        _put_target(z, self.targets - first, -math.inf)
+        tanh_source = z.clone() if self.pulled is not None and head.options.softcap is not None else None
+        z.sub_(self.shift)
+        # 0 * -inf = 0 here: a logit of -inf has no probability.
+        gaps = z.clamp_min(-1e4) if self.weighted is not None else None
+        e = z.exp_()
+        self.total += e.sum(-1, keepdim=True)
+        if gaps is not None:
+            self.weighted += gaps.mul_(e).sum(-1, keepdim=True)
+        if self.squares is not None:
+            self.squares += e.square().sum(-1, keepdim=True)
+        if self.pulled is not None:
+            if tanh_source is not None:
+                tanh_source.nan_to_num_(neginf=0.0)
+            addmm_(self.pulled, operand(head.slope_(e, tanh_source), head.dtype), weight)
+
+    def _compare(self, z: Tensor, first: int) -> None:
+        columns = torch.arange(first, first + z.shape[1], device=z.device)
+        sides = (columns < self.targets, columns == self.targets, columns > self.targets)
+        largest = [torch.where(side, z, -math.inf).amax(-1) for side in sides]
+        self.tops = torch.maximum(self.tops, torch.stack(largest, -1))
+
+    def finish(self, head: Head, z_target: Tensor, outputs: tuple[str, ...]) -> Forward:
+        """The sums -> what the forward returns for these rows."""
+        shift, total = self.shift[:, 0], self.total[:, 0]
+        log_total = total.log()
+        gap = (shift - z_target) + log_total
+        tail = (-gap.abs()).exp().log1p()  # softplus(|gap|) - |gap|
+        logps = -(gap.clamp_min(0.0) + tail)
+        lse = torch.maximum(shift + log_total, z_target) + tail
+        q = 1.0 / (1.0 + (-gap).exp())
+        extra = [getattr(self, f"_{name}")(head, z_target, gap, logps, q) for name in outputs]
+        extra = torch.stack(extra) if extra else logps.new_empty(0, len(logps))
+        direction = logps.new_empty(0, self.hidden.shape[1])
+        if self.pulled is not None:
+            direction = self._direction(head, z_target, q)
+        return Forward(logps, lse, q, extra, direction)
+
+    def _direction(self, head: Head, z_target: Tensor, q: Tensor) -> Tensor:
+        # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope
+        own = operand(head.weight[self.targets[:, 0]], head.dtype).to(q.dtype)
+        own_slope = head.slope_(torch.ones_like(q), z_target.clone())
+        share = torch.where(self.total[:, 0] > 0, q / self.total[:, 0], 0.0)
+        return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
+
+    def _entropy(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
+        # H = -p log p - q log q + q * (entropy of the other tokens),  that entropy = log total - weighted / total
+        total, weighted = self.total[:, 0], self.weighted[:, 0]
+        others = torch.where(total > 0, total.log() - weighted / total, 0.0)
+        log_q = -((-gap).clamp_min(0.0) + (-gap.abs()).exp().log1p())
+        return _xlogx(logps) + _xlogx(log_q) + q * others
+
+    def _mean_logits(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
+        return self.plain[:, 0] / len(head.weight)
+
+    def _log_sum_sq_probs(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
+        own = (z_target - self.shift[:, 0]).exp()
+        return (self.squares[:, 0] + own.square()).log() - 2.0 * (self.total[:, 0] + own).log()
+
+    def _is_top1(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
+        before, own, after = self.tops.unbind(-1)
+        return ((own > before) & (own >= after)).to(logps.dtype)  # argmax: the first of equals
+
+
+def forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) in [0, V), or ignore_index
+    options: HeadOptions,
+    outputs: tuple[str, ...] = (),
+    frozen: bool = False,
+) -> Forward:
+    """One pass over the vocabulary; with `frozen`, it also makes the direction. Ignored rows are 0 everywhere."""
+    head = Head(weight, bias, options, hidden.dtype)
+    rows = _kept_rows(targets, options.ignore_index)
+    if rows is None:
+        return _forward_kept(head, hidden, targets, outputs, frozen)
+    empty = empty_forward(hidden, outputs, frozen)
+    return (
+        _replace(empty, rows, _forward_kept(head, hidden[rows], targets[rows], outputs, frozen)) if len(rows) else empty
+    )
+
+
+def empty_forward(hidden: Tensor, outputs: tuple[str, ...], frozen: bool) -> Forward:
+    """A `Forward` of zeros, of the right shapes."""
+    n, d = hidden.shape
+
+    def zeros(*shape: int) -> Tensor:
+        return hidden.new_zeros(shape, dtype=accumulator_dtype(hidden.dtype))
+
+    return Forward(zeros(n), zeros(n), zeros(n), zeros(len(outputs), n), zeros(n if frozen else 0, d))
+
+
+def _forward_kept(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], frozen: bool) -> Forward:
+    tiles = _row_tiles(hidden, head.rows)
+    ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
+    z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
+
+    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, ids, z_target, strict=True)]
+    _fold(head, folded)
+    # A tile at a time here too: an elementwise kernel may treat the end of a long vector differently.
+    parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
+    result = _concat(parts, len(hidden))
+
+    far = _far_rows(folded, len(hidden))
+    return result if far is None else _replace(result, far, _forward_far(head, hidden, targets, far, outputs, frozen))
+
+
+def _forward_far(
+    head: Head, hidden: Tensor, targets: Tensor, far: Tensor, outputs: tuple[str, ...], frozen: bool
+) -> Forward:
+    """The rows `far (F,)` again, shifted by their largest logit other than the target's."""
+    tiles = _row_tiles(hidden[far], head.rows)
+    ids = pad(targets[far], (0, -len(far) % head.rows)).split(head.rows)
+    z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
+    largest = [torch.full_like(z, -math.inf) for z in z_target]
+    for first, w, b in head.slices():
+        z = w.new_empty(head.rows, len(w), dtype=head.acc)
+        for i, (x, y) in enumerate(zip(tiles, ids, strict=True)):
+            _put_target(head.logits(x, w, b, out=z), y[:, None] - first, -math.inf)
+            largest[i] = torch.maximum(largest[i], z.amax(-1))
+    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, ids, largest, strict=True)]
+    _fold(head, folded)
+    parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
+    return _concat(parts, len(far))
+
+
+def _fold(head: Head, tiles: list[RowTile]) -> None:
+    # Vocabulary outside, rows inside: a slice of a bf16 weight is raised to float32 once.
+    for first, weight, bias in head.slices():
+        z = weight.new_empty(head.rows, len(weight), dtype=head.acc)
+        for tile in tiles:
+            tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight)
+
+
+class RowGrads(NamedTuple):
+    """What the backward needs of each row."""
+
+    grad: Tensor  # (N,) dL/dlogp
+    lse: Tensor  # (N,)
+    q: Tensor  # (N,)
+    grad_entropy: Tensor | None  # (N,) dL/dentropy
+    entropy: Tensor | None  # (N,)
+
+    def __getitem__(self, rows: slice | Tensor) -> RowGrads:
+        return RowGrads(*(None if x is None else x[rows] for x in tuple(self)))
+
+
+def backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
+    head = Head(weight, bias, options, hidden.dtype)
+    kept = _kept_rows(targets, options.ignore_index)
+    if kept is None:
+        return _backward_kept(head, hidden, targets, row, needs)
+    dkept, dweight, dbias = _backward_kept(head, hidden[kept], targets[kept], row[kept], needs)
+    if needs[0]:
+        dkept = torch.zeros_like(hidden).index_copy_(0, kept, dkept)
+    return dkept, dweight, dbias
+
+
+def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, needs: tuple[bool, bool, bool]):
+    dtype, weight, bias = hidden.dtype, head.weight, head.bias
+    hidden = operand(hidden, dtype)
+    dhidden = hidden.new_zeros(hidden.shape, dtype=head.acc) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] else None
+    block = max(head.rows, BUFFER_BYTES // (head.columns * head.acc.itemsize) // head.rows * head.rows)
+    for first, w, b in head.slices():
+        part = slice(first, first + len(w))
+        dw = hidden.new_zeros(w.shape, dtype=head.acc) if needs[1] else None
+        db = hidden.new_zeros(len(w), dtype=head.acc) if needs[2] else None
+        for rows in _blocks(len(hidden), block):
+            dz = w.new_empty(rows.stop - rows.start, len(w), dtype=head.acc)
+            for r in _blocks(len(dz), head.rows):
+                # Recomputed and turned into dlogits while the tile is in cache.
+                g = slice(rows.start + r.start, rows.start + r.stop)
+                z = head.logits(hidden[g], w, b, out=dz[r])
+                _dlogits_(z, head, targets[g] - first, row[g])
+            if needs[2]:
+                db += dz.sum(0)
+            dz = operand(dz, head.dtype)
+            if needs[0]:
+                addmm_(dhidden[rows], dz, w)
+            if needs[1]:
+                addmm_(dw, dz.T, hidden[rows])
+        if needs[1]:
+            dweight[part] = dw
+        if needs[2]:
+            dbias[part] = db
+    return None if dhidden is None else dhidden.to(dtype), dweight, dbias
+
+
+def _dlogits_(z: Tensor, head: Head, local: Tensor, row: RowGrads) -> Tensor:
+    """Logits `z (R, C)` -> dL/dx in place; `local (R,)` is each target's column in this tile, if it is one."""
+    logits = z.clone() if head.options.softcap is not None else None
+    grad, lse, q, grad_entropy, entropy = (None if x is None else x[:, None] for x in tuple(row))
+    local = local[:, None]
+    log_p = z.sub_(lse)
+    if grad_entropy is None:
+        # dz_v = -g p_v,  dz_y = g q
+        dz = log_p.exp_().mul_(-grad)
+        _put_target(dz, local, grad * q)
+    else:
+        # dz_v = -(g + g_H (log p_v + H)) p_v,  dz_y = g q - g_H p_y (log p_y + H)
+        p = log_p.exp()
+        dz = log_p.clamp_min_(-1e4).add_(entropy).mul_(-grad_entropy)
+        own = (dz * p).gather(1, local.clamp(0, z.shape[1] - 1)) + grad * q
+        dz.sub_(grad).mul_(p)
+        _put_target(dz, local, own)
+    return head.slope_(dz, logits)
+
+
+def _put_target(z: Tensor, local: Tensor, value: Tensor | float) -> None:
+    """`z[i, local_i] = value_i` for the rows whose target stands in this tile: z (R, C), local (R, 1)."""
+    inside = (local >= 0) & (local < z.shape[1])
+    at = local.clamp(0, z.shape[1] - 1)
+    z.scatter_(1, at, torch.where(inside, value, z.gather(1, at)))
+
+
+def _row_tiles(hidden: Tensor, rows: int) -> list[Tensor]:
+    """(N, D) -> tiles (rows, D) in the type this device multiplies, the last one padded with zero rows."""
+    # The bits of a product may depend on alignment and layout: a view that differs in them is copied once.
+    if not hidden.is_contiguous() or hidden.data_ptr() % 64:
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    tiles = [operand(x, hidden.dtype) for x in hidden.split(rows)]
+    tiles[-1] = pad(tiles[-1], (0, 0, 0, rows - len(tiles[-1])))
+    return tiles
+
+
+def _kept_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """The rows that count, or None when all do."""
+    keep = targets != ignore_index
+    return None if bool(keep.all()) else keep.nonzero()[:, 0]
+
+
+def _far_rows(tiles: list[RowTile], n: int) -> Tensor | None:
+    total = torch.cat([t.total[:, 0] for t in tiles])[:n]
+    far = (~(total < MAX_TOTAL)).nonzero()[:, 0]
+    return far if len(far) else None
+
+
+def _concat(parts: list[Forward], n: int) -> Forward:
+    logps, lse, q, extra, direction = zip(*parts, strict=True)
+    return Forward(
+        torch.cat(logps)[:n], torch.cat(lse)[:n], torch.cat(q)[:n], torch.cat(extra, 1)[:, :n], torch.cat(direction)[:n]
+    )
+
+
+def _replace(result: Forward, rows: Tensor, new: Forward) -> Forward:
+    for old, value in zip(result[:3], new[:3], strict=True):
+        old[rows] = value
+    result.extra[:, rows] = new.extra
+    if len(new.direction):
+        result.direction[rows] = new.direction
+    return result
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _xlogx(log_x: Tensor) -> Tensor:
+    """-x log x from log x, with 0 log 0 = 0."""
+    return torch.where(log_x > -math.inf, -log_x.exp() * log_x, 0.0)

@@ -1,0 +1,636 @@
+"""`linear_logprobs` in Triton: the logits live in registers, tile by tile, and never reach memory in the forward.
+
+    N tokens, D hidden, V vocabulary; a row's target is y. Logits inside kernels are in base 2: z2 = z log2(e).
+    Prefixes: i_ program index, o_ offsets, m_ mask, b_ a block in registers.
+
+Forward. `_target_kernel` makes the targets' logits; `_fold_kernel` folds one row block x one vocabulary segment into
+
+    total = sum over v != y of exp(z_v - z_y)
+
+and `_finish_kernel` adds the segments in a fixed order: logp = -softplus(log total), q = sigmoid(log total) = 1 - p_y.
+Rows whose target lies too far under another logit are folded once more against their running maximum; a program
+without such a row returns at once, so nobody waits for the answer.
+
+Backward, for each vocabulary slice: `_dlogits_kernel` recomputes the tiles and writes dz in the operands' dtype with the
+target's column left out; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's own
+term, which dominates and cancels, is added in float32 by `_target_hidden_kernel` and `_target_weight_kernel`.
+
+No atomics: every number is the sum of the same terms in the same order, run after run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, segments
+from .gemm import addmm_
+from .options import OUTPUTS, HeadOptions
+from .portable import MAX_TOTAL, Forward, RowGrads
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+NEG_INF = tl.constexpr(float("-inf"))
+FAR = tl.constexpr(MAX_TOTAL)
+# Targets as the kernels see them: a column, or why there is none.
+IGNORED = tl.constexpr(-1)
+OUTSIDE = tl.constexpr(-2)  # not in the vocabulary: its log-probability is NaN
+
+# dlogits buffer and vocabulary slice of the backward (rows that fit the buffer go at once).
+BUFFER_BYTES = 64 << 20
+SLICE = 4096
+
+
+# ------------------------------------------------------------------------------------------- device helpers
+
+
+@triton.jit
+def _program_tile(ROWS, COLUMNS, GROUP: tl.constexpr):
+    """Program -> (row block, column): GROUP row blocks sweep the columns together, so both operands stay in L2."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * COLUMNS) * GROUP
+    size = min(ROWS - first, GROUP)
+    within = pid % (GROUP * COLUMNS)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _products(
+    h, w, row, column, N, C, D, stride_hn, stride_hd, stride_wv, stride_wd,
+    DESC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """h (N, D) from `row` times w (C, D) from `column`: (BLOCK_N, BLOCK_V) float32. Out of range: anything."""
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if DESC:
+        for d in range(0, D, BLOCK_D):
+            acc = tl.dot(h.load([row, d]), w.load([column, d]).T, acc, input_precision="ieee")
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        # Clamped rows are loaded twice rather than masked; 64-bit offsets, for N * D and V * D pass 2^31.
+        o_n = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        o_v = tl.minimum(column + tl.arange(0, BLOCK_V), C - 1).to(tl.int64)
+        p_h = h + o_n[:, None] * stride_hn + o_d[None, :].to(tl.int64) * stride_hd
+        p_w = w + o_v[None, :] * stride_wv + o_d[:, None].to(tl.int64) * stride_wd
+        for d in range(0, D, BLOCK_D):
+            b_h = tl.load(p_h, mask=o_d[None, :] < D - d, other=0.0)
+            b_w = tl.load(p_w, mask=o_d[:, None] < D - d, other=0.0)
+            acc = tl.dot(b_h, b_w, acc, input_precision="ieee")
+            p_h += BLOCK_D * stride_hd
+            p_w += BLOCK_D * stride_wd
+    return acc
+
+
+@triton.jit
+def _tanh(x2):
+    """tanh(x) of x2 = 2 log2(e) x: exact at both ends, three operations fewer than 2 sigmoid - 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x2))
+
+
+@triton.jit
+def _logits(acc, bias, o_v, C, k_in, k_out, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Products -> base-2 logits, and the tanh that a softcap's slope needs."""
+    if HAS_BIAS:
+        acc += tl.load(bias + o_v, mask=o_v < C, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        b_tanh = _tanh(acc * k_in)
+        return b_tanh * k_out, b_tanh
+    else:
+        return acc * k_out, acc
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x in [0, 1] without losing x's digits (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _target_kernel(
+    h, w, bias, y, z2_y,  # (N, D), (V, D), (V,), (N,) -> (N,)
+    N, D, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z2_y = logit of each row's own target, a float32 dot product."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    b_y = tl.load(y + o_n, mask=o_n < N, other=IGNORED)
+    m_n = b_y >= 0
+    p_h = h + o_n[:, None].to(tl.int64) * stride_hn
+    p_w = w + tl.where(m_n, b_y, 0)[:, None].to(tl.int64) * stride_wv
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m = m_n[:, None] & (o_d[None, :] < D - d)
+        b_h = tl.load(p_h + (d + o_d)[None, :].to(tl.int64) * stride_hd, mask=m, other=0.0).to(tl.float32)
+        b_w = tl.load(p_w + (d + o_d)[None, :].to(tl.int64) * stride_wd, mask=m, other=0.0)
+        acc += b_h * b_w.to(h.dtype.element_ty).to(tl.float32)  # a float32 weight counts as the GEMM sees it
+    b_x = tl.sum(acc, 1)
+    if HAS_BIAS:
+        b_x += tl.load(bias + b_y, mask=m_n, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        b_z = _tanh(b_x * k_in) * k_out
+    else:
+        b_z = b_x * k_out
+    tl.store(z2_y + o_n, tl.where(b_y == OUTSIDE, float("nan"), b_z), mask=o_n < N)
+
+
+@triton.jit
+def _fold_kernel(
+    h, w, bias, y, z2_y, totals, far, sums, tops,
+    # (N, D), (C, D) = rows first... of the weight, (C,), (N,), (N,), (N,) -> (2, SEGMENTS, N), (3, SEGMENTS, N) twice
+    N, V, D, first, first_segment, segments, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, DESC: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row block x one vocabulary segment -> its part of every sum, the target's column left out."""
+    i_n, i_s = _program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
+    i_s += first_segment
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    if RESCUE:  # only for the rows that the first fold could not hold
+        b_far = tl.load(far + o_n, mask=m_n, other=0)
+        if tl.max(b_far, 0) == 0:
+            return
+    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_shift = tl.load(z2_y + o_n, mask=m_n, other=0.0)
+    if RESCUE:
+        b_shift = tl.full([BLOCK_N], -1e30, tl.float32)  # finite: -inf - -inf is NaN
+    b_total = tl.zeros([BLOCK_N], tl.float32)
+    b_weighted = tl.zeros([BLOCK_N], tl.float32)
+    b_squares = tl.zeros([BLOCK_N], tl.float32)
+    b_plain = tl.zeros([BLOCK_N], tl.float32)
+    b_before = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    b_own = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    b_after = tl.full([BLOCK_N], NEG_INF, tl.float32)
+
+    tiles = tl.cdiv(V, BLOCK_V)
+    for tile in range(i_s * tiles // SEGMENTS, (i_s + 1) * tiles // SEGMENTS):
+        column = tile * BLOCK_V - first
+        acc = _products(
+            h, w, i_n * BLOCK_N, column, N, V - first, D, stride_hn, stride_hd, stride_wv, stride_wd,
+            DESC, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        o_v = column + tl.arange(0, BLOCK_V)
+        b_z, _ = _logits(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
+        b_local = b_y - first
+        if MEAN:
+            b_plain += tl.sum(tl.where((o_v < V - first)[None, :], b_z, 0.0), 1)
+        if TOP1:
+            m_v = (o_v < V - first)[None, :]
+            before = m_v & (o_v[None, :] < b_local[:, None])
+            after = m_v & (o_v[None, :] > b_local[:, None])
+            b_before = tl.maximum(b_before, tl.max(tl.where(before, b_z, NEG_INF), 1))
+            b_own = tl.maximum(b_own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
+            b_after = tl.maximum(b_after, tl.max(tl.where(after, b_z, NEG_INF), 1))
+        # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
+        hit = tl.max(((b_local >= column) & (b_local < column + BLOCK_V)).to(tl.int32), 0)
+        if (hit > 0) | (column + BLOCK_V > V - first):
+            b_z = tl.where((o_v[None, :] == b_local[:, None]) | (o_v >= V - first)[None, :], NEG_INF, b_z)
+        if RESCUE:
+            b_new = tl.maximum(b_shift, tl.max(b_z, 1))
+            b_scale = tl.exp2(b_shift - b_new)
+            # The moment moves with its shift: sum e (z - new) = scale * (sum e (z - old) + (old - new) sum e).
+            b_weighted = b_scale * (b_weighted + (b_shift - b_new) * b_total)
+            b_squares *= b_scale * b_scale
+            b_total *= b_scale
+            b_shift = b_new
+        b_gap = b_z - b_shift[:, None]
+        b_e = tl.exp2(b_gap)
+        b_total += tl.sum(b_e, 1)
+        if ENTROPY:
+            b_weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
+        if SQUARES:
+            b_squares += tl.sum(b_e * b_e, 1)
+
+    # (.., SEGMENTS, N): 64-bit, for SEGMENTS * N may pass 2^31
+    o_part = tl.cast(i_s, tl.int64) * N + o_n
+    plane = tl.cast(SEGMENTS, tl.int64) * N
+    tl.store(totals + o_part, b_total, mask=m_n)
+    if RESCUE:
+        tl.store(totals + plane + o_part, b_shift, mask=m_n)
+    if ENTROPY:
+        tl.store(sums + o_part, b_weighted, mask=m_n)
+    if SQUARES:
+        tl.store(sums + plane + o_part, b_squares, mask=m_n)
+    if MEAN:
+        tl.store(sums + 2 * plane + o_part, b_plain, mask=m_n)
+    if TOP1:
+        tl.store(tops + o_part, b_before, mask=m_n)
+        tl.store(tops + plane + o_part, b_own, mask=m_n)
+        tl.store(tops + 2 * plane + o_part, b_after, mask=m_n)
+
+
+@triton.jit
+def _finish_kernel(
+    totals, y, z2_y, far, logps, lse, q, sums, tops, extra,
+    # (2, SEGMENTS, N), (N,), (N,) -> (N,) four times; (3, SEGMENTS, N) twice -> (4, N)
+    N, V, RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the segments in their order; total -> logp, lse, q and the optional outputs."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    if RESCUE:
+        m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
+        if tl.max(m_n.to(tl.int32), 0) == 0:
+            return
+    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_zy = tl.load(z2_y + o_n, mask=m_n, other=0.0)
+    plane = tl.cast(SEGMENTS, tl.int64) * N
+    b_shift = b_zy
+    if RESCUE:
+        b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
+        for s in range(SEGMENTS):
+            b_shift = tl.maximum(b_shift, tl.load(totals + plane + tl.cast(s, tl.int64) * N + o_n, mask=m_n, other=0.0))
+    b_total = tl.zeros([BLOCK], tl.float32)
+    b_weighted = tl.zeros([BLOCK], tl.float32)
+    b_squares = tl.zeros([BLOCK], tl.float32)
+    b_plain = tl.zeros([BLOCK], tl.float32)
+    b_before = tl.full([BLOCK], NEG_INF, tl.float32)
+    b_own = tl.full([BLOCK], NEG_INF, tl.float32)
+    b_after = tl.full([BLOCK], NEG_INF, tl.float32)
+    for s in range(SEGMENTS):
+        o_part = tl.cast(s, tl.int64) * N + o_n
+        b_part = tl.load(totals + o_part, mask=m_n, other=0.0)
+        b_moved = tl.zeros([BLOCK], tl.float32)  # this segment's shift - the common one
+        b_scale = tl.full([BLOCK], 1.0, tl.float32)
+        if RESCUE:
+            b_moved = tl.load(totals + plane + o_part, mask=m_n, other=0.0) - b_shift
+            b_scale = tl.exp2(b_moved)
+        b_total += b_part * b_scale
+        if ENTROPY:
+            b_weighted += b_scale * (tl.load(sums + o_part, mask=m_n, other=0.0) + b_moved * b_part)
+        if SQUARES:
+            b_squares += b_scale * b_scale * tl.load(sums + plane + o_part, mask=m_n, other=0.0)
+        if MEAN:
+            b_plain += tl.load(sums + 2 * plane + o_part, mask=m_n, other=0.0)
+        if TOP1:
+            b_before = tl.maximum(b_before, tl.load(tops + o_part, mask=m_n, other=NEG_INF))
+            b_own = tl.maximum(b_own, tl.load(tops + plane + o_part, mask=m_n, other=NEG_INF))
+            b_after = tl.maximum(b_after, tl.load(tops + 2 * plane + o_part, mask=m_n, other=NEG_INF))
+
+    counts = b_y != IGNORED
+    b_log = tl.log(b_total)
+    b_gap = (b_shift - b_zy) * LN2 + b_log
+    b_tail = _log1p(tl.exp(-tl.abs(b_gap)))
+    b_logp = -(tl.maximum(b_gap, 0.0) + b_tail)
+    b_lse = tl.maximum(b_shift * LN2 + b_log, b_zy * LN2) + b_tail
+    b_q = 1.0 / (1.0 + tl.exp(-b_gap))
+    tl.store(logps + o_n, tl.where(counts, b_logp, 0.0), mask=m_n)
+    tl.store(lse + o_n, tl.where(counts, b_lse, float("inf")), mask=m_n)  # exp(z - inf) = 0: no gradient
+    tl.store(q + o_n, tl.where(counts, b_q, 0.0), mask=m_n)
+    if not RESCUE:
+        tl.store(far + o_n, (counts & ~(b_total < FAR)).to(tl.int32), mask=m_n)
+    if ENTROPY:
+        # H = -p log p - q log q + q (log total - weighted / total)
+        b_logq = -(tl.maximum(-b_gap, 0.0) + b_tail)
+        b_others = tl.where(b_total > 0, b_log - LN2 * b_weighted / b_total, 0.0)
+        b_h = _xlogx(b_logp) + _xlogx(b_logq) + tl.where(b_q > 0, b_q * b_others, 0.0)
+        tl.store(extra + o_n, tl.where(counts, b_h, 0.0), mask=m_n)
+    if MEAN:
+        tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(counts, b_plain * LN2 / V, 0.0), mask=m_n)
+    if SQUARES:
+        b_pown = tl.exp2(b_zy - b_shift)
+        b_lss = tl.log(b_squares + b_pown * b_pown) - 2.0 * tl.log(b_total + b_pown)
+        tl.store(extra + 2 * tl.cast(N, tl.int64) + o_n, tl.where(counts, b_lss, 0.0), mask=m_n)
+    if TOP1:
+        b_top = (b_own > b_before) & (b_own >= b_after) & counts  # argmax: the first of equals
+        tl.store(extra + 3 * tl.cast(N, tl.int64) + o_n, b_top.to(tl.float32), mask=m_n)
+
+
+@triton.jit
+def _xlogx(b_log):
+    """-x log x from log x, with 0 log 0 = 0."""
+    return tl.where(b_log > NEG_INF, -tl.exp(b_log) * b_log, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+@triton.jit
+def _dlogits_kernel(
+    h, w, bias, y, lse, grad, grad_entropy, entropy, dz,
+    # (N, D), (C, D) = rows first... of the weight, (C,), (N,) five times -> (N, C)
+    N, C, D, first, stride_hn, stride_hd, stride_wv, stride_wd, stride_dz, k_in, k_out,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DESC: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dz = dL/d(products), the target's column exactly 0. `grad` comes with the options' slope already in it."""
+    i_n, i_v = _program_tile(tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP)
+    acc = _products(
+        h, w, i_n * BLOCK_N, i_v * BLOCK_V, N, C, D, stride_hn, stride_hd, stride_wv, stride_wd,
+        DESC, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n = o_n < N
+    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_local = b_y - first
+    b_lse = tl.load(lse + o_n, mask=m_n, other=float("inf"))
+    b_g = tl.load(grad + o_n, mask=m_n, other=0.0)
+    b_z, b_tanh = _logits(acc, bias, o_v, C, k_in, k_out, HAS_BIAS, SOFTCAP)
+    b_logp2 = b_z - (b_lse * LOG2E)[:, None]
+    if ENTROPY:
+        # dz_v = -(g + g_H (log p_v + H)) p_v
+        b_gh = tl.load(grad_entropy + o_n, mask=m_n, other=0.0)
+        b_h = tl.load(entropy + o_n, mask=m_n, other=0.0)
+        b_up = b_g[:, None] + b_gh[:, None] * (tl.maximum(b_logp2, -1e4) * LN2 + b_h[:, None])
+        b_dz = -b_up * tl.exp2(b_logp2)
+    else:
+        # dz_v = -g p_v
+        b_dz = -b_g[:, None] * tl.exp2(b_logp2)
+    if SOFTCAP:
+        b_dz *= 1.0 - b_tanh * b_tanh
+    # A row that does not count is exactly 0 whatever its hidden state holds; so are the target and the tail.
+    special = ((b_local >= i_v * BLOCK_V) & (b_local < (i_v + 1) * BLOCK_V)) | (b_y == IGNORED)
+    if (tl.max(special.to(tl.int32), 0) > 0) | ((i_v + 1) * BLOCK_V > C):
+        drop = (o_v[None, :] == b_local[:, None]) | (b_y == IGNORED)[:, None] | (o_v >= C)[None, :]
+        b_dz = tl.where(drop, 0.0, b_dz)
+    if DESC:
+        dz.store([i_n * BLOCK_N, i_v * BLOCK_V], b_dz.to(dz.dtype))
+    else:
+        p_dz = dz + o_n[:, None].to(tl.int64) * stride_dz + o_v[None, :]
+        tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_n[:, None] & (o_v < C)[None, :])
+
+
+@triton.jit
+def _target_hidden_kernel(
+    w, y, c, dh,  # (V, D), (N,), (N,) -> (N, D) float32, written whole
+    N, D, stride_wv, stride_wd, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dh_i = c_i W[y_i]: the target's term of dhidden."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_c = tl.load(c + o_n, mask=m_n, other=0.0)
+    m = (b_y >= 0)[:, None] & (o_d < D)[None, :]
+    p_w = w + tl.where(b_y >= 0, b_y, 0)[:, None].to(tl.int64) * stride_wv + o_d[None, :].to(tl.int64) * stride_wd
+    b_w = tl.load(p_w, mask=m, other=0.0).to(DTYPE).to(tl.float32)
+    p_dh = dh + o_n[:, None].to(tl.int64) * D + o_d[None, :]
+    tl.store(p_dh, b_c[:, None] * b_w, mask=m_n[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _target_weight_kernel(
+    h, order, y_sorted, c, dw,  # (N, D), (N,), (N,), (N,) -> adds to (C, D) float32
+    N, C, D, first, stride_hn, stride_hd, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dW[v] += sum of c_i h_i over the rows whose target is v, in their order: the first such row does it for all."""
+    i = tl.program_id(0)
+    v = tl.load(y_sorted + i)
+    if (v < first) | (v >= first + C):
+        return
+    if i > 0:
+        if tl.load(y_sorted + i - 1) == v:
+            return
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    j = i
+    same = True
+    while same:
+        row = tl.load(order + j)
+        b_h = tl.load(h + row * stride_hn + o_d.to(tl.int64) * stride_hd, mask=m_d, other=0.0).to(tl.float32)
+        acc += tl.load(c + row) * b_h
+        j += 1
+        same = tl.load(y_sorted + j, mask=j < N, other=OUTSIDE) == v
+    p_dw = dw + (v - first).to(tl.int64) * D + o_d
+    tl.store(p_dw, tl.load(p_dw, mask=m_d, other=0.0) + acc, mask=m_d)
+
+
+# ----------------------------------------------------------------------------------------------- launchers
+
+
+class Operands:
+    """One call's tensors and constants as the kernels want them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions):
+        self.hidden, self.weight, self.bias, self.options = hidden, weight, bias, options
+        self.chip = capability(hidden.device)
+        self.dtype = hidden.dtype
+        inside = (targets >= 0) & (targets < len(weight))
+        y = torch.where(inside, targets, OUTSIDE.value).masked_fill(targets == options.ignore_index, IGNORED.value)
+        self.y = y.to(torch.int32)
+        self.softcap = options.softcap is not None
+        if self.softcap:
+            # z2 = k_out tanh(x),  tanh wants 2 log2(e) x = k_in * product
+            self.k_in = 2 * LOG2E.value * options.logit_scale / options.softcap
+            self.k_out = LOG2E.value * options.softcap / options.temperature
+        else:
+            self.k_in, self.k_out = 1.0, LOG2E.value * options.slope
+
+    def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Weight rows and bias of the columns `first ... last - 1`, cast to the compute dtype where they differ."""
+        w = self.weight[first:last].to(self.dtype)
+        return w, self.hidden if self.bias is None else self.bias[first:last].contiguous()
+
+    def config(self, kernel: str, w: Tensor) -> Config:
+        return choose(kernel, self.chip, self.dtype, allow_descriptors(self.hidden, w))
+
+    def flags(self) -> dict[str, bool]:
+        return {"HAS_BIAS": self.bias is not None, "SOFTCAP": self.softcap}
+
+
+def _tile_args(config: Config) -> dict:
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+    return {**blocks, "DESC": config.descriptors, "GROUP": 8, **config.launch}
+
+
+def _loadable(x: Tensor, rows: int, columns: int, config: Config) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, columns]) if config.descriptors else x
+
+
+def _target_logits(op: Operands) -> Tensor:
+    """(N,) base-2 logits of the targets."""
+    n, d = op.hidden.shape
+    z2_y = op.hidden.new_empty(n, dtype=torch.float32)
+    block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 256)
+    _target_kernel[(triton.cdiv(n, block_n),)](
+        op.hidden, op.weight, op.hidden if op.bias is None else op.bias, op.y, z2_y, n, d, *op.hidden.stride(),
+        *op.weight.stride(), op.k_in, op.k_out, **op.flags(), BLOCK_N=block_n, BLOCK_D=block_d,
+    )  # fmt: skip
+    return z2_y
+
+
+def forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    options: HeadOptions,
+    outputs: tuple[str, ...] = (),
+    frozen: bool = False,
+) -> Forward:
+    """One pass over the vocabulary, and a second for row blocks with a far row."""
+    op = Operands(hidden, weight, bias, targets, options)
+    n, v = len(hidden), len(weight)
+    z2_y = _target_logits(op)
+    config = op.config("fold", weight if weight.dtype == hidden.dtype else hidden)
+    count = segments(hidden.device, triton.cdiv(v, config.block_v))
+    wanted = {flag: name in outputs for flag, name in FOLDED.items()}
+
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    totals, logps, lse, q = new(2, count, n), new(n), new(n), new(n)
+    far = torch.empty(n, dtype=torch.int32, device=hidden.device)
+    sums, tops = new(3, count, n if any(outputs) else 0), new(3, count, n if wanted["TOP1"] else 0)
+    extra = new(4, n if outputs else 0)
+    for rescue in (False, True):
+        for first, last, s0, s1 in _segment_groups(op, v, config, count):
+            w, b = op.part(first, last)
+            _fold_kernel[(triton.cdiv(n, config.block_n) * (s1 - s0),)](
+                _loadable(hidden, config.block_n, config.block_d, config),
+                _loadable(w, config.block_v, config.block_d, config),
+                b, op.y, z2_y, totals, far, sums, tops, n, v, hidden.shape[1], first, s0, s1 - s0, *hidden.stride(),
+                *w.stride(), op.k_in, op.k_out, **op.flags(), RESCUE=rescue, **wanted, SEGMENTS=count,
+                **_tile_args(config),
+            )  # fmt: skip
+        _finish_kernel[(triton.cdiv(n, 128),)](
+            totals, op.y, z2_y, far, logps, lse, q, sums, tops, extra, n, v, RESCUE=rescue, **wanted, SEGMENTS=count,
+            BLOCK=128,
+        )  # fmt: skip
+    chosen = extra[[OUTPUTS.index(name) for name in outputs]] if outputs else new(0, n)
+    return Forward(logps, lse, q, chosen, new(0, hidden.shape[1]))
+
+
+# Optional output -> the flag of the sums it needs.
+FOLDED = {"ENTROPY": "entropy", "MEAN": "mean_logits", "SQUARES": "log_sum_sq_probs", "TOP1": "is_top1"}
+# A weight of another dtype is cast this many bytes at a time.
+CAST_BYTES = 128 << 20
+
+
+def _segment_groups(op: Operands, v: int, config: Config, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (first column, last column, first segment, last segment): all at once, or as many as one cast may hold."""
+    tiles = triton.cdiv(v, config.block_v)
+    step = count
+    if op.weight.dtype != op.dtype:
+        width = triton.cdiv(tiles, count) * config.block_v * op.hidden.shape[1] * op.hidden.element_size()
+        step = max(1, CAST_BYTES // width)
+    for s0 in range(0, count, step):
+        s1 = min(s0 + step, count)
+        yield s0 * tiles // count * config.block_v, min(s1 * tiles // count * config.block_v, v), s0, s1
+
+
+def backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
+    op = Operands(hidden, weight, bias, targets, options)
+    (n, d), v = hidden.shape, len(weight)
+    counts = op.y != IGNORED.value
+    grad = torch.where(counts, row.grad, 0.0) * options.slope
+    grad_entropy = None if row.grad_entropy is None else torch.where(counts, row.grad_entropy, 0.0) * options.slope
+    c = _target_coefficients(op, grad, grad_entropy, row)
+
+    dhidden = _start_dhidden(op, c) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] else None
+    y_sorted, order = torch.sort(op.y, stable=True)
+    width = min(SLICE, v)
+    rows = max(1, min(n, BUFFER_BYTES // (width * hidden.element_size())))
+    buffer = hidden.new_empty(rows, -(-width // 8) * 8)  # rows of 16 bytes' multiple, for descriptors
+    for first in range(0, v, width):
+        w, b = op.part(first, min(first + width, v))
+        dw = hidden.new_zeros(len(w), d, dtype=torch.float32) if needs[1] else None
+        db = hidden.new_zeros(len(w), dtype=torch.float32) if needs[2] else None
+        if needs[1]:
+            _add_targets_to_weight(op, dw, first, order, y_sorted, c)
+        if needs[2]:
+            _add_targets_to_bias(db, first, op.y, c)
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            dz = _dlogits(op, w, b, first, part, row, grad, grad_entropy, buffer)
+            if needs[0]:
+                addmm_(dhidden[part], dz, w)
+            if needs[1]:
+                addmm_(dw, dz.T, hidden[part])
+            if needs[2]:
+                db += dz.sum(0, dtype=torch.float32)
+        if needs[1]:
+            dweight[first : first + len(w)] = dw
+        if needs[2]:
+            dbias[first : first + len(w)] = db
+    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
+
+
+def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:
+    """(N,) dL/d(product) of each row's own target, with the slope: g q, and the entropy's term."""
+    c = grad * row.q
+    if grad_entropy is None and not op.softcap:
+        return c
+    z_y = _target_logits(op) * LN2.value
+    if grad_entropy is not None:
+        # dz_y = g q - g_H p_y (log p_y + H)
+        logp = torch.where(op.y >= 0, z_y - row.lse, -math.inf)
+        own = logp.exp() * (logp.clamp_min(-1e4) + row.entropy)
+        c = c - grad_entropy * own
+    if op.softcap:
+        c = c * (1 - (z_y * op.options.temperature / op.options.softcap).square())
+    return torch.where(op.y == IGNORED.value, 0.0, c)
+
+
+def _start_dhidden(op: Operands, c: Tensor) -> Tensor:
+    n, d = op.hidden.shape
+    dhidden = op.hidden.new_empty(n, d, dtype=torch.float32)
+    block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 128)
+    _target_hidden_kernel[(triton.cdiv(n, block_n), triton.cdiv(d, block_d))](
+        op.weight, op.y, c, dhidden, n, d, *op.weight.stride(), DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n,
+        BLOCK_D=block_d,
+    )  # fmt: skip
+    return dhidden
+
+
+def _add_targets_to_weight(op: Operands, dw: Tensor, first: int, order: Tensor, y_sorted: Tensor, c: Tensor) -> None:
+    n, d = op.hidden.shape
+    block_d = min(triton.next_power_of_2(d), 64 if op.chip == INTERPRETER else 1024)
+    _target_weight_kernel[(n, triton.cdiv(d, block_d))](
+        op.hidden, order, y_sorted, c, dw, n, len(dw), d, first, *op.hidden.stride(), BLOCK_D=block_d
+    )
+
+
+def _add_targets_to_bias(db: Tensor, first: int, y: Tensor, c: Tensor) -> None:
+    """db[v] += sum of c over the rows whose target is v: a one-hot product, for `index_add_` is atomic on CUDA."""
+    inside = (y >= first) & (y < first + len(db))
+    for rows in torch.arange(len(y), device=y.device).split(1024):
+        one_hot = (y[rows, None] - first) == torch.arange(len(db), device=y.device)
+        db += (one_hot * torch.where(inside[rows], c[rows], 0.0)[:, None]).sum(0)
+
+
+def _dlogits(
+    op: Operands, w: Tensor, b: Tensor, first: int, part: slice, row: RowGrads, grad: Tensor,
+    grad_entropy: Tensor | None, buffer: Tensor,
+) -> Tensor:  # fmt: skip
+    """dz (rows of `part`, C) in the operands' dtype, a view of `buffer`."""
+    h, n, c = op.hidden[part], part.stop - part.start, len(w)
+    dz = buffer[:n, :c]
+    config = op.config("dlogits", w) if allow_descriptors(h) else choose("dlogits", op.chip, op.dtype, False)
+    has_entropy = grad_entropy is not None
+    _dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
+        _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
+        b, op.y[part], row.lse[part], grad[part], grad_entropy[part] if has_entropy else grad,
+        row.entropy[part] if has_entropy else grad, _loadable(dz, config.block_n, config.block_v, config),
+        n, c, h.shape[1], first, *h.stride(), *w.stride(), dz.stride(0), op.k_in, op.k_out, **op.flags(),
+        ENTROPY=has_entropy, **_tile_args(config),
+    )  # fmt: skip
+    return dz
+
+
+TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

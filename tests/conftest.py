@@ -1,0 +1,76 @@
+"""What every test relies on: where kernels run, no network, seeded generators, poisoned fresh memory."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# Kernels run for real on a GPU, and interpreted, on CPU tensors, elsewhere. Triton reads this on import.
+if not HAS_GPU:
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns in every fork
+
+# The root's kernels/ would shadow the package `kernels` of others.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]  # "" is the current folder
+
+if not HAS_GPU:
+    import strict_interpreter
+
+    strict_interpreter.install()
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernel tests put their tensors."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Fills what torch.empty and its kin return, so that memory read before it is written shows.
+
+    (torch.use_deterministic_algorithms does it too, but hides what is not deterministic as well.)
+    """
+
+    def poisoned(allocate):
+        def allocate_and_poison(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            tensor.detach().fill_(_poison(tensor.dtype))
+            return tensor
+
+        return allocate_and_poison
+
+    for owner, names in (torch, ["empty", "empty_like", "empty_strided"]), (torch.Tensor, ["new_empty"]):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _poison(dtype):
+    """NaN where there is one, else the value least likely to be a good index or count."""
+    if dtype == torch.bool:
+        return True
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return torch.iinfo(dtype).max

@@ -1,0 +1,15 @@
+"""Processes in which Triton compiles: the tests' own process has its interpreter on, which excludes that."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+
+def compiling_processes(count: int = 1) -> ProcessPoolExecutor:
+    """Functions submitted to it are found by their module's name, so they stand in tests/lib or in the package."""
+    return ProcessPoolExecutor(
+        count,
+        mp_context=get_context("spawn"),
+        initializer=os.environ.pop,
+        initargs=("TRITON_INTERPRET", None),
+    )
