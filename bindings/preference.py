@@ -87,6 +87,7 @@ def linear_preference_loss(
     head's options are `linear_logprobs`'s, the rest `preference_loss`'s. Tokens with `targets == ignore_index` count
     nowhere: not in a sum, not in a length, and `ref_logps` is not read there.
     """
+    targets = targets.long()
     logps = linear_logprobs(
         hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
         ignore_index=ignore_index, impl=impl,

@@ -49,6 +49,8 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal LM; raises UnsupportedModel where it is not a plain linear layer."""
     name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} is an encoder-decoder: expected a decoder-only causal LM")
     layer = model.get_output_embeddings()
     if layer is None:
         raise UnsupportedModel(f"{name} has no output embeddings: expected a causal LM (AutoModelForCausalLM)")
@@ -80,10 +82,9 @@ def _logit_scale(config) -> float:
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head, the final norm included."""
-    if model.base_model is not model:
-        return model.base_model
-    if model.get_decoder() is not model:
-        return model.get_decoder()
+    for trunk in (model.get_decoder(), model.base_model):
+        if trunk is not model:
+            return trunk
     raise UnsupportedModel(f"{type(model).__name__} has no trunk to call without the head")
 
 
@@ -139,8 +140,8 @@ def _difference(model: PreTrainedModel, head: Head, input_ids: Tensor, impl: str
     expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets[:, None])[:, 0]
     hidden = trunk_hidden(model, input_ids)[:, :-1].flatten(0, 1)
     got = prefuse.linear_logprobs(hidden, head.weight, targets, **head.options(), impl=impl)
-    # The logits are stored in their dtype: half an eps of the largest, in the target's logit and in the logsumexp,
-    # before a scale or a cap is applied and after; accumulation adds a few float32 eps.
-    unscaled = max(1.0, 1.0 / abs(head.logit_scale))
-    bound = 8 * torch.finfo(logits.dtype).eps * max(1.0, logits.abs().max().item()) * min(unscaled, 4.0)
+    # The model rounds each logit to its dtype, and again for a scale and a cap: an eps of the largest, in the target's
+    # logit and in the logsumexp. Accumulation in another order adds some eps of float32.
+    eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, head.weight.dtype))
+    bound = (4 * eps + 32 * torch.finfo(torch.float32).eps) * max(1.0, logits.abs().max().item())
     return (got.double() - expected).abs().max().item(), bound

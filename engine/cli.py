@@ -22,9 +22,7 @@ COMMANDS = {
     "eval": "Compare a model with its reference on held-out rows: reward accuracy, margin, KL.",
     "generate": "Answer the prompts of a data set with one model, or with two side by side.",
 }
-ABOUT = (
-    "Preference optimization, fused before the logits exist. --config FILE reads settings from a YAML file; flags win."
-)
+ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> tuple[str, Config]:
     """The command and its settings: defaults, then the --config file, then flags."""
-    rest, file = _take_config_file(argv)
+    file = _config_file(argv)
     base = Config() if file is None else read_yaml(file)
     commands = {name: _command(name, about, base) for name, about in COMMANDS.items()}
     return tyro.extras.subcommand_cli_from_dict(
-        commands, prog="prefuse", description=ABOUT, args=rest, use_underscores=True
+        commands, prog="prefuse", description=ABOUT, args=argv, use_underscores=True
     )
 
 
 def run(command: str, config: Config) -> None:
     """Only here are transformers and its like imported: `--help` is quick."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     if command in ("sft", "train"):
         from prefuse.engine.train import train
 
@@ -68,23 +69,24 @@ def run(command: str, config: Config) -> None:
 
 
 def _command(name: str, about: str, base: Config) -> Callable[..., tuple[str, Config]]:
-    def command(config: Annotated[Config, tyro.conf.arg(name="")] = base) -> tuple[str, Config]:
-        return name, config
+    def command(
+        settings: Annotated[Config, tyro.conf.arg(name="")] = base,
+        config: Annotated[str | None, tyro.conf.arg(help="YAML file with settings; flags win.")] = None,
+    ) -> tuple[str, Config]:
+        return name, settings
 
-    command.__doc__ = f"{about}\n\n--config FILE reads settings from a YAML file; flags win."
+    command.__doc__ = about
     return command
 
 
-def _take_config_file(argv: list[str]) -> tuple[list[str], str | None]:
-    """argv without `--config FILE` or `--config=FILE`, and the file."""
+def _config_file(argv: list[str]) -> str | None:
+    """The file of `--config FILE` or `--config=FILE`: its settings are the defaults that tyro then starts from."""
     for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv):
-                raise UserError("--config expects a YAML file after it")
-            return argv[:i] + argv[i + 2 :], argv[i + 1]
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
         if word.startswith("--config="):
-            return argv[:i] + argv[i + 1 :], word.removeprefix("--config=")
-    return argv, None
+            return word.removeprefix("--config=")
+    return None
 
 
 def _set_up_logging() -> None:

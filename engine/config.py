@@ -190,6 +190,8 @@ def validate(config: Config, command: str) -> Config:
             raise UserError(
                 f"{name} has a meaning only with loss_type {loss_type}, got loss_type {config.loss_type}: drop {name}"
             )
+    if not trains and config.output_file is not None and Path(config.output_file).exists():
+        raise UserError(f"output_file {config.output_file} exists: give another name, or remove it")
     try:
         config.loss()
     except (ValueError, TypeError) as error:

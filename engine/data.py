@@ -295,7 +295,7 @@ def _render(record: Record, tokenizer: Any, template: str | None) -> Record:
     sides = {}
     for side, turns in record.sides.items():
         whole = render(record.prompt + turns)
-        if False:
+        if not whole.startswith(prompt):
             raise BadRow(f'the chat template renders the prompt otherwise when "{side}" follows: no true prefix')
         sides[side] = whole[len(prompt) :]
         if not all(_contains(sides[side], turn["content"]) for turn in turns):

@@ -15,6 +15,8 @@ from prefuse.engine.model import device_of, load_model, load_tokenizer
 from prefuse.engine.order import hold_out
 from prefuse.engine.report import progress_bar, say, table
 
+SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
+
 
 def generate(config: Config) -> list[dict[str, str]]:
     """`prefuse generate`: prints a table, writes JSONL to output_file; one {row, prompt, model, reference} a prompt."""
@@ -36,7 +38,8 @@ def generate(config: Config) -> list[dict[str, str]]:
     title = f"greedy, at most {config.max_new_tokens} tokens"
     if config.temperature > 0:
         title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
-    table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], [list(r.values())[1:] for r in results])
+    rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in results]
+    table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
     if config.output_file is not None:
         lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         Path(config.output_file).write_text("".join(lines), encoding="utf-8")
@@ -74,6 +77,11 @@ def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # 
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+def _end_of(text: str) -> str:
+    """What fits in a cell of the screen's table."""
+    return text if len(text) <= SHOWN_CHARACTERS else "… " + text[-SHOWN_CHARACTERS:]
 
 
 def _read_prompts(config: Config, tokenizer) -> list[Prompt]:

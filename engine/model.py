@@ -15,12 +15,8 @@ from prefuse.transformers import UnsupportedModel, check_head, head_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def device_of(config: Config) -> torch.device:
@@ -115,9 +111,7 @@ def _require_model_folder(path: str) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(
-            f"model folder {path} has no weights: expected {' or '.join(WEIGHT_FILES[:2])} beside config.json"
-        )
+        raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
 
 
 def _first_line(error: Exception) -> str:

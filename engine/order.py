@@ -56,7 +56,7 @@ def plan_evaluation(lengths: Sequence[int], microbatch: int) -> list[list[int]]:
 
 
 def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
-    """For each example i, an example j with another prompt, uniformly: KTO's z0 looks at completion j after prompt i."""
+    """For each example i, an example j with another prompt, uniformly: KTO's z0 reads completion j after prompt i."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt), []).append(index)

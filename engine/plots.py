@@ -21,9 +21,8 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_path)
-    panels = {
-        title: names for title, names in PANELS.items() if any(_curve(rows, n, p) for n in names for p in ("", "eval_"))
-    }
+    recorded = {name.removeprefix("eval_") for row in rows for name in row}
+    panels = {title: names for title, names in PANELS.items() if recorded.intersection(names)}
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")

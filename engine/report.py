@@ -67,10 +67,12 @@ class Window:
     def means(self) -> dict[str, float]:
         """The mean of each metric; stops the run where the loss or the gradient is no number."""
         means = prefuse.reduce_metrics(self.totals)
-        means["tokens_per_second"] = self.tokens / (time.perf_counter() - self.started)
         if not all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "grad_norm")):
             self._stop()
-        return means
+        return means | {"tokens_per_second": self.tokens / (time.perf_counter() - self.started)}
+
+    def check_finite(self) -> None:
+        self.means()
 
     def _stop(self) -> None:
         for rows, value in self.trail:

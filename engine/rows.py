@@ -96,9 +96,8 @@ def _read_implicit(name: str, row: dict[str, Any]) -> Record:
     if type(chosen) is not type(rejected):
         raise BadRow('"chosen" and "rejected" must both be strings or both be messages')
     shorter = min(len(chosen), len(rejected))
-    shared = next(
-        (i for i in range(shorter - 1) if chosen[i] != rejected[i]), max(0, shorter - 1)
-    )  # no side ends up empty
+    differing = (i for i in range(shorter) if chosen[i] != rejected[i])
+    shared = next(differing, max(0, shorter - 1))  # where one is the start of the other, both keep its end
     if isinstance(chosen, str) and chosen[:shared].endswith(" "):
         shared -= 1  # the blank belongs to the completion's first word
     return _record(name, chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]})

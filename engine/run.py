@@ -134,16 +134,11 @@ def _meet_reference(
 ) -> tuple[TrainingSet, HeldOut | None]:
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards."""
-    plan = lambda epoch: plan_epoch(
-        examples.lengths,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.seed,
-        epoch,
-    )
-    steps_per_epoch = len(plan(0))
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    plans = [plan(epoch) for epoch in range(math.ceil(total / steps_per_epoch))]
+    cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    plans = [plan_epoch(examples.lengths, *cut, config.seed, epoch=0)]
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(plans[0]))
+    for epoch in range(1, math.ceil(total / len(plans[0]))):
+        plans.append(plan_epoch(examples.lengths, *cut, config.seed, epoch))
 
     if not loss.uses_reference:
         return TrainingSet(examples, plans, total), held and hold(held, None, loss, config)

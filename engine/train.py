@@ -61,10 +61,13 @@ def train_loop(run: Run) -> dict[str, float]:
                 say_metrics(done, total, means)
                 last |= means
                 window.clear()
-            if done % config.eval_steps == 0 or done == total:
+            evaluates = done % config.eval_steps == 0 or done == total
+            saves = config.save_steps and done % config.save_steps == 0
+            if evaluates or saves:
+                window.check_finite()
+            if evaluates:
                 last |= evaluate_and_log(run, done)
-            if config.save_steps and done % config.save_steps == 0:
-                window.means()  # raises rather than save weights that are no numbers
+            if saves:
                 state = {"step": done, "identity": run.identity, "window": window.state()}
                 save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, config.save_total_limit)
     return last
@@ -77,17 +80,17 @@ def optimizer_step(
     lm, loss = run.lm, run.loss
     num_items = sum(count_items(batch, loss) for batch in batches)
     mismatches = [batch.to(lm.device) for batch in mismatches]
-    z0 = reference_point(lm, mismatches) if mismatches else None
+    one_z0 = run.config.z0_scope == "step"
+    z0 = reference_point(lm, mismatches) if mismatches and one_z0 else None
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        if mismatches and run.config.z0_scope == "microbatch":
+        if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
         out.loss.backward()
         summed = out.loss.detach() * num_items
-        add_metrics(
-            totals, out.metrics | {"loss": torch.stack([summed, torch.full_like(summed, count_items(batch, loss))])}
-        )
+        count = torch.full_like(summed, count_items(batch, loss))
+        add_metrics(totals, out.metrics | {"loss": torch.stack([summed, count])})
         run.window.watch(batch.rows, summed)
 
     norm = torch.nn.utils.clip_grad_norm_(run.lm.model.parameters(), run.config.max_grad_norm)

@@ -66,6 +66,7 @@ def linear_logprobs(
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     _check_tensors(hidden, weight, targets, bias)
+    targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
     _check_options(options, outputs, impl)
     impl = _resolve(impl, hidden)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
@@ -76,8 +77,9 @@ def linear_logprobs(
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
 
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    # Differentiable entropy has a direction of its own, so it takes the recomputing backward.
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable and "entropy" not in outputs
+    # Differentiable entropy has a direction of its own, and float16 no range for the unnormalized one.
+    one_pass = "entropy" not in outputs and hidden.dtype != torch.float16
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable and one_pass
     logps, _, _, extra, _ = _forward_op(
         hidden, weight, bias, targets, softcap, options.logit_scale, options.temperature, options.ignore_index,
         ",".join(outputs), frozen, impl,
@@ -109,7 +111,7 @@ def _forward_op(
     _check_targets(targets, len(weight), ignore_index)
     if len(hidden) == 0:
         return tuple(empty_forward(hidden, names, frozen))
-    return tuple(_module(impl).forward(hidden, weight, bias, targets.long(), options, names, frozen))
+    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, frozen))
 
 
 @_forward_op.register_fake
@@ -143,7 +145,7 @@ def _backward_op(
     if len(hidden) == 0:
         return tuple(x.zero_() for x in nothing)
     row = RowGrads(grad, lse, q, grad_entropy, entropy)
-    grads = _module(impl).backward(hidden, weight, bias, targets.long(), row, options, needs)
+    grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs)
     return tuple(empty if g is None else g for g, empty in zip(grads, nothing, strict=True))
 
 

@@ -21,6 +21,9 @@ def linear_logprobs(
     ignore_index: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (N,), {name: (N,)}, all float64
     """`log_softmax(logits)[targets]` and every optional output; ignored rows are exactly 0 in all of them."""
+    # Ignored rows leave the graph here, so that whatever they hold (NaN included) cannot reach a gradient.
+    keep = targets != ignore_index
+    hidden = torch.where(keep[:, None], hidden, 0.0)
     logits = hidden.double() @ weight.to(hidden.dtype).double().T  # (N, V)
     if bias is not None:
         logits = logits + bias.double()
@@ -29,10 +32,7 @@ def linear_logprobs(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / temperature
 
-    keep = targets != ignore_index
-    index = torch.where(keep, targets, 0).long()[:, None]
-    # Ignored rows leave the graph here, so that whatever they hold (NaN included) cannot reach a gradient.
-    logits = torch.where(keep[:, None], logits, 0.0)
+    index = torch.where(keep, targets, 0)[:, None]
     log_probs = torch.log_softmax(logits, dim=-1)
     probs = log_probs.exp()
     # 0 * log 0 = 0, as the entropy has it.

@@ -3,7 +3,7 @@
     N tokens, D hidden, V vocabulary; a row's target is y. Logits inside kernels are in base 2: z2 = z log2(e).
     Prefixes: i_ program index, o_ offsets, m_ mask, b_ a block in registers.
 
-Forward. `_target_kernel` makes the targets' logits; `_fold_kernel` folds one row block x one vocabulary segment into
+Forward. `_target_kernel` makes the targets' logits, `_fold_kernel` folds one row block x one vocabulary segment into
 
     total = sum over v != y of exp(z_v - z_y)
 
@@ -353,7 +353,8 @@ def _dlogits_kernel(
         b_dz *= 1.0 - b_tanh * b_tanh
     # A row that does not count is exactly 0 whatever its hidden state holds; so are the target and the tail.
     special = ((b_local >= i_v * BLOCK_V) & (b_local < (i_v + 1) * BLOCK_V)) | (b_y == IGNORED)
-    if (tl.max(special.to(tl.int32), 0) > 0) | ((i_v + 1) * BLOCK_V > C):
+    # (With a softcap both sides of a branch would not fit the registers, so there the mask is always on.)
+    if (tl.max(special.to(tl.int32), 0) > 0) | ((i_v + 1) * BLOCK_V > C) | SOFTCAP:
         drop = (o_v[None, :] == b_local[:, None]) | (b_y == IGNORED)[:, None] | (o_v >= C)[None, :]
         b_dz = tl.where(drop, 0.0, b_dz)
     if DESC:
@@ -442,7 +443,7 @@ class Operands:
         return {"HAS_BIAS": self.bias is not None, "SOFTCAP": self.softcap}
 
 
-def _tile_args(config: Config) -> dict:
+def tile_args(config: Config) -> dict:
     blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
     return {**blocks, "DESC": config.descriptors, "GROUP": 8, **config.launch}
 
@@ -476,7 +477,7 @@ def forward(
     op = Operands(hidden, weight, bias, targets, options)
     n, v = len(hidden), len(weight)
     z2_y = _target_logits(op)
-    config = op.config("fold", weight if weight.dtype == hidden.dtype else hidden)
+    config = op.config("outputs" if outputs else "fold", weight if weight.dtype == hidden.dtype else hidden)
     count = segments(hidden.device, triton.cdiv(v, config.block_v))
     wanted = {flag: name in outputs for flag, name in FOLDED.items()}
 
@@ -495,7 +496,7 @@ def forward(
                 _loadable(w, config.block_v, config.block_d, config),
                 b, op.y, z2_y, totals, far, sums, tops, n, v, hidden.shape[1], first, s0, s1 - s0, *hidden.stride(),
                 *w.stride(), op.k_in, op.k_out, **op.flags(), RESCUE=rescue, **wanted, SEGMENTS=count,
-                **_tile_args(config),
+                **tile_args(config),
             )  # fmt: skip
         _finish_kernel[(triton.cdiv(n, 128),)](
             totals, op.y, z2_y, far, logps, lse, q, sums, tops, extra, n, v, RESCUE=rescue, **wanted, SEGMENTS=count,
@@ -628,7 +629,7 @@ def _dlogits(
         b, op.y[part], row.lse[part], grad[part], grad_entropy[part] if has_entropy else grad,
         row.entropy[part] if has_entropy else grad, _loadable(dz, config.block_n, config.block_v, config),
         n, c, h.shape[1], first, *h.stride(), *w.stride(), dz.stride(0), op.k_in, op.k_out, **op.flags(),
-        ENTROPY=has_entropy, **_tile_args(config),
+        ENTROPY=has_entropy, **tile_args(config),
     )  # fmt: skip
     return dz
 

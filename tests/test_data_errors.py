@@ -55,7 +55,7 @@ def test_invalid_utf8_in_parquet_stops_the_run(tmp_path):
 
     strings = pyarrow.array([b"good", b"caf\xe9"]).view("string")
     pyarrow.parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="rows.parquet is not a readable Parquet file: 'utf-8' codec"):
+    with pytest.raises(DataError, match=r"rows\.parquet is not a readable Parquet file: 'utf-8' codec"):
         load_examples(str(tmp_path / "rows.parquet"), "sft", PLAIN, 64)
 
 

@@ -219,8 +219,9 @@ def _copy(x_ptr, out_ptr, n, BLOCK: tl.constexpr, MASK_LOAD: tl.constexpr, MASK_
         tl.store(out_ptr + o, x)
 
 
-def test_masked_accesses_pass_at_a_ragged_end():
-    x, out = torch.randn(70), torch.empty(70)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_masked_accesses_pass_at_a_ragged_end(dtype):
+    x, out = torch.randn(70).to(dtype), torch.empty(70, dtype=dtype)
     _copy[(3,)](x, out, 70, 32, True, True)
     assert torch.equal(out, x)
 
@@ -249,6 +250,12 @@ def test_running_into_another_argument_is_out_of_bounds():
     both = torch.randn(2, 64)
     with pytest.raises(OutOfBounds, match="byte 256 from the start of 'x_ptr'"):
         _copy[(4,)](both[0], both[1], 128, 32, True, True)
+
+
+def test_an_empty_tensor_holds_nothing():
+    with pytest.raises(OutOfBounds, match="of 'out_ptr'"):
+        _copy[(1,)](torch.randn(32), torch.empty(0), 32, 32, True, True)
+    _copy[(1,)](torch.empty(0), torch.empty(0), 0, 32, True, True)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Small kernels to try the ahead-of-time compiler on, each with one thing to find. Compiled in aot_worker's processes."""
+"""Small kernels to try the ahead-of-time compiler on, compiled in the processes of aot_worker."""
 
 import triton
 import triton.language as tl

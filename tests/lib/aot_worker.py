@@ -7,9 +7,8 @@ from multiprocessing import get_context
 
 def compiling_processes(count: int = 1) -> ProcessPoolExecutor:
     """Functions submitted to it are found by their module's name, so they stand in tests/lib or in the package."""
-    return ProcessPoolExecutor(
-        count,
-        mp_context=get_context("spawn"),
-        initializer=os.environ.pop,
-        initargs=("TRITON_INTERPRET", None),
-    )
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_interpreter_off)
+
+
+def _interpreter_off():
+    os.environ.pop("TRITON_INTERPRET", None)

@@ -54,7 +54,7 @@ def sparse_tensor(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tenso
 # ---- the memory of one launch --------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Argument:
     """A tensor argument: its bytes [start, stop) and which of them are its elements."""
 
@@ -63,10 +63,10 @@ class Argument:
 
     def __post_init__(self):
         sizes, strides = self.tensor.shape, self.tensor.stride()
-        spread = [(abs(s), n) for n, s in zip(sizes, strides, strict=True) if n > 1 and s != 0]
+        spread = [(stride, size) for size, stride in zip(sizes, strides, strict=True) if size > 1 and stride != 0]
         self.dimensions = sorted(spread, reverse=True)  # (stride, size), outermost first
         self.width = self.tensor.element_size()
-        self.extent = 1 + sum((size - 1) * stride for stride, size in self.dimensions)
+        self.extent = 1 + sum((size - 1) * stride for stride, size in self.dimensions) if self.tensor.numel() else 0
         self.start = self.tensor.data_ptr()
         self.stop = self.start + self.extent * self.width
         self.dense = self.extent == math.prod(size for _, size in self.dimensions)
@@ -180,7 +180,7 @@ class LaunchMemory:
 
 
 def tensor_arguments(names: list[str], values: list) -> list[Argument]:
-    """The non-empty tensors among the arguments of a launch, inside of tuples and descriptors too."""
+    """The tensors among the arguments of a launch, inside of tuples and descriptors too."""
     found = []
     for name, value in zip(names, values, strict=True):
         value = interpreter._unwrap_tensor(value)
@@ -188,7 +188,7 @@ def tensor_arguments(names: list[str], values: list) -> list[Argument]:
             found += tensor_arguments([f"{name}[{i}]" for i in range(len(value))], list(value))
         elif isinstance(value, interpreter.TensorDescriptor):
             found += tensor_arguments([name], [value.base])
-        elif isinstance(value, torch.Tensor) and value.numel():
+        elif isinstance(value, torch.Tensor):
             if value.device.type != "cpu":
                 raise TypeError(f"the strict interpreter checks CPU tensors only, got {name} on {value.device}")
             found.append(Argument(name, value))
@@ -209,10 +209,10 @@ def begin_launch(arguments: list[Argument]):
 def _implicit_cvt(stock, value):
     """Makes a pointer of a tensor. Its type carries the argument, being the one thing that arithmetic on pointers
     hands on: so an access that runs into the next argument is out of bounds too."""
-    pointer = stock(value)
-    if isinstance(value, torch.Tensor) and value.numel():
-        pointer.handle.dtype.argument = _launch.owner(value)
-    return pointer
+    converted, tensor = stock(value), interpreter._unwrap_tensor(value)
+    if isinstance(tensor, torch.Tensor):
+        converted.handle.dtype.argument = _launch.owner(tensor)
+    return converted
 
 
 def _access(builder, kind, pointers, mask):

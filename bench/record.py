@@ -1,0 +1,71 @@
+"""What every benchmark writes down about where it ran, and how a table is printed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+PACKAGES = ("torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads, and how busy the machine was."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
+def cpu_name() -> str:
+    """The model, and the vector units that decide a matrix product's speed."""
+    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*:\s*(.*)", lines)
+    flags = re.search(r"flags\s*:\s*(.*)", lines)
+    units = [x for x in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flags and x in flags[1].split()]
+    return " ".join([name[1].strip() if name else platform.processor() or platform.machine(), *units])
+
+
+def slug(text: str) -> str:
+    """A file name's part."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Written aside and renamed, so that a run cut short leaves the rows so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, padded so that it reads as plain text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        first, *others = (f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,95 @@
+"""Every large kernel as the launcher would build it: signature and constants for a chip, a dtype and a set of options.
+
+For compiling ahead of time: the tests hold each of these to no spills, and the report prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import triton_head
+from .configs import Config, choose
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Options that change the code: a name, and the constants that differ from plain.
+FOLD_VARIANTS = {
+    "plain": {},
+    "softcap": {"SOFTCAP": True},
+    "bias": {"HAS_BIAS": True},
+    "entropy": {"ENTROPY": True},
+    "rescue": {"RESCUE": True},
+    "all outputs": {"ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True},
+    "softcap, all outputs": {"SOFTCAP": True, "ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True},
+}
+DLOGITS_VARIANTS = {
+    "plain": {},
+    "softcap": {"SOFTCAP": True},
+    "bias": {"HAS_BIAS": True},
+    "entropy": {"ENTROPY": True},
+    "softcap, entropy": {"SOFTCAP": True, "ENTROPY": True},
+}
+OUTPUT_FLAGS = {"ENTROPY", "SQUARES", "MEAN", "TOP1"}
+FOLD_FLAGS = ("HAS_BIAS", "SOFTCAP", "RESCUE", "ENTROPY", "SQUARES", "MEAN", "TOP1")
+DLOGITS_FLAGS = ("HAS_BIAS", "SOFTCAP", "ENTROPY")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What `aot.compile_for` needs to build one kernel as the launcher would."""
+
+    name: str
+    kernel: object
+    config: Config
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+
+
+def shipped(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
+    """Fold and dlogits in every variant for `chip` (90 is sm_90), with operands by descriptor where it has them."""
+    for variant, flags in FOLD_VARIANTS.items():
+        kernel = "outputs" if OUTPUT_FLAGS & flags.keys() else "fold"
+        yield _fold(f"fold, {variant}", flags, choose(kernel, chip, dtype, descriptors), dtype)
+    for variant, flags in DLOGITS_VARIANTS.items():
+        yield _dlogits(f"dlogits, {variant}", flags, choose("dlogits", chip, dtype, descriptors), dtype)
+
+
+def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+    vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32", "z2_y": "*fp32", "totals": "*fp32", "far": "*i32"}
+    signature = {**_operands(config, dtype), **vectors, "sums": "*fp32", "tops": "*fp32"}
+    sizes = ("N", "V", "D", "first", "first_segment", "segments", "stride_hn", "stride_wv")
+    constants = dict.fromkeys(FOLD_FLAGS, False) | flags | {"SEGMENTS": 33}
+    aligned = ("N", "V", "D", "stride_hn", "stride_wv")
+    return _shipped(name, triton_head._fold_kernel, config, signature, sizes, constants, aligned)
+
+
+def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+    vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32"}
+    vectors |= dict.fromkeys(("lse", "grad", "grad_entropy", "entropy"), "*fp32")
+    out = _loadable(config, dtype, config.block_n, config.block_v)
+    signature = {**_operands(config, dtype), **vectors, "dz": out}
+    sizes = ("N", "C", "D", "first", "stride_hn", "stride_wv", "stride_dz")
+    constants = dict.fromkeys(DLOGITS_FLAGS, False) | flags
+    return _shipped(name, triton_head._dlogits_kernel, config, signature, sizes, constants, sizes)
+
+
+def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
+    signature = {**signature, **dict.fromkeys(sizes, "i32"), "k_in": "fp32", "k_out": "fp32"}
+    tile = {k: v for k, v in triton_head.tile_args(config).items() if k not in config.launch}
+    pointers = tuple(n for n, t in signature.items() if t.startswith("*"))
+    constants = {**constants, "stride_hd": 1, "stride_wd": 1, **tile}  # the JIT makes constants of unit strides
+    return Shipped(name, kernel, config, signature, constants, (*pointers, *aligned))
+
+
+def _operands(config: Config, dtype: torch.dtype) -> dict[str, str]:
+    return {
+        "h": _loadable(config, dtype, config.block_n, config.block_d),
+        "w": _loadable(config, dtype, config.block_v, config.block_d),
+    }
+
+
+def _loadable(config: Config, dtype: torch.dtype, rows: int, columns: int) -> str:
+    return f"tensordesc<{TYPES[dtype]}[{rows}, {columns}]>" if config.descriptors else f"*{TYPES[dtype]}"
