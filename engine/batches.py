@@ -6,6 +6,7 @@ E examples (pairs, labelled completions or demonstrations), B sequences, T padde
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -66,7 +67,10 @@ class Examples:
 
     def fingerprint(self) -> str:
         """Changes with any token, and with nothing else."""
-        return hashlib.sha256(repr(self.sequences).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for ids in (ids for group in self.sequences for tokens in group for ids in tokens):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+        return digest.hexdigest()
 
 
 def examples_of(dataset: Sequence[Example]) -> Examples:

@@ -192,6 +192,8 @@ def validate(config: Config, command: str) -> Config:
             )
     if not trains and config.output_file is not None and Path(config.output_file).exists():
         raise UserError(f"output_file {config.output_file} exists: give another name, or remove it")
+    if config.output_file is not None and not Path(config.output_file).absolute().parent.is_dir():
+        raise UserError(f"output_file {config.output_file} is in a folder that does not exist: make it first")
     try:
         config.loss()
     except (ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ from prefuse.engine.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.config import Config
 from prefuse.engine.dataset import KIND_OF, read_evaluation_data
 from prefuse.engine.forward import LanguageModel, completion_hidden, count_items, fused_loss, reference_point
-from prefuse.engine.model import check_model, device_of, load_model, load_tokenizer
+from prefuse.engine.model import check_model, check_same_vocabulary, device_of, load_model, load_tokenizer
 from prefuse.engine.order import draw_mismatches, plan_evaluation
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import add_metrics, table
@@ -111,6 +111,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
     for model in lm, ref:
         check_model(model, examples)
+    check_same_vocabulary(lm, ref)
     metrics = compare(lm, ref, examples, config)
     title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])

@@ -1,6 +1,8 @@
 """Answers to the prompts of a data set, by one model or by two side by side.
 
 prefuse generate --model_name_or_path run --ref_model_name_or_path base --dataset_name pairs.jsonl
+
+Prompts are padded on the left, and nothing else shapes the text: greedy, or the plain distribution at a temperature.
 """
 
 import json
@@ -10,9 +12,9 @@ import torch
 
 from prefuse.engine.config import Config
 from prefuse.engine.data import Prompt, load_prompts
+from prefuse.engine.dataset import hold_out_rows
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.model import device_of, load_model, load_tokenizer
-from prefuse.engine.order import hold_out
 from prefuse.engine.report import progress_bar, say, table
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
@@ -90,7 +92,7 @@ def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
         prompts = load_prompts(config.eval_dataset, tokenizer, config.max_length, split=config.dataset_test_split)
     else:
         prompts = load_prompts(config.dataset_name, tokenizer, config.max_length, split=config.dataset_train_split)
-        _, held = hold_out([prompt.ids for prompt in prompts], config.eval_fraction, config.seed)
+        _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
     prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each
     return prompts[: config.num_prompts or None]

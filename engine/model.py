@@ -91,8 +91,16 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
     probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
     try:
         check_head(lm.model, probe, impl=lm.impl)
-    except UnsupportedModel as error:
+    except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+
+
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+    own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
+    if own != theirs:
+        raise UserError(
+            f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
+        )
 
 
 def save_model(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -19,8 +19,10 @@ def generator(purpose: str, seed: int, epoch: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
-def hold_out(prompts: Sequence[list[int]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out, in the order of the data.
+def hold_out(
+    prompts: Sequence[list[int]], fraction: float, seed: int, at_least: int = 1
+) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out (of `at_least` so many prompts), in the order of the data.
 
     Whole prompts are held out: rows that share a prompt stay on one side, so nothing held out was seen in training.
     """
@@ -28,10 +30,10 @@ def hold_out(prompts: Sequence[list[int]], fraction: float, seed: int) -> tuple[
         return list(range(len(prompts))), []
     keys = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
     distinct = sorted(set(keys))
-    held = set(distinct[: max(1, round(fraction * len(distinct)))])
+    held = set(distinct[: max(at_least, round(fraction * len(distinct)))])
     if fraction < 1 and len(held) == len(distinct):
         raise UserError(
-            f"holding out eval_fraction {fraction} of {len(distinct)} distinct prompt(s) leaves nothing to train on: "
+            f"holding out {len(held)} of {len(distinct)} distinct prompt(s) leaves nothing to train on: "
             "set eval_fraction to 0, or give an eval_dataset"
         )
     sides: tuple[list[int], list[int]] = ([], [])

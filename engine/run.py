@@ -14,11 +14,11 @@ import prefuse
 from prefuse.engine.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.checkpoint import check_same, latest_checkpoint, load_checkpoint, read_state
 from prefuse.engine.config import Config, write_yaml
-from prefuse.engine.dataset import KIND_OF, read_training_data
+from prefuse.engine.dataset import KIND_OF, read_training_data, write_skipped
 from prefuse.engine.errors import UserError
 from prefuse.engine.eval import HeldOut, hold
 from prefuse.engine.forward import LanguageModel
-from prefuse.engine.model import check_model, device_of, load_model, load_tokenizer
+from prefuse.engine.model import check_model, check_same_vocabulary, device_of, load_model, load_tokenizer
 from prefuse.engine.optimizer import make_optimizer
 from prefuse.engine.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.reference import reference_logps
@@ -27,8 +27,9 @@ from prefuse.losses import Loss
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may differ in these: they do not change the weights it ends with.
+# A resumed run may differ in these: they do not change the weights it ends with. (Its rows are compared by token.)
 FREE_ON_RESUME = {
+    "dataset_name", "dataset_train_split", "dataset_test_split",
     "output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_dataset", "device",
     "per_device_eval_batch_size", "reference_cache", "output_file", "num_prompts", "max_new_tokens", "temperature",
 }  # fmt: skip
@@ -92,7 +93,8 @@ def prepare(config: Config, command: str) -> Run:
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     kind = KIND_OF["sft" if command == "sft" else config.loss_type]
-    examples, held_examples = read_training_data(config, kind, tokenizer)
+    examples, held_examples, skipped = read_training_data(config, kind, tokenizer)
+    write_skipped(skipped, folder / "skipped.jsonl")
     lm = load_model(config.model_name_or_path, config, device)
     check_model(lm, examples)
     data, held = _meet_reference(lm, examples, held_examples, loss, config)
@@ -107,7 +109,7 @@ def prepare(config: Config, command: str) -> Run:
         window.restore(state["window"], device)
         start = state["step"]
         say(f"resuming after step {start}, from {checkpoint}")
-    write_yaml(config, folder / "config.yaml", command)
+    write_yaml(dataclasses.replace(config, resume=False), folder / "config.yaml", command)
     log = MetricsLog(folder / "metrics.jsonl", resumed_at=start if checkpoint else None)
     return Run(config, loss, folder, tokenizer, lm, optimizer, data, held, identity, log, window, start)
 
@@ -146,6 +148,7 @@ def _meet_reference(
     if config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device)
         check_model(ref, examples)
+        check_same_vocabulary(lm, ref)
     say(f"reference log-probabilities of {len(examples)} examples ...")
     batches = [[indices for step in plan for indices in step] for plan in plans]  # as the policy will meet them
     logps = reference_logps(ref, examples, batches[0], config.reference_cache)

@@ -37,7 +37,7 @@ def train(config: Config, command: str) -> dict[str, float]:
     metrics = train_loop(run)
     publish_model(run)
     plot_curves(run.log.path, run.folder / "curves.png")
-    say(f"saved the model, config.yaml, metrics.jsonl and curves.png in {run.folder}")
+    say(f"{run.data.total_steps} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
     return metrics
 
 

@@ -28,7 +28,8 @@ class Config:
 
 INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
 
-# bf16 and fp16: capability from -> kernel -> tile. "outputs" folds optional outputs too, and needs the registers.
+# bf16 and fp16: capability from -> kernel -> tile. "fold" also pulls for a frozen head, then with the same bits;
+# "outputs" folds optional outputs too, and "pull softcap" takes a slope, which both need registers for.
 # Each compiles without spills in all of its variants (see `shipped`), which the tests hold it to.
 HALF_PRECISION = {
     80: {  # also every chip whose operands do not allow descriptors
@@ -38,7 +39,8 @@ HALF_PRECISION = {
     },
     90: {
         "fold": Config(128, 256, 64, 8, 3, True),
-        "outputs": Config(128, 256, 64, 8, 3, True),
+        "outputs": Config(128, 128, 64, 8, 3, True),
+        "pull softcap": Config(128, 128, 64, 8, 3, True),
         "dlogits": Config(128, 256, 64, 8, 3, True),
     },
     100: {
@@ -67,14 +69,22 @@ def capability(device: torch.device) -> int:
 
 
 def choose(kernel: str, chip: int, dtype: torch.dtype, descriptors: bool) -> Config:
-    """The tile of `kernel` ("fold", "outputs", "dlogits") on `chip`; `descriptors`: whether the operands allow them."""
+    """The tile of `kernel` on `chip`; `descriptors` says whether the operands allow them."""
     if chip == INTERPRETER:
         return Config(16, 32, 16, 4, 1, descriptors)
     if dtype == torch.float32:
         return FULL_PRECISION
     if chip < min(HALF_PRECISION):
         raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
-    return HALF_PRECISION[max(least for least in HALF_PRECISION if least <= chip) if descriptors else 80][kernel]
+    table = HALF_PRECISION[max(least for least in HALF_PRECISION if least <= chip) if descriptors else 80]
+    return table["fold"] if kernel == "pull softcap" and kernel not in table else table[kernel]
+
+
+def fold_kernel(outputs: bool, pull: bool, softcap: bool) -> str:
+    """The table's name for a forward with these needs."""
+    if outputs:
+        return "outputs"
+    return "pull softcap" if pull and softcap else "fold"
 
 
 def segments(device: torch.device, tiles: int) -> int:

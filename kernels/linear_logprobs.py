@@ -77,9 +77,9 @@ def linear_logprobs(
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
 
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    # Differentiable entropy has a direction of its own, and float16 no range for the unnormalized one.
-    one_pass = "entropy" not in outputs and hidden.dtype != torch.float16
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable and one_pass
+    # float16 has no range for an unnormalized direction.
+    one_pass = not trainable and hidden.dtype != torch.float16
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and one_pass
     logps, _, _, extra, _ = _forward_op(
         hidden, weight, bias, targets, softcap, options.logit_scale, options.temperature, options.ignore_index,
         ",".join(outputs), frozen, impl,
@@ -164,20 +164,17 @@ def _save(ctx, inputs, output) -> None:
     names = outputs.split(",")
     ctx.entropy_row = names.index("entropy") if "entropy" in names else None
     ctx.scalars, ctx.frozen, ctx.impl = scalars, frozen, impl
-    if frozen:
-        ctx.save_for_backward(direction)
-    else:
-        entropy = None if ctx.entropy_row is None else extra[ctx.entropy_row].clone()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy)
+    entropy = None if ctx.entropy_row is None else extra[ctx.entropy_row].clone()
+    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction if frozen else None)
 
 
 def _backward(ctx, grad, _lse, _q, grad_extra, _direction):
     nothing = (None,) * 8
-    if ctx.frozen:
-        (direction,) = ctx.saved_tensors
-        return None if grad is None else _scale_rows_op(grad, direction), None, None, *nothing
-    hidden, weight, bias, targets, lse, q, entropy = ctx.saved_tensors
+    hidden, weight, bias, targets, lse, q, entropy, direction = ctx.saved_tensors
     grad_entropy = None if grad_extra is None or ctx.entropy_row is None else grad_extra[ctx.entropy_row]
+    if ctx.frozen and grad_entropy is None:
+        return None if grad is None else _scale_rows_op(grad, direction), None, None, *nothing
+    # The entropy has another direction: where someone differentiates it, the tiles are recomputed.
     grad = torch.zeros_like(lse) if grad is None else grad
     needs = ctx.needs_input_grad[:3]
     grads = _backward_op(

@@ -5,7 +5,7 @@
 Forward folds each tile of logits `z (R, C)`, the target's own column left out, against a shift:
 
     total_i = sum over v != y of exp(z_iv - shift_i)            shift_i = z_iy
-    gap_i   = (shift_i - z_iy) + log total_i                 logp_i = -softplus(gap_i)    q_i = sigmoid(gap_i) = 1 - p_iy
+    gap_i   = (shift_i - z_iy) + log total_i                logp_i = -softplus(gap_i)    q_i = sigmoid(gap_i) = 1 - p_iy
 
 Rows whose target lies too far under another logit are folded again, shifted by their maximum.
 Backward recomputes each tile, turns it into dlogits in place and feeds two matrix products.

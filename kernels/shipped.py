@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from . import triton_head
-from .configs import Config, choose
+from .configs import Config, choose, fold_kernel
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+ALL_OUTPUTS = {"ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True}
 # Options that change the code: a name, and the constants that differ from plain.
 FOLD_VARIANTS = {
     "plain": {},
@@ -21,8 +22,12 @@ FOLD_VARIANTS = {
     "bias": {"HAS_BIAS": True},
     "entropy": {"ENTROPY": True},
     "rescue": {"RESCUE": True},
-    "all outputs": {"ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True},
-    "softcap, all outputs": {"SOFTCAP": True, "ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True},
+    "pull": {"PULL": True},
+    "pull, softcap": {"PULL": True, "SOFTCAP": True},
+    "pull, bias": {"PULL": True, "HAS_BIAS": True},
+    "pull, softcap, all outputs": {"PULL": True, "SOFTCAP": True, **ALL_OUTPUTS},
+    "all outputs": ALL_OUTPUTS,
+    "softcap, all outputs": {"SOFTCAP": True, **ALL_OUTPUTS},
 }
 DLOGITS_VARIANTS = {
     "plain": {},
@@ -31,8 +36,7 @@ DLOGITS_VARIANTS = {
     "entropy": {"ENTROPY": True},
     "softcap, entropy": {"SOFTCAP": True, "ENTROPY": True},
 }
-OUTPUT_FLAGS = {"ENTROPY", "SQUARES", "MEAN", "TOP1"}
-FOLD_FLAGS = ("HAS_BIAS", "SOFTCAP", "RESCUE", "ENTROPY", "SQUARES", "MEAN", "TOP1")
+FOLD_FLAGS = ("HAS_BIAS", "SOFTCAP", "RESCUE", "PULL", "ENTROPY", "SQUARES", "MEAN", "TOP1")
 DLOGITS_FLAGS = ("HAS_BIAS", "SOFTCAP", "ENTROPY")
 
 
@@ -51,18 +55,19 @@ class Shipped:
 def shipped(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
     """Fold and dlogits in every variant for `chip` (90 is sm_90), with operands by descriptor where it has them."""
     for variant, flags in FOLD_VARIANTS.items():
-        kernel = "outputs" if OUTPUT_FLAGS & flags.keys() else "fold"
+        kernel = fold_kernel(bool(ALL_OUTPUTS.keys() & flags.keys()), "PULL" in flags, "SOFTCAP" in flags)
         yield _fold(f"fold, {variant}", flags, choose(kernel, chip, dtype, descriptors), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
         yield _dlogits(f"dlogits, {variant}", flags, choose("dlogits", chip, dtype, descriptors), dtype)
 
 
 def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
-    vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32", "z2_y": "*fp32", "totals": "*fp32", "far": "*i32"}
-    signature = {**_operands(config, dtype), **vectors, "sums": "*fp32", "tops": "*fp32"}
-    sizes = ("N", "V", "D", "first", "first_segment", "segments", "stride_hn", "stride_wv")
+    vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32", "z2_y": "*fp32", "far": "*i32", "parts": "*fp32"}
+    pulls = _loadable(config, dtype, config.block_n, config.block_v) if "PULL" in flags else "*fp32"
+    signature = {**_operands(config, dtype), **vectors, "pulls": pulls}
+    aligned = ("N", "V", "D", "plane", "row", "stride_hn", "stride_wv", "stride_pn")
+    sizes = ("first", "first_segment", "segments", *aligned)
     constants = dict.fromkeys(FOLD_FLAGS, False) | flags | {"SEGMENTS": 33}
-    aligned = ("N", "V", "D", "stride_hn", "stride_wv")
     return _shipped(name, triton_head._fold_kernel, config, signature, sizes, constants, aligned)
 
 

@@ -11,9 +11,12 @@ and `_finish_kernel` adds the segments in a fixed order: logp = -softplus(log to
 Rows whose target lies too far under another logit are folded once more against their running maximum; a program
 without such a row returns at once, so nobody waits for the answer.
 
-Backward, for each vocabulary slice: `_dlogits_kernel` recomputes the tiles and writes dz in the operands' dtype with the
-target's column left out; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's own
-term, which dominates and cancels, is added in float32 by `_target_hidden_kernel` and `_target_weight_kernel`.
+Backward, a vocabulary slice at a time: `_dlogits_kernel` recomputes the tiles and writes dz in the operands' dtype,
+without the target's column; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's
+own term, which dominates and cancels, is added in float32 by `_target_hidden_kernel` and `_target_weight_kernel`.
+
+With a frozen head no backward is needed: d logp / d hidden = q (W[y] - mean of W under the other tokens), so the forward
+also stores e tile by tile ("pull") and one matrix product makes the mean; `dhidden` is then g times the direction.
 
 No atomics: every number is the sum of the same terms in the same order, run after run.
 """
@@ -29,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, segments
+from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, fold_kernel, segments
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
 from .portable import MAX_TOTAL, Forward, RowGrads
@@ -41,6 +44,19 @@ FAR = tl.constexpr(MAX_TOTAL)
 # Targets as the kernels see them: a column, or why there is none.
 IGNORED = tl.constexpr(-1)
 OUTSIDE = tl.constexpr(-2)  # not in the vocabulary: its log-probability is NaN
+
+# What a fold leaves for each row and segment: planes of one array (planes, segments, N).
+TOTAL = tl.constexpr(0)  # sum of e = exp(z - shift) over v != y
+SHIFT = tl.constexpr(1)  # rescue: what the exponents were taken against, in base 2
+ROUNDED = tl.constexpr(1)  # pull: sum of the weights of W as they were stored
+EXACT = tl.constexpr(2)  # pull under a softcap: sum of the same weights before rounding
+WEIGHTED = tl.constexpr(3)  # sum of (z2 - shift) e
+SQUARED = tl.constexpr(4)  # sum of e^2
+PLAIN = tl.constexpr(5)  # sum of z2, target included
+BEFORE = tl.constexpr(6)  # largest logit before the target, the target's from the same product, and after it
+OWN = tl.constexpr(7)
+AFTER = tl.constexpr(8)
+PLANES = (3, 9)  # without and with optional outputs
 
 # dlogits buffer and vocabulary slice of the backward (rows that fit the buffer go at once).
 BUFFER_BYTES = 64 << 20
@@ -145,44 +161,53 @@ def _target_kernel(
 
 @triton.jit
 def _fold_kernel(
-    h, w, bias, y, z2_y, totals, far, sums, tops,
-    # (N, D), (C, D) = rows first... of the weight, (C,), (N,), (N,), (N,) -> (2, SEGMENTS, N), (3, SEGMENTS, N) twice
-    N, V, D, first, first_segment, segments, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
-    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, DESC: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    h, w, bias, y, z2_y, far, parts, pulls,
+    # (N, D), (C, D) = rows first... of the weight, (C,), (N,), (N,), (N,) -> (planes, segments, N), (N, C)
+    N, V, D, first, first_segment, segments, plane, row, stride_hn, stride_hd, stride_wv, stride_wd, stride_pn,
+    k_in, k_out,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, DESC: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row block x one vocabulary segment -> its part of every sum, the target's column left out."""
+    """One row block x one vocabulary segment -> its part of every sum, the target's column left out.
+
+    RESCUE: shifted by the running maximum, for row blocks with a far row. PULL: also stores the weights that each row
+    of W has in d logp / d hidden, e times the softcap's slope; a segment is then one tile.
+    """
     i_n, i_s = _program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
-    i_s += first_segment
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    if RESCUE:  # only for the rows that the first fold could not hold
-        b_far = tl.load(far + o_n, mask=m_n, other=0)
-        if tl.max(b_far, 0) == 0:
+    if RESCUE:
+        if tl.max(tl.load(far + o_n, mask=m_n, other=0), 0) == 0:
             return
     b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_local = b_y - first
     b_shift = tl.load(z2_y + o_n, mask=m_n, other=0.0)
     if RESCUE:
         b_shift = tl.full([BLOCK_N], -1e30, tl.float32)  # finite: -inf - -inf is NaN
     b_total = tl.zeros([BLOCK_N], tl.float32)
     b_weighted = tl.zeros([BLOCK_N], tl.float32)
-    b_squares = tl.zeros([BLOCK_N], tl.float32)
+    b_squared = tl.zeros([BLOCK_N], tl.float32)
     b_plain = tl.zeros([BLOCK_N], tl.float32)
     b_before = tl.full([BLOCK_N], NEG_INF, tl.float32)
     b_own = tl.full([BLOCK_N], NEG_INF, tl.float32)
     b_after = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    # (planes, segments, N): 64-bit, for their product may pass 2^31
+    p_part = parts + i_s.to(tl.int64) * row + o_n
+    plane = tl.cast(plane, tl.int64)
 
     tiles = tl.cdiv(V, BLOCK_V)
-    for tile in range(i_s * tiles // SEGMENTS, (i_s + 1) * tiles // SEGMENTS):
-        column = tile * BLOCK_V - first
+    i_s += first_segment
+    tile = i_s * tiles // SEGMENTS
+    count = 1 if PULL else (i_s + 1) * tiles // SEGMENTS - tile
+    for i in range(count):
+        column = (tile + i) * BLOCK_V - first
         acc = _products(
             h, w, i_n * BLOCK_N, column, N, V - first, D, stride_hn, stride_hd, stride_wv, stride_wd,
             DESC, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         o_v = column + tl.arange(0, BLOCK_V)
-        b_z, _ = _logits(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
-        b_local = b_y - first
+        b_z, b_tanh = _logits(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
         if MEAN:
             b_plain += tl.sum(tl.where((o_v < V - first)[None, :], b_z, 0.0), 1)
         if TOP1:
@@ -193,15 +218,21 @@ def _fold_kernel(
             b_own = tl.maximum(b_own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
             b_after = tl.maximum(b_after, tl.max(tl.where(after, b_z, NEG_INF), 1))
         # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
-        hit = tl.max(((b_local >= column) & (b_local < column + BLOCK_V)).to(tl.int32), 0)
-        if (hit > 0) | (column + BLOCK_V > V - first):
-            b_z = tl.where((o_v[None, :] == b_local[:, None]) | (o_v >= V - first)[None, :], NEG_INF, b_z)
+        special = (b_local >= column) & (b_local < column + BLOCK_V)
+        if PULL:
+            special |= b_y == IGNORED
+        # (Not with both slope and pull: then the branch's two sides would not fit the registers.)
+        if (tl.max(special.to(tl.int32), 0) > 0) | (column + BLOCK_V > V - first) | (PULL and SOFTCAP):
+            drop = (o_v[None, :] == b_local[:, None]) | (o_v >= V - first)[None, :]
+            if PULL:
+                drop |= (b_y == IGNORED)[:, None]
+            b_z = tl.where(drop, NEG_INF, b_z)
         if RESCUE:
             b_new = tl.maximum(b_shift, tl.max(b_z, 1))
             b_scale = tl.exp2(b_shift - b_new)
             # The moment moves with its shift: sum e (z - new) = scale * (sum e (z - old) + (old - new) sum e).
             b_weighted = b_scale * (b_weighted + (b_shift - b_new) * b_total)
-            b_squares *= b_scale * b_scale
+            b_squared *= b_scale * b_scale
             b_total *= b_scale
             b_shift = b_new
         b_gap = b_z - b_shift[:, None]
@@ -210,32 +241,64 @@ def _fold_kernel(
         if ENTROPY:
             b_weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
         if SQUARES:
-            b_squares += tl.sum(b_e * b_e, 1)
+            b_squared += tl.sum(b_e * b_e, 1)
+        if PULL:
+            if SOFTCAP:
+                b_e *= 1.0 - b_tanh * b_tanh
+                tl.store(p_part + EXACT * plane, tl.sum(b_e, 1), mask=m_n)
+            if DESC:
+                b_pull = b_e.to(pulls.dtype)
+                pulls.store([i_n * BLOCK_N, column], b_pull)
+            else:
+                b_pull = b_e.to(pulls.dtype.element_ty)
+                p_pull = pulls + o_n[:, None].to(tl.int64) * stride_pn + o_v[None, :]
+                tl.store(p_pull, b_pull, mask=m_n[:, None] & (o_v < V - first)[None, :])
+            tl.store(p_part + ROUNDED * plane, tl.sum(b_pull.to(tl.float32), 1), mask=m_n)
 
-    # (.., SEGMENTS, N): 64-bit, for SEGMENTS * N may pass 2^31
-    o_part = tl.cast(i_s, tl.int64) * N + o_n
-    plane = tl.cast(SEGMENTS, tl.int64) * N
-    tl.store(totals + o_part, b_total, mask=m_n)
+    tl.store(p_part + TOTAL * plane, b_total, mask=m_n)
     if RESCUE:
-        tl.store(totals + plane + o_part, b_shift, mask=m_n)
+        tl.store(p_part + SHIFT * plane, b_shift, mask=m_n)
     if ENTROPY:
-        tl.store(sums + o_part, b_weighted, mask=m_n)
+        tl.store(p_part + WEIGHTED * plane, b_weighted, mask=m_n)
     if SQUARES:
-        tl.store(sums + plane + o_part, b_squares, mask=m_n)
+        tl.store(p_part + SQUARED * plane, b_squared, mask=m_n)
     if MEAN:
-        tl.store(sums + 2 * plane + o_part, b_plain, mask=m_n)
+        tl.store(p_part + PLAIN * plane, b_plain, mask=m_n)
     if TOP1:
-        tl.store(tops + o_part, b_before, mask=m_n)
-        tl.store(tops + plane + o_part, b_own, mask=m_n)
-        tl.store(tops + 2 * plane + o_part, b_after, mask=m_n)
+        tl.store(p_part + BEFORE * plane, b_before, mask=m_n)
+        tl.store(p_part + OWN * plane, b_own, mask=m_n)
+        tl.store(p_part + AFTER * plane, b_after, mask=m_n)
+
+
+@triton.jit
+def _merge_kernel(
+    tile_parts, parts,  # (planes, count, N) of one vocabulary slice -> adds to (planes, SEGMENTS, N)
+    N, first_tile, count, tiles, SEGMENTS: tl.constexpr, SUMS: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles -> their segments, one after the other: the order of a fold without PULL, so the same bits."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    from_plane = tl.cast(count, tl.int64) * N
+    to_plane = tl.cast(SEGMENTS, tl.int64) * N
+    for i in range(count):
+        # the segment s with s * tiles // SEGMENTS <= tile < (s + 1) * tiles // SEGMENTS
+        s = ((first_tile + i + 1) * SEGMENTS - 1) // tiles
+        p_from = tile_parts + tl.cast(i, tl.int64) * N + o_n
+        p_to = parts + tl.cast(s, tl.int64) * N + o_n
+        for k in tl.static_range(SUMS):
+            b = tl.load(p_to + k * to_plane, mask=m_n, other=0.0)
+            tl.store(p_to + k * to_plane, b + tl.load(p_from + k * from_plane, mask=m_n, other=0.0), mask=m_n)
+        for k in tl.static_range(SUMS, SUMS + MAXIMA):
+            b = tl.load(p_to + k * to_plane, mask=m_n, other=0.0)
+            b = tl.maximum(b, tl.load(p_from + k * from_plane, mask=m_n, other=0.0))
+            tl.store(p_to + k * to_plane, b, mask=m_n)
 
 
 @triton.jit
 def _finish_kernel(
-    totals, y, z2_y, far, logps, lse, q, sums, tops, extra,
-    # (2, SEGMENTS, N), (N,), (N,) -> (N,) four times; (3, SEGMENTS, N) twice -> (4, N)
-    N, V, RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    parts, y, z2_y, far, logps, lse, q, share, extra,  # (planes, SEGMENTS, N), (N,), (N,) -> (N,) five times, (4, N)
+    N, V, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments in their order; total -> logp, lse, q and the optional outputs."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -251,33 +314,40 @@ def _finish_kernel(
     if RESCUE:
         b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
         for s in range(SEGMENTS):
-            b_shift = tl.maximum(b_shift, tl.load(totals + plane + tl.cast(s, tl.int64) * N + o_n, mask=m_n, other=0.0))
+            p_part = parts + tl.cast(s, tl.int64) * N + o_n
+            b_shift = tl.maximum(b_shift, tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0))
     b_total = tl.zeros([BLOCK], tl.float32)
+    b_rounded = tl.zeros([BLOCK], tl.float32)
+    b_exact = tl.zeros([BLOCK], tl.float32)
     b_weighted = tl.zeros([BLOCK], tl.float32)
-    b_squares = tl.zeros([BLOCK], tl.float32)
+    b_squared = tl.zeros([BLOCK], tl.float32)
     b_plain = tl.zeros([BLOCK], tl.float32)
     b_before = tl.full([BLOCK], NEG_INF, tl.float32)
     b_own = tl.full([BLOCK], NEG_INF, tl.float32)
     b_after = tl.full([BLOCK], NEG_INF, tl.float32)
     for s in range(SEGMENTS):
-        o_part = tl.cast(s, tl.int64) * N + o_n
-        b_part = tl.load(totals + o_part, mask=m_n, other=0.0)
+        p_part = parts + tl.cast(s, tl.int64) * N + o_n
+        b_part = tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0)
         b_moved = tl.zeros([BLOCK], tl.float32)  # this segment's shift - the common one
         b_scale = tl.full([BLOCK], 1.0, tl.float32)
         if RESCUE:
-            b_moved = tl.load(totals + plane + o_part, mask=m_n, other=0.0) - b_shift
+            b_moved = tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0) - b_shift
             b_scale = tl.exp2(b_moved)
         b_total += b_part * b_scale
+        if PULL:
+            b_rounded += tl.load(p_part + ROUNDED * plane, mask=m_n, other=0.0)
+            if SOFTCAP:
+                b_exact += tl.load(p_part + EXACT * plane, mask=m_n, other=0.0)
         if ENTROPY:
-            b_weighted += b_scale * (tl.load(sums + o_part, mask=m_n, other=0.0) + b_moved * b_part)
+            b_weighted += b_scale * (tl.load(p_part + WEIGHTED * plane, mask=m_n, other=0.0) + b_moved * b_part)
         if SQUARES:
-            b_squares += b_scale * b_scale * tl.load(sums + plane + o_part, mask=m_n, other=0.0)
+            b_squared += b_scale * b_scale * tl.load(p_part + SQUARED * plane, mask=m_n, other=0.0)
         if MEAN:
-            b_plain += tl.load(sums + 2 * plane + o_part, mask=m_n, other=0.0)
+            b_plain += tl.load(p_part + PLAIN * plane, mask=m_n, other=0.0)
         if TOP1:
-            b_before = tl.maximum(b_before, tl.load(tops + o_part, mask=m_n, other=NEG_INF))
-            b_own = tl.maximum(b_own, tl.load(tops + plane + o_part, mask=m_n, other=NEG_INF))
-            b_after = tl.maximum(b_after, tl.load(tops + 2 * plane + o_part, mask=m_n, other=NEG_INF))
+            b_before = tl.maximum(b_before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
+            b_own = tl.maximum(b_own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
+            b_after = tl.maximum(b_after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
 
     counts = b_y != IGNORED
     b_log = tl.log(b_total)
@@ -291,6 +361,14 @@ def _finish_kernel(
     tl.store(q + o_n, tl.where(counts, b_q, 0.0), mask=m_n)
     if not RESCUE:
         tl.store(far + o_n, (counts & ~(b_total < FAR)).to(tl.int32), mask=m_n)
+    if PULL:
+        # The pull's mean is over weights that sum to `rounded`, so rounding them does not shift it.
+        b_sum = b_total
+        if SOFTCAP:
+            b_sum = b_total * (b_rounded / b_exact)
+        else:
+            b_sum = b_rounded
+        tl.store(share + o_n, tl.where(counts & (b_rounded > 0), b_q / b_sum, 0.0), mask=m_n)
     if ENTROPY:
         # H = -p log p - q log q + q (log total - weighted / total)
         b_logq = -(tl.maximum(-b_gap, 0.0) + b_tail)
@@ -301,7 +379,7 @@ def _finish_kernel(
         tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(counts, b_plain * LN2 / V, 0.0), mask=m_n)
     if SQUARES:
         b_pown = tl.exp2(b_zy - b_shift)
-        b_lss = tl.log(b_squares + b_pown * b_pown) - 2.0 * tl.log(b_total + b_pown)
+        b_lss = tl.log(b_squared + b_pown * b_pown) - 2.0 * tl.log(b_total + b_pown)
         tl.store(extra + 2 * tl.cast(N, tl.int64) + o_n, tl.where(counts, b_lss, 0.0), mask=m_n)
     if TOP1:
         b_top = (b_own > b_before) & (b_own >= b_after) & counts  # argmax: the first of equals
@@ -366,10 +444,10 @@ def _dlogits_kernel(
 
 @triton.jit
 def _target_hidden_kernel(
-    w, y, c, dh,  # (V, D), (N,), (N,) -> (N, D) float32, written whole
-    N, D, stride_wv, stride_wd, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    w, y, c, share, dh,  # (V, D), (N,), (N,), (N,) -> (N, D) float32, written whole
+    N, D, stride_wv, stride_wd, PULL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dh_i = c_i W[y_i]: the target's term of dhidden."""
+    """dh_i = c_i W[y_i], the target's term of dhidden; with PULL, minus share_i dh_i."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n = o_n < N
@@ -379,7 +457,11 @@ def _target_hidden_kernel(
     p_w = w + tl.where(b_y >= 0, b_y, 0)[:, None].to(tl.int64) * stride_wv + o_d[None, :].to(tl.int64) * stride_wd
     b_w = tl.load(p_w, mask=m, other=0.0).to(DTYPE).to(tl.float32)
     p_dh = dh + o_n[:, None].to(tl.int64) * D + o_d[None, :]
-    tl.store(p_dh, b_c[:, None] * b_w, mask=m_n[:, None] & (o_d < D)[None, :])
+    m = m_n[:, None] & (o_d < D)[None, :]
+    b_dh = b_c[:, None] * b_w
+    if PULL:
+        b_dh -= tl.load(share + o_n, mask=m_n, other=0.0)[:, None] * tl.load(p_dh, mask=m, other=0.0)
+    tl.store(p_dh, b_dh, mask=m)
 
 
 @triton.jit
@@ -473,37 +555,16 @@ def forward(
     outputs: tuple[str, ...] = (),
     frozen: bool = False,
 ) -> Forward:
-    """One pass over the vocabulary, and a second for row blocks with a far row."""
+    """One pass over the vocabulary, with `frozen` also making the direction; row blocks with a far row take another."""
     op = Operands(hidden, weight, bias, targets, options)
-    n, v = len(hidden), len(weight)
-    z2_y = _target_logits(op)
-    config = op.config("outputs" if outputs else "fold", weight if weight.dtype == hidden.dtype else hidden)
-    count = segments(hidden.device, triton.cdiv(v, config.block_v))
-    wanted = {flag: name in outputs for flag, name in FOLDED.items()}
-
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=torch.float32)
-
-    totals, logps, lse, q = new(2, count, n), new(n), new(n), new(n)
-    far = torch.empty(n, dtype=torch.int32, device=hidden.device)
-    sums, tops = new(3, count, n if any(outputs) else 0), new(3, count, n if wanted["TOP1"] else 0)
-    extra = new(4, n if outputs else 0)
-    for rescue in (False, True):
-        for first, last, s0, s1 in _segment_groups(op, v, config, count):
-            w, b = op.part(first, last)
-            _fold_kernel[(triton.cdiv(n, config.block_n) * (s1 - s0),)](
-                _loadable(hidden, config.block_n, config.block_d, config),
-                _loadable(w, config.block_v, config.block_d, config),
-                b, op.y, z2_y, totals, far, sums, tops, n, v, hidden.shape[1], first, s0, s1 - s0, *hidden.stride(),
-                *w.stride(), op.k_in, op.k_out, **op.flags(), RESCUE=rescue, **wanted, SEGMENTS=count,
-                **tile_args(config),
-            )  # fmt: skip
-        _finish_kernel[(triton.cdiv(n, 128),)](
-            totals, op.y, z2_y, far, logps, lse, q, sums, tops, extra, n, v, RESCUE=rescue, **wanted, SEGMENTS=count,
-            BLOCK=128,
-        )  # fmt: skip
-    chosen = extra[[OUTPUTS.index(name) for name in outputs]] if outputs else new(0, n)
-    return Forward(logps, lse, q, chosen, new(0, hidden.shape[1]))
+    fold = Fold(op, outputs, frozen)
+    pulled = fold.pull() if frozen else fold.run()
+    fold.finish(pull=frozen)
+    fold.run(rescue=True)
+    fold.finish(rescue=True)
+    direction = _direction(op, fold, pulled) if frozen else hidden.new_empty(0, hidden.shape[1])
+    extra = fold.extra[[OUTPUTS.index(name) for name in outputs]] if outputs else fold.extra[:, : len(hidden)]
+    return Forward(fold.logps, fold.lse, fold.q, extra, direction)
 
 
 # Optional output -> the flag of the sums it needs.
@@ -512,16 +573,112 @@ FOLDED = {"ENTROPY": "entropy", "MEAN": "mean_logits", "SQUARES": "log_sum_sq_pr
 CAST_BYTES = 128 << 20
 
 
-def _segment_groups(op: Operands, v: int, config: Config, count: int) -> Iterator[tuple[int, int, int, int]]:
+class Fold:
+    """The buffers of one forward, and the launches that fill them."""
+
+    def __init__(self, op: Operands, outputs: tuple[str, ...], pull: bool):
+        self.op, n = op, len(op.hidden)
+        self.z2_y = _target_logits(op)
+        same = op.weight.dtype == op.dtype
+        self.config = op.config(fold_kernel(bool(outputs), pull, op.softcap), op.weight if same else op.hidden)
+        self.tiles = triton.cdiv(len(op.weight), self.config.block_v)
+        self.segments = segments(op.hidden.device, self.tiles)
+        self.wanted = {flag: name in outputs for flag, name in FOLDED.items()}
+        self.planes = PLANES[bool(outputs)]
+        self.parts = self._new(self.planes, self.segments, n)
+        self.logps, self.lse, self.q, self.share = self._new(n), self._new(n), self._new(n), self._new(n)
+        self.extra = self._new(4 if outputs else 0, n)
+        self.far = torch.empty(n, dtype=torch.int32, device=op.hidden.device)
+
+    def _new(self, *shape: int) -> Tensor:
+        return self.op.hidden.new_empty(shape, dtype=torch.float32)
+
+    def run(self, rescue: bool = False) -> None:
+        """Folds every segment; with `rescue`, those of row blocks with a far row."""
+        for first, last, s0, s1 in _segment_groups(self.op, self.config, self.segments, self.tiles):
+            w, b = self.op.part(first, last)
+            self._launch(w, b, first, self.parts[:, s0:], self.segments, s0, s1 - s0, RESCUE=rescue)
+
+    def pull(self) -> Tensor:
+        """Folds tile by tile and returns U (N, D) = sum over v != y of e_v W[v], float32."""
+        (n, d), v = self.op.hidden.shape, len(self.op.weight)
+        pulled = self._new(n, d).zero_()
+        width = min(-(-SLICE // self.config.block_v) * self.config.block_v, v)
+        rows = min(n, BUFFER_BYTES // (width * self.op.hidden.element_size()))
+        buffer = self.op.hidden.new_empty(rows, -(-width // 8) * 8)  # rows of 16 bytes' multiple, for descriptors
+        self.parts.zero_()
+        self.parts[BEFORE.value :] = -math.inf
+        for first in range(0, v, width):
+            w, b = self.op.part(first, min(first + width, v))
+            tile, count = first // self.config.block_v, triton.cdiv(len(w), self.config.block_v)
+            tile_parts = self._new(self.planes, count, n)
+            for start in range(0, n, rows):
+                part = slice(start, min(start + rows, n))
+                stored = buffer[: part.stop - start, : len(w)]
+                self._launch(w, b, first, tile_parts, self.tiles, tile, count, rows=part, pulls=stored, PULL=True)
+                addmm_(pulled[part], stored, w)
+            self._merge(tile_parts, tile, count)
+        return pulled
+
+    def finish(self, rescue: bool = False, pull: bool = False) -> None:
+        n = len(self.logps)
+        _finish_kernel[(triton.cdiv(n, 128),)](
+            self.parts, self.op.y, self.z2_y, self.far, self.logps, self.lse, self.q, self.share, self.extra,
+            n, len(self.op.weight), SOFTCAP=self.op.softcap, RESCUE=rescue, PULL=pull, **self.wanted,
+            SEGMENTS=self.segments, BLOCK=128,
+        )  # fmt: skip
+
+    def _launch(
+        self, w: Tensor, b: Tensor, first: int, parts: Tensor, total_segments: int, s0: int, count: int, *,
+        rows: slice = slice(None), pulls: Tensor | None = None, RESCUE: bool = False, PULL: bool = False,
+    ) -> None:  # fmt: skip
+        """Segments s0 ... s0 + count - 1 of `total_segments`, for a part of the rows -> `parts (planes, count, N)`."""
+        op, config = self.op, self.config
+        h = op.hidden[rows]
+        stride_pn = 0 if pulls is None else pulls.stride(0)
+        pulls = self.parts if pulls is None else _loadable(pulls, config.block_n, config.block_v, config)
+        _fold_kernel[(triton.cdiv(len(h), config.block_n) * count,)](
+            _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
+            b, op.y[rows], self.z2_y[rows], self.far[rows], parts[..., rows], pulls, len(h), len(op.weight), h.shape[1],
+            first, s0, count, *parts.stride()[:2], *h.stride(), *w.stride(), stride_pn, op.k_in, op.k_out,
+            **op.flags(), RESCUE=RESCUE, PULL=PULL, **self.wanted, SEGMENTS=total_segments, **tile_args(config),
+        )  # fmt: skip
+
+    def _merge(self, tile_parts: Tensor, first_tile: int, count: int) -> None:
+        n = len(self.logps)
+        sums, maxima = (BEFORE.value, 3) if self.planes > BEFORE.value else (self.planes, 0)
+        _merge_kernel[(triton.cdiv(n, 128),)](
+            tile_parts, self.parts, n, first_tile, count, self.tiles, SEGMENTS=self.segments, SUMS=sums, MAXIMA=maxima,
+            BLOCK=128,
+        )  # fmt: skip
+
+
+def _segment_groups(op: Operands, config: Config, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (first column, last column, first segment, last segment): all at once, or as many as one cast may hold."""
-    tiles = triton.cdiv(v, config.block_v)
     step = count
     if op.weight.dtype != op.dtype:
         width = triton.cdiv(tiles, count) * config.block_v * op.hidden.shape[1] * op.hidden.element_size()
         step = max(1, CAST_BYTES // width)
     for s0 in range(0, count, step):
         s1 = min(s0 + step, count)
-        yield s0 * tiles // count * config.block_v, min(s1 * tiles // count * config.block_v, v), s0, s1
+        last = min(s1 * tiles // count * config.block_v, len(op.weight))
+        yield s0 * tiles // count * config.block_v, last, s0, s1
+
+
+def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
+    """(N, D) d logp / d hidden = q (W[y] - mean of W under the other tokens), with each one's slope."""
+    ones = torch.ones_like(fold.q)
+    row = RowGrads(ones, fold.lse, fold.q, None, None)
+    c = _target_coefficients(op, torch.where(op.y == IGNORED.value, 0.0, ones) * op.options.slope, None, row)
+    direction = _add_targets_to_hidden(op, c, pulled, fold.share * op.options.slope).to(op.dtype)
+    far = fold.far.nonzero()[:, 0]
+    if len(far):  # their weights overflowed: the other path
+        bias, targets = op.bias, op.y[far].long()
+        near = RowGrads(ones[far], fold.lse[far], fold.q[far], None, None)
+        direction[far] = backward(
+            op.hidden[far], op.weight, bias, targets, near, op.options, (True, False, False)
+        )[0]  # fmt: skip
+    return direction
 
 
 def backward(
@@ -541,7 +698,7 @@ def backward(
     grad_entropy = None if row.grad_entropy is None else torch.where(counts, row.grad_entropy, 0.0) * options.slope
     c = _target_coefficients(op, grad, grad_entropy, row)
 
-    dhidden = _start_dhidden(op, c) if needs[0] else None
+    dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] else None
     y_sorted, order = torch.sort(op.y, stable=True)
@@ -588,13 +745,16 @@ def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None
     return torch.where(op.y == IGNORED.value, 0.0, c)
 
 
-def _start_dhidden(op: Operands, c: Tensor) -> Tensor:
+def _add_targets_to_hidden(
+    op: Operands, c: Tensor, pulled: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """(N, D) float32: c_i W[y_i], minus share_i pulled_i (in place) where there is a pull."""
     n, d = op.hidden.shape
-    dhidden = op.hidden.new_empty(n, d, dtype=torch.float32)
+    dhidden = op.hidden.new_empty(n, d, dtype=torch.float32) if pulled is None else pulled
     block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 128)
     _target_hidden_kernel[(triton.cdiv(n, block_n), triton.cdiv(d, block_d))](
-        op.weight, op.y, c, dhidden, n, d, *op.weight.stride(), DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        op.weight, op.y, c, c if share is None else share, dhidden, n, d, *op.weight.stride(), PULL=pulled is not None,
+        DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return dhidden
 

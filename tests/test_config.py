@@ -83,7 +83,7 @@ def test_a_wrong_file_is_named_with_its_fault(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="cannot read the config file .*none.yaml"):
+    with pytest.raises(UserError, match=r"cannot read the config file .*none\.yaml"):
         read_yaml(tmp_path / "none.yaml")
 
 
@@ -97,7 +97,11 @@ def test_a_file_that_is_not_there(tmp_path):
         ("train", {"beta": 0.0}, "beta must be > 0, got 0.0"),
         ("train", {"beta": float("nan")}, "beta must be > 0, got nan"),
         ("train", {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
-        ("train", {"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing has a meaning only with loss_type dpo"),
+        (
+            "train",
+            {"label_smoothing": 0.1, "loss_type": "ipo"},
+            "label_smoothing has a meaning only with loss_type",
+        ),
         ("train", {"desirable_weight": 2.0}, "desirable_weight has a meaning only with loss_type kto"),
         ("train", {"desirable_weight": -1.0, "loss_type": "kto"}, "desirable_weight must be >= 0, got -1.0"),
         ("train", {"max_steps": 0}, r"max_steps must be -1 \(num_train_epochs decides\) or at least 1, got 0"),
@@ -110,6 +114,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ("train", {"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\): training needs rows too, got 1.0"),
         ("generate", {"eval_fraction": 0.0}, r"eval_fraction must be in \(0, 1\], got 0.0"),
         ("generate", {"output_file": __file__}, "output_file .* exists: give another name, or remove it"),
+        ("generate", {"output_file": "/none/x"}, "output_file /none/x is in a folder that does not exist"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(command, changes, message):

@@ -44,6 +44,8 @@ def _elementwise(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
         out = tl.maximum(x, y)
     elif OP == "clamp":
         out = tl.clamp(x, tl.full([BLOCK], -0.5, x.dtype), tl.full([BLOCK], 0.5, x.dtype))
+    elif OP == "fma_minus_one":
+        out = tl.fma(x, y, tl.full([BLOCK], -1.0, x.dtype))
     elif OP == "constant":
         out = tl.full([BLOCK], 1.5, tl.bfloat16) + x
     tl.store(out_ptr + o, out)
@@ -101,12 +103,13 @@ def test_every_bf16_survives_the_round_trip():
 
 def test_fma_rounds_once():
     # (1 + e)(1 - e) - 1 = -e^2 exactly, where two roundings give 0.
-    e = np.float32(2**-13)
-    one = np.ones(1, np.float32)
-    assert fused_multiply_add(one + e, one - e, -one) == -e * e
-    # A product just above a tie of the sum: float64 alone would round to the tie, and then to even.
-    x, y, z = np.float32([1 + 2**-23]), np.float32([2**-24]), np.float32([1])
-    assert fused_multiply_add(x, y, z) == np.float32(1 + 2**-23)
+    e, out = 2.0**-13, torch.empty(16)
+    _elementwise[(1,)](torch.full((16,), 1 + e), torch.full((16,), 1 - e), out, "fma_minus_one", 16)
+    assert (out == -(e**2)).all()
+    # A sum just below a tie, by less than float64 holds: rounded there first, it would be the tie, and go up.
+    x, y, z = np.float32([2**-24 * (1 + 2**-23)]), np.float32([1 - 2**-23]), np.float32([1 + 2**-23])
+    assert (x.astype(np.float64) * y + z).astype(np.float32) == np.float32(1 + 2**-22)
+    assert fused_multiply_add(x, y, z) == z
 
 
 @triton.jit

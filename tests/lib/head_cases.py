@@ -112,6 +112,7 @@ def check_head(head, inputs: Inputs, needs=NEEDS["trainable"], entropy: bool = T
     eager_grads = evaluate(oracle.head, inputs, needs, grad, grad_entropy, dtype=dtype, **options).grads
 
     largest = _largest_logit(inputs, **options)
+    sizes = _gradient_sizes(inputs.exact(), grad, grad_entropy, **options) if needs else {}
     if n:
         for name in ("logps", *actual.outputs):
             made, expected, yardstick = (x.tensors()[name] for x in (actual, truth, eager))
@@ -125,17 +126,29 @@ def check_head(head, inputs: Inputs, needs=NEEDS["trainable"], entropy: bool = T
         if not n:
             assert not made.any(), name
             continue
-        # Rounded as dlogits, and again when stored; and p is off by what its logit is off.
+        # Each term is rounded as a dlogit, the sum when stored; and p is off by what its logit is off.
         coarsest = max(dtype, original.dtype, key=lambda x: torch.finfo(x).eps)
-        size = expected.abs()[expected.isfinite()].max().item()
-        bound = oracle.tolerance(expected, eager_grads[name], coarsest, size)
-        bound += torch.finfo(accumulator).eps * largest * size
+        bound = oracle.tolerance(expected, eager_grads[name], coarsest, sizes[name])
+        bound += 2 * torch.finfo(accumulator).eps * largest * sizes[name]
         oracle.assert_within(made, expected, bound, f"d{name}")
     return actual
 
 
 def _double(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.double()
+
+
+def _gradient_sizes(inputs: Inputs, grad: Tensor, grad_entropy: Tensor | None, **options) -> dict[str, float]:
+    """{input: the largest root of the sum of squares of the terms that an element of its gradient is a sum of}."""
+    # A bias per row and column has the dlogits as its gradient.
+    bias = 0.0 if inputs.bias is None else inputs.bias
+    per_logit = torch.zeros(len(inputs.targets), len(inputs.weight)).to(inputs.hidden) + bias
+    inputs = inputs.but(bias=per_logit)
+    dlogits = evaluate(oracle.head, inputs, ("bias",), grad.double(), _double(grad_entropy), **options).grads["bias"]
+    squares = dlogits.nan_to_num().square()
+    hidden = torch.where(inputs.hidden.isfinite(), inputs.hidden, 0.0)
+    sums = {"hidden": squares @ inputs.weight.square(), "weight": squares.T @ hidden.square(), "bias": squares.sum(0)}
+    return {name: x.max().sqrt().item() if x.numel() else 0.0 for name, x in sums.items()}
 
 
 def _largest_logit(inputs: Inputs, logit_scale=1.0, temperature=1.0, **_) -> float:

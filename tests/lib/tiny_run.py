@@ -36,8 +36,8 @@ def save_model(folder: Path, *, seed: int = 0, model=None, chat_template: str | 
     tokenizer = tiny_tokenizer(chat_template=chat_template)
     if model is None:
         torch.manual_seed(seed)
-        settings = {"initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1} | SHAPE | options
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings))
+        settings = {"vocab_size": len(tokenizer), "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+        model = LlamaForCausalLM(LlamaConfig(**settings | SHAPE | options))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

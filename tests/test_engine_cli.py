@@ -1,0 +1,225 @@
+"""The command line: what works end to end, and one line for everything a user can get wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prefuse.engine import cli
+from tiny_run import PAIRS, save_model, weights, write_rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "model": save_model(folder / "model"),
+        "other": save_model(folder / "other", seed=1),
+        "pairs": write_rows(folder / "pairs.jsonl", PAIRS),
+    }
+
+
+def prefuse(*words):
+    return cli.main([str(word) for word in words])
+
+
+def test_help_in_a_fresh_process_is_quick_to_import_and_exits_0():
+    code = (
+        "import sys; from prefuse.engine.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("sft", "train", "eval", "generate"))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_lists_every_setting(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        prefuse(command, "--help")
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in (*cli.Config.__dataclass_fields__, "config"))
+
+
+def test_train_eval_and_generate_work_together(files, tmp_path, capsys):
+    run, report, answers = tmp_path / "run", tmp_path / "eval.json", tmp_path / "answers.jsonl"
+    yaml = tmp_path / "train.yaml"
+    yaml.write_text(
+        f"model_name_or_path: {files['model']}\ndataset_name: {files['pairs']}\nmax_length: 64\n"
+        "per_device_train_batch_size: 4\nlearning_rate: 1e-2\nnum_train_epochs: 3\neval_fraction: 0.2\n"
+    )
+    assert prefuse("train", "--config", yaml, "--output_dir", run, "--loss_type", "ipo") == 0
+    assert "0 skipped" in capsys.readouterr().out
+
+    # The run's own settings: evaluation then takes the rows that the run held out.
+    models = ["--model_name_or_path", run, "--ref_model_name_or_path", files["model"]]
+    assert prefuse("eval", "--config", run / "config.yaml", *models, "--output_file", report) == 0
+    assert "evaluating 2 of 12" in capsys.readouterr().out
+    metrics = json.loads(report.read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in "loss", "rewards/accuracies", "rewards/margins":
+        assert metrics[name] == pytest.approx(last[f"eval_{name}"], rel=1e-5)
+    assert metrics["kl_to_ref"] == pytest.approx(last["eval_kl_to_ref"], rel=1e-3)  # so few rows are sampled whole
+
+    generate = [
+        "generate",
+        *models,
+        "--dataset_name",
+        files["pairs"],
+        "--max_new_tokens",
+        "4",
+        "--output_file",
+        answers,
+    ]
+    assert prefuse(*generate, "--num_prompts", "3") == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [pair["prompt"] for pair in PAIRS[:3]]
+    assert [row["row"] for row in rows] == ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:3"]
+    assert all(set(row) == {"row", "prompt", "reference", "model"} for row in rows)
+    assert PAIRS[0]["prompt"] in capsys.readouterr().out
+
+
+def test_generation_does_not_depend_on_what_shares_a_batch_and_sampling_on_the_seed_alone(files, tmp_path):
+    def answers(*options):
+        out = tmp_path / "answers.jsonl"
+        out.unlink(missing_ok=True)
+        command = ["generate", "--model_name_or_path", files["model"], "--dataset_name", files["pairs"]]
+        assert prefuse(*command, "--max_new_tokens", "6", "--num_prompts", "0", "--output_file", out, *options) == 0
+        return out.read_text()
+
+    greedy = answers("--per_device_eval_batch_size", "1")
+    assert len(greedy.splitlines()) == len({pair["prompt"] for pair in PAIRS})
+    assert answers("--per_device_eval_batch_size", "5") == greedy
+    sampled = answers("--temperature", "1.0")
+    assert sampled == answers("--temperature", "1.0")
+    assert greedy != sampled != answers("--temperature", "1.0", "--seed", "1")
+
+
+def test_sft_then_resume_of_a_finished_run_changes_nothing(files, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["sft", "--model_name_or_path", files["model"], "--dataset_name", files["pairs"], "--output_dir", run]
+    command += ["--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2"]
+    assert prefuse(*command) == 0
+    before = {name: value.clone() for name, value in weights(run).items()}
+    assert prefuse(*command, "--resume") == 0
+    assert "resuming after step 2" in capsys.readouterr().out
+    assert all(bool((before[name] == value).all()) for name, value in weights(run).items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a user can get wrong
+
+
+@pytest.fixture
+def wrong(files, tmp_path):
+    """Folders and files with one fault each."""
+    paths = {name: tmp_path / name for name in ("bare", "weightless", "lacking", "used", "file", "empty.jsonl")}
+    paths |= {
+        name: tmp_path / name for name in ("columns.jsonl", "bytes.jsonl", "useless.jsonl", "same.jsonl", "foreign")
+    }
+    paths["bare"].mkdir()
+    save_model(paths["weightless"])
+    (paths["weightless"] / "model.safetensors").unlink()
+    paths["used"].mkdir()
+    (paths["used"] / "notes.txt").write_text("mine")
+    paths["file"].write_text("mine")
+    paths["empty.jsonl"].write_text("")
+    write_rows(paths["columns.jsonl"], [{"question": "a", "chosen": "b"}])
+    paths["bytes.jsonl"].write_bytes(b'{"prompt": "\xff"}')
+    write_rows(paths["useless.jsonl"], [{"prompt": "a", "chosen": "", "rejected": "b"}] * 3)
+    write_rows(paths["same.jsonl"], [{"prompt": "a", "completion": c, "label": c == "b"} for c in "bcdef"])
+    save_model(paths["foreign"], vocab_size=50)
+    return paths
+
+
+def flags(files, tmp_path, **changes):
+    settings = {
+        "model_name_or_path": files["model"], "dataset_name": files["pairs"], "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    return [word for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": "/none/here"}, "model folder /none/here does not exist"),
+        ({"model_name_or_path": "bare"}, "is no model folder: expected config.json in it"),
+        ({"model_name_or_path": "weightless"}, "weightless has no weights: expected model.safetensors"),
+        ({"model_name_or_path": "foreign"}, "is outside the model's vocabulary of 50: expected the tokenizer that"),
+        ({"output_dir": "used"}, "used exists and is not empty: give another folder, or --resume"),
+        ({"output_dir": "file"}, "file is a file, expected a folder that is new or empty"),
+        ({"dataset_name": "none.jsonl"}, "none.jsonl: no such file or folder"),
+        ({"dataset_name": "empty.jsonl"}, "empty.jsonl is empty"),
+        ({"dataset_name": "columns.jsonl"}, "question"),
+        ({"dataset_name": "bytes.jsonl"}, "UTF-8"),
+        ({"dataset_name": "useless.jsonl"}, "no usable row"),
+        ({"dataset_name": "same.jsonl", "loss_type": "kto", "eval_fraction": 0}, "all rows have the same prompt"),
+        ({"eval_fraction": 0.99}, "leaves nothing to train on: set eval_fraction to 0, or give an eval_dataset"),
+        ({"device": "cuda:7"}, "device cuda:7 cannot be used"),
+        ({"device": "abacus"}, "device abacus cannot be used"),
+        ({"beta": 0}, "beta must be > 0, got 0.0"),
+        ({"model_name_or_path": ""}, "model_name_or_path is required"),
+        ({"config": "none.yaml"}, "cannot read the config file none.yaml"),
+    ],
+)
+def test_one_line_says_what_is_wrong(changes, message, files, wrong, tmp_path, capsys):
+    changes = {name: wrong.get(value, value) for name, value in changes.items()}
+    assert prefuse("train", *flags(files, tmp_path, **changes)) == 2
+    error = capsys.readouterr().err
+    line = next(line for line in error.splitlines() if line.startswith("prefuse: error: "))
+    assert message in error[error.index(line) :]
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_refused_model_is_named(files, tmp_path, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    real = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert prefuse("train", *flags(files, tmp_path)) == 2
+    assert "LlamaForCausalLM: log-probabilities from its logits and from its hidden states" in capsys.readouterr().err
+
+
+def test_weights_that_lack_a_tensor_are_refused(files, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "lacking"
+    save_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert prefuse("train", *flags(files, tmp_path, model_name_or_path=folder)) == 2
+    assert "lack or misshape 1 tensors of LlamaForCausalLM (lm_head.weight)" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_shows_its_traceback(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prefuse("train", *flags(files, tmp_path))
+
+
+def test_an_interrupt_is_no_traceback_either(files, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert prefuse("train", *flags(files, tmp_path)) == 130
+    assert "the last checkpoint is whole, --resume goes on from it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train", "--bata", "1"], ["train", "--beta", "x"]])
+def test_a_command_line_that_does_not_parse_exits_2(words):
+    with pytest.raises(SystemExit) as end:
+        prefuse(*words)
+    assert end.value.code == 2
