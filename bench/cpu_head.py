@@ -11,16 +11,16 @@ for forward and backward; "8NDV" counts the recomputed product too. Writes resul
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from record import RESULTS, cpu_name, environment, markdown, slug, write_json
@@ -188,17 +188,23 @@ def summarize(times: dict[str, list[float]], flops: float) -> dict[str, dict[str
 
 def peak_bytes(name: str, shape: tuple[int, int, int], backward: bool) -> int:
     """Peak resident memory of one step beyond its inputs, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, "--shape", *map(str, shape), *["--backward"] * backward]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    sizes = ["--shape", *map(str, shape), "--threads", str(torch.get_num_threads())]
+    command = [sys.executable, __file__, "--peak", name, *sizes, *["--backward"] * backward]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def print_peak(name: str, shape: tuple[int, int, int], backward: bool) -> None:
     small = Inputs.draw(64, shape[1], 512)
     run_logps(name, small, backward)  # imports, threads and BLAS workspaces are no part of the step
     x = Inputs.draw(*shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     run_logps(name, x, backward)
-    print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+    print(high_water() - before)
+
+
+def high_water() -> int:
+    """This process's peak resident bytes. (`ru_maxrss` would include what its parent held at the fork.)"""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def measure_memory(n: int, d: int, v: int) -> list[dict]:
@@ -258,11 +264,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="head")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="instead of a preset")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", choices=LOGPS, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     n, d, v = args.shape or PRESETS[args.preset]
+    torch.set_num_threads(args.threads)
     if args.peak:
         print_peak(args.peak, (n, d, v), args.backward)
         return
@@ -284,8 +292,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     title = f"# N = {n}, D = {d}, V = {v}, float32, {cpu_name()}, {threads} threads, torch {torch.__version__}, {load}"
     text = "\n".join([title, "", *report])
-    suffix = "" if (n, d, v) == PRESETS["head"] else f"-{n}x{d}x{v}"
-    path = RESULTS / f"cpu_head-{slug(cpu_name())}-torch{torch.__version__.split('+')[0]}{suffix}.json"
+    shape = "" if (n, d, v) == PRESETS["head"] else f"-{n}x{d}x{v}"
+    path = RESULTS / f"cpu_head-{slug(cpu_name())}-{threads}threads-torch{torch.__version__.split('+')[0]}{shape}.json"
     write_json(path, result)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)

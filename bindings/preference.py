@@ -155,6 +155,7 @@ def _preference_loss(
     num_items: int | Tensor | None,
 ) -> PreferenceOutput:
     _check_loss(loss, len(counts), ref_logps, labels, z0)
+    ref_logps = None if ref_logps is None else ref_logps.detach()
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)
     if z0 is not None:
         z0 = torch.as_tensor(z0, dtype=torch.float64, device=logps.device).detach()

@@ -90,11 +90,27 @@ class Head:
         return x if o.slope == 1.0 else x.mul_(o.slope)
 
 
+class Targets:
+    """Where the targets of a few rows stand, found once and not in every slice of the vocabulary."""
+
+    def __init__(self, ids: Tensor, head: Head):  # (R,)
+        self.ids, self.columns = ids, head.columns
+        self.sorted, self.order = ids.sort(stable=True)
+        firsts = torch.arange(0, len(head.weight) + head.columns, head.columns, device=ids.device)
+        self.cuts = torch.searchsorted(self.sorted, firsts).tolist()
+
+    def inside(self, first: int) -> tuple[Tensor, Tensor]:
+        """The rows whose target stands in the slice that begins at `first`, and its column there."""
+        i = first // self.columns
+        part = slice(self.cuts[i], self.cuts[i + 1])
+        return self.order[part], self.sorted[part] - first
+
+
 class RowTile:
     """The running sums of R rows while the vocabulary passes by."""
 
-    def __init__(self, hidden: Tensor, targets: Tensor, shift: Tensor, outputs: tuple[str, ...], frozen: bool):
-        self.hidden, self.targets, self.shift = hidden, targets[:, None], shift[:, None]
+    def __init__(self, hidden: Tensor, targets: Targets, shift: Tensor, outputs: tuple[str, ...], frozen: bool):
+        self.hidden, self.targets, self.shift = hidden, targets, shift[:, None]
         zeros = torch.zeros_like(self.shift)
         self.total = zeros.clone()
         self.pulled = torch.zeros_like(hidden, dtype=shift.dtype) if frozen else None
@@ -110,7 +126,7 @@ class RowTile:
             self.plain += z.sum(-1, keepdim=True)
         if self.tops is not None:
             self._compare(z, first)
-        _put_target(z, self.targets - first, -math.inf)
+        z[self.targets.inside(first)] = -math.inf
         tanh_source = z.clone() if self.pulled is not None and head.options.softcap is not None else None
         z.sub_(self.shift)
         # 0 * -inf = 0 here: a logit of -inf has no probability.
@@ -128,7 +144,8 @@ class RowTile:
 
     def _compare(self, z: Tensor, first: int) -> None:
         columns = torch.arange(first, first + z.shape[1], device=z.device)
-        sides = (columns < self.targets, columns == self.targets, columns > self.targets)
+        ids = self.targets.ids[:, None]
+        sides = (columns < ids, columns == ids, columns > ids)
         largest = [torch.where(side, z, -math.inf).amax(-1) for side in sides]
         self.tops = torch.maximum(self.tops, torch.stack(largest, -1))
 
@@ -150,7 +167,7 @@ class RowTile:
 
     def _direction(self, head: Head, z_target: Tensor, q: Tensor) -> Tensor:
         # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope
-        own = operand(head.weight[self.targets[:, 0]], head.dtype).to(q.dtype)
+        own = operand(head.weight[self.targets.ids], head.dtype).to(q.dtype)
         own_slope = head.slope_(torch.ones_like(q), z_target.clone())
         share = torch.where(self.total[:, 0] > 0, q / self.total[:, 0], 0.0)
         return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
@@ -207,16 +224,13 @@ def empty_forward(hidden: Tensor, outputs: tuple[str, ...], frozen: bool) -> For
 def _forward_kept(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], frozen: bool) -> Forward:
     tiles = _row_tiles(hidden, head.rows)
     ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
+    places = [Targets(y, head) for y in ids]
     z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
 
-    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, ids, z_target, strict=True)]
-    _fold(head, folded)
-    # A tile at a time here too: an elementwise kernel may treat the end of a long vector differently.
-    parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
-    result = _concat(parts, len(hidden))
-
-    far = _far_rows(folded, len(hidden))
-    return result if far is None else _replace(result, far, _forward_far(head, hidden, targets, far, outputs, frozen))
+    folded = _fold(head, tiles, places, z_target, outputs, frozen)
+    far = (~(torch.cat([t.total[:, 0] for t in folded])[: len(hidden)] < MAX_TOTAL)).nonzero()[:, 0]
+    result = _finish(head, folded, z_target, outputs, len(hidden))
+    return _replace(result, far, _forward_far(head, hidden, targets, far, outputs, frozen)) if len(far) else result
 
 
 def _forward_far(
@@ -225,25 +239,37 @@ def _forward_far(
     """The rows `far (F,)` again, shifted by their largest logit other than the target's."""
     tiles = _row_tiles(hidden[far], head.rows)
     ids = pad(targets[far], (0, -len(far) % head.rows)).split(head.rows)
+    places = [Targets(y, head) for y in ids]
     z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
     largest = [torch.full_like(z, -math.inf) for z in z_target]
     for first, w, b in head.slices():
         z = w.new_empty(head.rows, len(w), dtype=head.acc)
-        for i, (x, y) in enumerate(zip(tiles, ids, strict=True)):
-            _put_target(head.logits(x, w, b, out=z), y[:, None] - first, -math.inf)
+        for i, (x, y) in enumerate(zip(tiles, places, strict=True)):
+            head.logits(x, w, b, out=z)[y.inside(first)] = -math.inf
             largest[i] = torch.maximum(largest[i], z.amax(-1))
-    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, ids, largest, strict=True)]
-    _fold(head, folded)
-    parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
-    return _concat(parts, len(far))
+    folded = _fold(head, tiles, places, largest, outputs, frozen)
+    return _finish(head, folded, z_target, outputs, len(far))
 
 
-def _fold(head: Head, tiles: list[RowTile]) -> None:
+def _fold(
+    head: Head, tiles: list[Tensor], places: list[Targets], shifts: list[Tensor], outputs: tuple[str, ...], frozen: bool
+) -> list[RowTile]:
+    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, places, shifts, strict=True)]
+    buffer = shifts[0].new_empty(head.rows * head.columns)
     # Vocabulary outside, rows inside: a slice of a bf16 weight is raised to float32 once.
     for first, weight, bias in head.slices():
-        z = weight.new_empty(head.rows, len(weight), dtype=head.acc)
-        for tile in tiles:
+        z = buffer[: head.rows * len(weight)].view(head.rows, len(weight))
+        for tile in folded:
             tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight)
+    return folded
+
+
+def _finish(head: Head, folded: list[RowTile], z_target: list[Tensor], outputs: tuple[str, ...], n: int) -> Forward:
+    # A tile at a time here too: an elementwise kernel may treat the end of a long vector differently.
+    parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
+    logps, lse, q, extra, direction = zip(*parts, strict=True)
+    logps, lse, q, direction = (torch.cat(column)[:n] for column in (logps, lse, q, direction))
+    return Forward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction)
 
 
 class RowGrads(NamedTuple):
@@ -273,9 +299,13 @@ def backward(
     kept = _kept_rows(targets, options.ignore_index)
     if kept is None:
         return _backward_kept(head, hidden, targets, row, needs)
+    if len(kept) == 0:
+        return tuple(
+            x.new_zeros(x.shape) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)
+        )
     dkept, dweight, dbias = _backward_kept(head, hidden[kept], targets[kept], row[kept], needs)
     if needs[0]:
-        dkept = torch.zeros_like(hidden).index_copy_(0, kept, dkept)
+        dkept = hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
     return dkept, dweight, dbias
 
 
@@ -285,57 +315,53 @@ def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, n
     dhidden = hidden.new_zeros(hidden.shape, dtype=head.acc) if needs[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] else None
-    block = max(head.rows, BUFFER_BYTES // (head.columns * head.acc.itemsize) // head.rows * head.rows)
+    tiles = [(rows, Targets(targets[rows], head)) for rows in _blocks(len(hidden), head.rows)]
+    # One buffer for every slice: fresh memory costs a page fault where the product writes it.
+    block = max(1, min(len(tiles), BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
+    buffer = hidden.new_empty(block * head.rows * head.columns, dtype=head.acc)
     for first, w, b in head.slices():
         part = slice(first, first + len(w))
-        dw = hidden.new_zeros(w.shape, dtype=head.acc) if needs[1] else None
-        db = hidden.new_zeros(len(w), dtype=head.acc) if needs[2] else None
-        for rows in _blocks(len(hidden), block):
-            dz = w.new_empty(rows.stop - rows.start, len(w), dtype=head.acc)
-            for r in _blocks(len(dz), head.rows):
+        dw = dweight[part] if needs[1] and dweight.dtype == head.acc else w.new_empty(w.shape, dtype=head.acc)
+        db = hidden.new_zeros(len(w), dtype=head.acc)
+        for i in range(0, len(tiles), block):
+            group = tiles[i : i + block]
+            rows = slice(group[0][0].start, group[-1][0].stop)
+            dz = buffer[: (rows.stop - rows.start) * len(w)].view(-1, len(w))
+            for at, places in group:
                 # Recomputed and turned into dlogits while the tile is in cache.
-                g = slice(rows.start + r.start, rows.start + r.stop)
-                z = head.logits(hidden[g], w, b, out=dz[r])
-                _dlogits_(z, head, targets[g] - first, row[g])
+                z = head.logits(hidden[at], w, b, out=dz[at.start - rows.start : at.stop - rows.start])
+                _dlogits_(z, head, places.inside(first), row[at])
             if needs[2]:
                 db += dz.sum(0)
             dz = operand(dz, head.dtype)
             if needs[0]:
                 addmm_(dhidden[rows], dz, w)
             if needs[1]:
-                addmm_(dw, dz.T, hidden[rows])
-        if needs[1]:
+                mm(dz.T, hidden[rows], out=dw) if i == 0 else addmm_(dw, dz.T, hidden[rows])
+        if needs[1] and dweight.dtype != head.acc:
             dweight[part] = dw
         if needs[2]:
             dbias[part] = db
     return None if dhidden is None else dhidden.to(dtype), dweight, dbias
 
 
-def _dlogits_(z: Tensor, head: Head, local: Tensor, row: RowGrads) -> Tensor:
-    """Logits `z (R, C)` -> dL/dx in place; `local (R,)` is each target's column in this tile, if it is one."""
+def _dlogits_(z: Tensor, head: Head, target: tuple[Tensor, Tensor], row: RowGrads) -> Tensor:
+    """Logits `z (R, C)` -> dL/dx in place; `target` is rows and columns of the targets that stand in this tile."""
     logits = z.clone() if head.options.softcap is not None else None
-    grad, lse, q, grad_entropy, entropy = (None if x is None else x[:, None] for x in tuple(row))
-    local = local[:, None]
+    grad, lse, _, grad_entropy, entropy = (None if x is None else x[:, None] for x in tuple(row))
     log_p = z.sub_(lse)
     if grad_entropy is None:
         # dz_v = -g p_v,  dz_y = g q
         dz = log_p.exp_().mul_(-grad)
-        _put_target(dz, local, grad * q)
+        dz[target] = (row.grad * row.q)[target[0]]
     else:
         # dz_v = -(g + g_H (log p_v + H)) p_v,  dz_y = g q - g_H p_y (log p_y + H)
         p = log_p.exp()
         dz = log_p.clamp_min_(-1e4).add_(entropy).mul_(-grad_entropy)
-        own = (dz * p).gather(1, local.clamp(0, z.shape[1] - 1)) + grad * q
+        own = dz[target] * p[target] + (row.grad * row.q)[target[0]]
         dz.sub_(grad).mul_(p)
-        _put_target(dz, local, own)
+        dz[target] = own
     return head.slope_(dz, logits)
-
-
-def _put_target(z: Tensor, local: Tensor, value: Tensor | float) -> None:
-    """`z[i, local_i] = value_i` for the rows whose target stands in this tile: z (R, C), local (R, 1)."""
-    inside = (local >= 0) & (local < z.shape[1])
-    at = local.clamp(0, z.shape[1] - 1)
-    z.scatter_(1, at, torch.where(inside, value, z.gather(1, at)))
 
 
 def _row_tiles(hidden: Tensor, rows: int) -> list[Tensor]:
@@ -352,19 +378,6 @@ def _kept_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
     """The rows that count, or None when all do."""
     keep = targets != ignore_index
     return None if bool(keep.all()) else keep.nonzero()[:, 0]
-
-
-def _far_rows(tiles: list[RowTile], n: int) -> Tensor | None:
-    total = torch.cat([t.total[:, 0] for t in tiles])[:n]
-    far = (~(total < MAX_TOTAL)).nonzero()[:, 0]
-    return far if len(far) else None
-
-
-def _concat(parts: list[Forward], n: int) -> Forward:
-    logps, lse, q, extra, direction = zip(*parts, strict=True)
-    return Forward(
-        torch.cat(logps)[:n], torch.cat(lse)[:n], torch.cat(q)[:n], torch.cat(extra, 1)[:, :n], torch.cat(direction)[:n]
-    )
 
 
 def _replace(result: Forward, rows: Tensor, new: Forward) -> Forward:

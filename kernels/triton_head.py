@@ -15,7 +15,7 @@ Backward, a vocabulary slice at a time: `_dlogits_kernel` recomputes the tiles a
 without the target's column; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's
 own term, which dominates and cancels, is added in float32 by `_target_hidden_kernel` and `_target_weight_kernel`.
 
-With a frozen head no backward is needed: d logp / d hidden = q (W[y] - mean of W under the other tokens), so the forward
+With a frozen head no backward is needed: d logp / d hidden = q (W[y] - mean of W under the others), so the forward
 also stores e tile by tile ("pull") and one matrix product makes the mean; `dhidden` is then g times the direction.
 
 No atomics: every number is the sum of the same terms in the same order, run after run.
@@ -97,8 +97,8 @@ def _products(
             b_h = tl.load(p_h, mask=o_d[None, :] < D - d, other=0.0)
             b_w = tl.load(p_w, mask=o_d[:, None] < D - d, other=0.0)
             acc = tl.dot(b_h, b_w, acc, input_precision="ieee")
-            p_h += BLOCK_D * stride_hd
-            p_w += BLOCK_D * stride_wd
+            p_h += BLOCK_D * tl.cast(stride_hd, tl.int64)
+            p_w += BLOCK_D * tl.cast(stride_wd, tl.int64)
     return acc
 
 
@@ -499,7 +499,8 @@ class Operands:
     """One call's tensors and constants as the kernels want them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions):
-        self.hidden, self.weight, self.bias, self.options = hidden, weight, bias, options
+        self.hidden, self.weight, self.options = hidden, weight, options
+        self.bias = None if bias is None else bias.contiguous()
         self.chip = capability(hidden.device)
         self.dtype = hidden.dtype
         inside = (targets >= 0) & (targets < len(weight))
@@ -516,7 +517,7 @@ class Operands:
     def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Weight rows and bias of the columns `first ... last - 1`, cast to the compute dtype where they differ."""
         w = self.weight[first:last].to(self.dtype)
-        return w, self.hidden if self.bias is None else self.bias[first:last].contiguous()
+        return w, self.hidden if self.bias is None else self.bias[first:last]
 
     def config(self, kernel: str, w: Tensor) -> Config:
         return choose(kernel, self.chip, self.dtype, allow_descriptors(self.hidden, w))
@@ -579,8 +580,7 @@ class Fold:
     def __init__(self, op: Operands, outputs: tuple[str, ...], pull: bool):
         self.op, n = op, len(op.hidden)
         self.z2_y = _target_logits(op)
-        same = op.weight.dtype == op.dtype
-        self.config = op.config(fold_kernel(bool(outputs), pull, op.softcap), op.weight if same else op.hidden)
+        self.config = op.config(fold_kernel(bool(outputs), pull, op.softcap), op.part(0, 1)[0])
         self.tiles = triton.cdiv(len(op.weight), self.config.block_v)
         self.segments = segments(op.hidden.device, self.tiles)
         self.wanted = {flag: name in outputs for flag, name in FOLDED.items()}
@@ -699,6 +699,8 @@ def backward(
     c = _target_coefficients(op, grad, grad_entropy, row)
 
     dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
+    # Zeroed where ignored, for 0 * NaN is NaN; the same memory becomes dhidden in the end.
+    clean = torch.where(counts[:, None], hidden, 0.0)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] else None
     y_sorted, order = torch.sort(op.y, stable=True)
@@ -719,14 +721,14 @@ def backward(
             if needs[0]:
                 addmm_(dhidden[part], dz, w)
             if needs[1]:
-                addmm_(dw, dz.T, hidden[part])
+                addmm_(dw, dz.T, clean[part])
             if needs[2]:
                 db += dz.sum(0, dtype=torch.float32)
         if needs[1]:
             dweight[first : first + len(w)] = dw
         if needs[2]:
             dbias[first : first + len(w)] = db
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
+    return clean.copy_(dhidden) if needs[0] else None, dweight, dbias
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:

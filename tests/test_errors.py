@@ -58,7 +58,8 @@ def test_targets_that_are_no_ids(dtype):
 )
 def test_hidden_and_weight_that_do_not_fit(hidden, weight):
     message = (
-        f"expected hidden (N, D) and weight (V, D) with the same D, got {hidden} and {weight}; flatten batches to (N, D) first"
+        f"expected hidden (N, D) and weight (V, D) with the same D, got {hidden} and {weight}; "
+        "flatten batches to (N, D) first"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         call(hidden=torch.randn(hidden), weight=torch.randn(weight))
@@ -133,12 +134,16 @@ def test_outputs_as_one_string():
 
 
 def test_an_unknown_output():
-    with pytest.raises(ValueError, match=re.escape("unknown outputs ['entropi']; choose from ['entropy', 'mean_logits'")):
+    with pytest.raises(
+        ValueError, match=re.escape("unknown outputs ['entropi']; choose from ['entropy', 'mean_logits'")
+    ):
         call(outputs=("entropy", "entropi"))
 
 
 def test_an_unknown_impl():
-    with pytest.raises(ValueError, match=re.escape("impl must be one of ['auto', 'triton', 'torch', 'reference'], got")):
+    with pytest.raises(
+        ValueError, match=re.escape("impl must be one of ['auto', 'triton', 'torch', 'reference'], got")
+    ):
         call(impl="cuda")
 
 
@@ -213,7 +218,9 @@ def test_the_preference_that_the_others_change_one_thing_of_is_fine():
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 2, 5], torch.tensor(5), torch.tensor([[0, 2, 5]]), torch.tensor([]).int()])
 def test_offsets_of_another_shape(cu_seqlens):
-    with pytest.raises(ValueError, match=re.escape("cu_seqlens must be a tensor (S + 1,) of offsets, beginning with 0")):
+    with pytest.raises(
+        ValueError, match=re.escape("cu_seqlens must be a tensor (S + 1,) of offsets, beginning with 0")
+    ):
         prefer(cu_seqlens=cu_seqlens)
 
 
@@ -229,7 +236,9 @@ def test_offsets_that_do_not_rise_from_0_to_n(offsets):
 
 
 def test_padded_logps():
-    with pytest.raises(ValueError, match=re.escape("expected logps (N,), the completion tokens of all sequences end to end")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected logps (N,), the completion tokens of all sequences end to end")
+    ):
         prefer(logps=LOGPS[None])
 
 

@@ -119,7 +119,10 @@ def test_kto_pulls_desirable_ones_up_and_undesirable_ones_down(z0):
 @pytest.mark.parametrize("ratio", [-3.0, 0.0, 5.0])
 def test_a_kto_reference_point_moves_both_sides_apart(ratio):
     """loss(desirable) rises with z0, loss(undesirable) falls; at r = z0 both are half their weight."""
-    at = lambda z0: of_sums([ratio, ratio], KTO(0.1, 2.0, 3.0), labels=torch.tensor([True, False]), z0=z0)[1].losses
+
+    def at(z0):
+        return of_sums([ratio, ratio], KTO(0.1, 2.0, 3.0), labels=torch.tensor([True, False]), z0=z0)[1].losses
+
     assert at(1.0)[0] > at(0.0)[0]
     assert at(1.0)[1] < at(0.0)[1]
     assert at(max(ratio, 0.0)).tolist() == [1.0, 1.5] or ratio < 0
@@ -143,7 +146,10 @@ def test_the_loss_gradient_agrees_with_finite_differences(loss, options, per_tok
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     logps = torch.randn(sum(lengths), dtype=torch.float64)
     ref_logps = torch.randn(sum(lengths) if per_token else 6, dtype=torch.float64) if loss.uses_reference else None
-    value = lambda x: prefuse.preference_loss(x, ref_logps, cu_seqlens, loss, **options).loss
+
+    def value(x):
+        return prefuse.preference_loss(x, ref_logps, cu_seqlens, loss, **options).loss
+
     leaf = logps.clone().requires_grad_()
     value(leaf).backward()
     # The loss leaves in float32, so a step must be wide, and the second derivative costs step^2.
@@ -190,7 +196,10 @@ def test_a_reward_is_beta_times_the_log_ratio(loss):
 def test_every_option_changes_the_loss(loss, field, value):
     """An option that a path ignores is the worst kind of bug: nothing fails."""
     options = {"labels": torch.tensor([True, False]), "z0": 0.3} if isinstance(loss, KTO) else {}
-    run = lambda loss: of_sums([0.5, -0.25], loss, lengths=[2, 3], **options)[1].loss.item()
+
+    def run(loss):
+        return of_sums([0.5, -0.25], loss, lengths=[2, 3], **options)[1].loss.item()
+
     assert run(dataclasses.replace(loss, **{field: value})) != run(loss)
 
 

@@ -308,7 +308,7 @@ def test_the_fused_loss_equals_its_two_halves(loss, impl):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_ignored_tokens_count_nowhere(loss):
-    """As if they were not in the batch: not in a length, a mean over tokens or a sum, nor is the reference read there."""
+    """As if they were not in the batch: in no length, mean over tokens or sum, nor is the reference read there."""
     inputs = random_inputs(sum(LENGTHS), 12, 50)
     arguments = batch(loss)
     del arguments["logps"]

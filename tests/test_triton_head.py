@@ -12,14 +12,14 @@ import torch
 
 import oracle
 import prefuse
-from head_cases import EVERY_OPTION, NEEDS, check_head, evaluate, random_inputs
+from head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
 
 pytest.importorskip("triton")
 
 from prefuse.kernels import triton_head
 
 head = functools.partial(prefuse.linear_logprobs, impl="triton")
-OPTIONS = {name: value for name, value in EVERY_OPTION.items() if name != "bias"}
+SCALARS = {name: value for name, value in EVERY_OPTION.items() if name != "bias"}
 
 if torch.cuda.is_available():
     program_order = contextlib.nullcontext  # the hardware's own
@@ -47,19 +47,19 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_agrees_with_float64(small_slices, device, shape, dtype):
     inputs = random_inputs(*shape, dtype, bias=True, ignored=0.2, device=device)
-    check_head(head, inputs, **OPTIONS)
+    check_head(head, inputs, **SCALARS)
 
 
-# 37 rows and 41 columns: three row blocks of a kernel, two of the backward's buffer; two tiles.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("d", [13, 16])
+# 37 rows and 41 columns: three row blocks of a kernel, two of the backward's buffer; two tiles. D = 13: by pointer.
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True}, {"softcap": 2.0}, {"logit_scale": 0.25}, {"temperature": 0.6}, EVERY_OPTION],
-    ids=["plain", "bias", "softcap", "logit_scale", "temperature", "all"],
+    ("name", "dtype", "d"),
+    [
+        *((name, dtype, d) for name in OPTIONS for dtype, d in ((torch.float32, 13), (torch.bfloat16, 16))),
+        *(("all", dtype, d) for dtype, d in ((torch.float16, 13), (torch.float16, 16), (torch.float32, 16))),
+    ],
 )
-def test_every_option_agrees_with_float64(small_slices, device, options, d, dtype):
-    options = dict(options)
+def test_every_option_agrees_with_float64(small_slices, device, name, dtype, d):
+    options = dict(OPTIONS[name])
     inputs = random_inputs(37, d, 41, dtype, bias=options.pop("bias", False), ignored=0.2, device=device)
     check_head(head, inputs, entropy=False, **options)
 
@@ -68,7 +68,7 @@ def test_every_option_agrees_with_float64(small_slices, device, options, d, dtyp
 @pytest.mark.parametrize("needs", NEEDS)
 def test_every_set_of_gradients_agrees_with_float64(small_slices, device, needs, entropy):
     inputs = random_inputs(21, 13, 41, bias=True, ignored=0.2, device=device)
-    check_head(head, inputs, NEEDS[needs], entropy, **OPTIONS)
+    check_head(head, inputs, NEEDS[needs], entropy, **SCALARS)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,11 @@ def test_outputs_do_not_change_the_log_probabilities(device):
     torch.testing.assert_close(evaluate(head, inputs, outputs=oracle.OUTPUTS).logps, alone, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1])
 def test_the_order_of_programs_changes_no_bit(small_slices, device, seed):
-    inputs = random_inputs(37, 8, 100, torch.bfloat16, bias=True, ignored=0.2, device=device)
-    grad = torch.randn(37, device=device)
-    run = functools.partial(
-        evaluate, head, inputs, NEEDS["trainable"], grad, grad, outputs=oracle.OUTPUTS, softcap=4.0
-    )
+    inputs = random_inputs(33, 8, 70, torch.bfloat16, bias=True, ignored=0.2, device=device)
+    grad = torch.randn(33, device=device)
+    run = functools.partial(evaluate, head, inputs, NEEDS["trainable"], grad, grad, outputs=oracle.OUTPUTS, softcap=4.0)
     expected = run().tensors()
     with program_order(seed):
         again = run().tensors()
@@ -195,4 +193,4 @@ def test_offsets_have_64_bits(small_slices, axis, which):
 @pytest.mark.parametrize("d", [512, 1000, 333])
 def test_real_sizes_agree_with_float64(device, d, needs, dtype):
     inputs = random_inputs(1031, d, 50_257, dtype, bias=True, ignored=0.1, device=device)
-    check_head(head, inputs, NEEDS[needs], entropy=needs == "trainable", **OPTIONS)
+    check_head(head, inputs, NEEDS[needs], entropy=needs == "trainable", **SCALARS)

@@ -106,7 +106,7 @@ def check_head(head, inputs: Inputs, needs=NEEDS["trainable"], entropy: bool = T
     actual = evaluate(head, inputs, needs, grad, grad_entropy, **asked, **options)
 
     truth = evaluate(oracle.head, inputs.exact(), needs, grad.double(), _double(grad_entropy), **options)
-    # Logits are float32 from accumulator to log-probability whatever the inputs are; gradients are of the inputs' dtype.
+    # Logits are float32 from accumulator to log-probability whatever the inputs are; gradients have the inputs' dtype.
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     eager = evaluate(oracle.head, inputs, dtype=accumulator, **options)
     eager_grads = evaluate(oracle.head, inputs, needs, grad, grad_entropy, dtype=dtype, **options).grads
