@@ -28,34 +28,39 @@ class Config:
 
 INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
 
-# bf16 and fp16: capability from -> kernel -> tile. "fold" also pulls for a frozen head, then with the same bits;
+# bf16 and fp16: (capability from, operands by descriptor) -> kernel -> tile. "fold" also pulls for a frozen head, then with the same bits;
 # "outputs" folds optional outputs too, and "pull softcap" takes a slope, which both need registers for.
 # Each compiles without spills in all of its variants (see `shipped`), which the tests hold it to.
 HALF_PRECISION = {
-    80: {  # also every chip whose operands do not allow descriptors
+    (80, False): {
         "fold": Config(128, 128, 64, 8, 3, False),
         "outputs": Config(128, 64, 64, 8, 3, False),
         "dlogits": Config(128, 128, 64, 8, 3, False),
     },
-    90: {
+    (90, True): {
         "fold": Config(128, 256, 64, 8, 3, True),
         "outputs": Config(128, 128, 64, 8, 3, True),
         "pull softcap": Config(128, 128, 64, 8, 3, True),
         "dlogits": Config(128, 256, 64, 8, 3, True),
     },
-    100: {
+    (100, False): {
+        "fold": Config(128, 64, 64, 8, 3, False),
+        "outputs": Config(128, 64, 64, 8, 3, False),
+        "dlogits": Config(128, 128, 64, 8, 3, False),
+    },
+    (100, True): {
         "fold": Config(128, 128, 64, 8, 4, True),
         "outputs": Config(128, 64, 64, 8, 3, True),
         "dlogits": Config(128, 256, 64, 8, 3, True),
     },
-    120: {  # a consumer chip: 99 KiB of shared memory
+    (120, True): {  # a consumer chip: 99 KiB of shared memory
         "fold": Config(128, 128, 64, 8, 3, True),
         "outputs": Config(128, 64, 64, 8, 3, True),
         "dlogits": Config(128, 128, 64, 8, 2, True),
     },
 }
 # float32 is multiplied by the ordinary units, exactly ("ieee"): small tiles, for accumulators compete with operands.
-FULL_PRECISION = Config(64, 64, 32, 8, 2, False)
+FULL_PRECISION = Config(64, 64, 32, 4, 2, False)
 
 
 def capability(device: torch.device) -> int:
@@ -74,9 +79,10 @@ def choose(kernel: str, chip: int, dtype: torch.dtype, descriptors: bool) -> Con
         return Config(16, 32, 16, 4, 1, descriptors)
     if dtype == torch.float32:
         return FULL_PRECISION
-    if chip < min(HALF_PRECISION):
+    if chip < 80:
         raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
-    table = HALF_PRECISION[max(least for least in HALF_PRECISION if least <= chip) if descriptors else 80]
+    descriptors = descriptors and chip >= 90
+    table = HALF_PRECISION[max(key for key in HALF_PRECISION if key[0] <= chip and key[1] == descriptors)]
     return table["fold"] if kernel == "pull softcap" and kernel not in table else table[kernel]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import triton_head
+from .aot import Resources, compile_for, resources
 from .configs import Config, choose, fold_kernel
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -59,6 +60,15 @@ def shipped(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = 
         yield _fold(f"fold, {variant}", flags, choose(kernel, chip, dtype, descriptors), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
         yield _dlogits(f"dlogits, {variant}", flags, choose("dlogits", chip, dtype, descriptors), dtype)
+
+
+def compile_shipped(chip: int, dtype: torch.dtype, descriptors: bool, name: str) -> Resources:
+    """What the compiler makes of one of them. (By name, so that a worker process can be told which.)"""
+    kernel = next(k for k in shipped(chip, dtype, descriptors) if k.name == name)
+    compiled = compile_for(
+        kernel.kernel, kernel.signature, kernel.constants, kernel.aligned, chip, **kernel.config.launch
+    )
+    return resources(compiled)
 
 
 def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:

@@ -516,7 +516,9 @@ class Operands:
 
     def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Weight rows and bias of the columns `first ... last - 1`, cast to the compute dtype where they differ."""
-        w = self.weight[first:last].to(self.dtype)
+        w = self.weight[first:last]
+        if w.dtype != self.dtype:
+            w = w.to(self.dtype, memory_format=torch.contiguous_format)
         return w, self.hidden if self.bias is None else self.bias[first:last]
 
     def config(self, kernel: str, w: Tensor) -> Config:

@@ -94,13 +94,13 @@ class ScaledLlama(transformers.LlamaForCausalLM):
 class CappedLlama(transformers.LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = 30 * torch.tanh(output.logits / 30)
+        output.logits = 1000 * torch.tanh(output.logits / 1000)
         return output
 
 
 @pytest.mark.parametrize("unknown", [ScaledLlama, CappedLlama])
 def test_a_model_that_changes_its_logits_unknown_to_us_is_refused(unknown):
-    # A fresh model's logits are far below 30: the cap shows only once the probe makes them loud.
+    # A fresh model's logits are far below 1000: the cap shows only once the probe makes them loud.
     model = unknown(transformers.LlamaConfig(**TINY)).eval()
     with pytest.raises(UnsupportedModel, match=f"{unknown.__name__}: .* differ by"):
         check_head(model, IDS)

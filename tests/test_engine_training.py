@@ -174,7 +174,7 @@ def test_how_a_step_is_accumulated_does_not_change_the_update(name, model, tmp_p
     for microbatch, accumulation in ((8, 1), (1, 8), (2, 4), (3, 1)):
         out = tmp_path / f"{microbatch}x{accumulation}"
         config = settings(
-            model_name_or_path=model, dataset_name=pairs, output_dir=str(out), loss_type="kto" if name == "kto" else "dpo",
+            model_name_or_path=model, dataset_name=pairs, output_dir=str(out), loss_type=name.replace("sft", "dpo"),
             per_device_train_batch_size=microbatch, gradient_accumulation_steps=accumulation,
             adam_epsilon=1e-2,  # else Adam blows up the last bits of gradients that are nearly zero
         )  # fmt: skip
@@ -299,19 +299,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(model, pairs,
     def sometimes_nan(lm, batch, *args):
         out = real(lm, batch, *args)
         calls.append(batch.rows)
-        return dataclasses.replace(out, loss=out.loss * float("nan")) if len(calls) == 5 else out
+        return dataclasses.replace(out, loss=out.loss * float("nan")) if len(calls) == 3 else out
 
     monkeypatch.setattr(train_module, "fused_loss", sometimes_nan)
     out = tmp_path / "run"
     config = settings(
         model_name_or_path=model, dataset_name=pairs, output_dir=str(out), per_device_train_batch_size=2,
-        max_steps=6, save_steps=2, logging_steps=3,
+        max_steps=6, save_steps=2, logging_steps=10,  # a save comes before the next log line
     )  # fmt: skip
     with pytest.raises(UserError, match=r"is not finite \(nan\) at rows pairs.jsonl:\d+, ") as error:
         train(config, "train")
-    assert all(row in str(error.value) for row in calls[4])
-    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
-    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-4").values())
+    assert all(row in str(error.value) for row in calls[2])
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2"]
+    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-2").values())
 
 
 def test_evaluating_a_model_against_itself_and_against_another(model, other_model, pairs):

@@ -1,0 +1,54 @@
+"""Every large kernel compiles for chips that are not here, on the matrix unit, without a spill, within shared memory."""
+
+import pytest
+import torch
+from aot_worker import compiling_processes
+
+from prefuse.kernels.shipped import DLOGITS_VARIANTS, FOLD_VARIANTS, compile_shipped
+
+NAMES = [f"fold, {v}" for v in FOLD_VARIANTS] + [f"dlogits, {v}" for v in DLOGITS_VARIANTS]
+# What runs most, and what has failed before: the rest of the table is compiled by the slow test.
+COMMON = ["fold, plain", "fold, softcap", "fold, pull", "dlogits, plain", "dlogits, softcap"]
+# (chip, dtype, operands by descriptor): each chip's own path, then the paths it takes for other operands.
+OWN_PATH = [(80, torch.bfloat16, False), (90, torch.bfloat16, True), (100, torch.bfloat16, True)]
+OTHER_PATHS = [
+    (90, torch.bfloat16, False),
+    (100, torch.bfloat16, False),
+    (90, torch.float16, True),
+    (89, torch.bfloat16, False),
+    (120, torch.bfloat16, True),
+]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with compiling_processes(2) as pool:
+        yield pool
+
+
+def check(pool, paths, names):
+    jobs = {
+        (chip, name, dtype, descriptors): pool.submit(compile_shipped, chip, dtype, descriptors, name)
+        for chip, dtype, descriptors in paths
+        for name in names
+    }
+    problems = {job: future.result().problems() for job, future in jobs.items()}
+    assert not {job: found for job, found in problems.items() if found}
+
+
+def test_the_common_kernels_compile_clean(pool):
+    check(pool, OWN_PATH, COMMON)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_variant_compiles_clean_on_every_path(pool):
+    check(pool, OWN_PATH, [name for name in NAMES if name not in COMMON])
+    check(pool, OTHER_PATHS, NAMES)
+
+
+@pytest.mark.slow
+def test_float32_compiles_without_spills(pool):
+    """Exact float32 products are made by the ordinary units, so no matrix instruction is asked for."""
+    jobs = [pool.submit(compile_shipped, 90, torch.float32, False, name) for name in NAMES]
+    assert not [found for job in jobs if (found := job.result().problems(matrix_unit=False))]
