@@ -142,7 +142,10 @@ class LargeGemms:
 # -------------------------------------------------------------------------------------------------- time
 
 
-def measure_times(x: Inputs, rounds: int) -> dict[str, dict[str, list[float]]]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def measure_times(x: Inputs, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, list[float]]]:
     """{"forward" | "forward+backward": {variant: seconds of each round}}"""
     own, large = OwnGemms(x), LargeGemms(x)
     steps: dict[str, Callable[[bool], None]] = {OWN: own.run, LARGE: large.run}
@@ -158,9 +161,9 @@ def measure_times(x: Inputs, rounds: int) -> dict[str, dict[str, list[float]]]:
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                start = time.perf_counter()
+                start = clock()
                 steps[name](backward)
-                times[kind][name].append(time.perf_counter() - start)
+                times[kind][name].append(clock() - start)
     return times
 
 
@@ -265,19 +268,25 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="instead of a preset")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for --threads 1 on a busy machine")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", choices=LOGPS, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     n, d, v = args.shape or PRESETS[args.preset]
     torch.set_num_threads(args.threads)
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error("--clock cpu adds up the threads, waiting ones too: use it with --threads 1")
     if args.peak:
         print_peak(args.peak, (n, d, v), args.backward)
         return
 
-    result = {"environment": environment(), "settings": {"N": n, "D": d, "V": v, "dtype": "float32", "rounds": args.rounds}}
-    times = measure_times(Inputs.draw(n, d, v), args.rounds)
-    summary = {kind: summarize(times[kind], flops * n * d * v) for kind, flops in (("forward", 2), ("forward+backward", 6))}
+    settings = {"N": n, "D": d, "V": v, "dtype": "float32", "rounds": args.rounds, "clock": args.clock}
+    result = {"environment": environment(), "settings": settings}
+    times = measure_times(Inputs.draw(n, d, v), args.rounds, CLOCKS[args.clock])
+    summary = {
+        kind: summarize(times[kind], flops * n * d * v) for kind, flops in (("forward", 2), ("forward+backward", 6))
+    }
     # What a path that recomputes its logits really multiplies.
     for name in ("prefuse", OWN, "TRL"):
         row = summary["forward+backward"][name]
@@ -290,7 +299,7 @@ def main() -> None:
         report += ["", memory_table(result["peak_bytes_beyond_inputs"])]
     load = f"load average {result['environment']['load_average'][0]} before, {result['load_average_after'][0]} after"
     threads = torch.get_num_threads()
-    title = f"# N = {n}, D = {d}, V = {v}, float32, {cpu_name()}, {threads} threads, torch {torch.__version__}, {load}"
+    title = f"# N = {n}, D = {d}, V = {v}, float32, {cpu_name()}, {threads} threads, torch {torch.__version__}, {args.clock} time, {load}"
     text = "\n".join([title, "", *report])
     shape = "" if (n, d, v) == PRESETS["head"] else f"-{n}x{d}x{v}"
     path = RESULTS / f"cpu_head-{slug(cpu_name())}-{threads}threads-torch{torch.__version__.split('+')[0]}{shape}.json"

@@ -28,9 +28,10 @@ class Config:
 
 INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
 
-# bf16 and fp16: (capability from, operands by descriptor) -> kernel -> tile. "fold" also pulls for a frozen head, then with the same bits;
-# "outputs" folds optional outputs too, and "pull softcap" takes a slope, which both need registers for.
-# Each compiles without spills in all of its variants (see `shipped`), which the tests hold it to.
+# bf16 and fp16: (capability from, operands by descriptor) -> kernel -> tile.
+# "fold" also pulls for a frozen head, with the same bits; "outputs" folds optional outputs too, and "pull softcap"
+# takes a slope: both need registers for it. Each compiles without spills in all of its variants (see `shipped`),
+# which the tests hold it to.
 HALF_PRECISION = {
     (80, False): {
         "fold": Config(128, 128, 64, 8, 3, False),
@@ -60,7 +61,7 @@ HALF_PRECISION = {
     },
 }
 # float32 is multiplied by the ordinary units, exactly ("ieee"): small tiles, for accumulators compete with operands.
-FULL_PRECISION = Config(64, 64, 32, 4, 2, False)
+FULL_PRECISION = Config(64, 64, 16, 8, 2, False)
 
 
 def capability(device: torch.device) -> int:

@@ -1,9 +1,9 @@
-"""Every large kernel compiles for chips that are not here, on the matrix unit, without a spill, within shared memory."""
+"""Every large kernel compiles for chips that are not here: on the matrix unit, no spills, within shared memory."""
 
 import pytest
 import torch
-from aot_worker import compiling_processes
 
+from aot_worker import compiling_processes
 from prefuse.kernels.shipped import DLOGITS_VARIANTS, FOLD_VARIANTS, compile_shipped
 
 NAMES = [f"fold, {v}" for v in FOLD_VARIANTS] + [f"dlogits, {v}" for v in DLOGITS_VARIANTS]

@@ -184,9 +184,16 @@ def test_every_mode_makes_the_same_bits(d, dtype):
     for needs in NEEDS.values():
         assert torch.equal(evaluate(head("torch"), inputs, needs, grad).logps, expected), needs
     assert torch.equal(evaluate(head("torch"), inputs, outputs=oracle.OUTPUTS).logps, expected)
-    memory = torch.empty(300 * d + 1, dtype=dtype)
-    shifted = memory[1:].view(300, d).copy_(inputs.hidden)
-    for hidden in (shifted, inputs.hidden.T.contiguous().T):
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("d", [7, 64])
+def test_every_layout_makes_the_same_bits(d, dtype):
+    inputs = random_inputs(300, d, 2100, dtype)  # no row ignored: picking the others would copy them
+    expected = evaluate(head("torch"), inputs).logps
+    unaligned = torch.cat([inputs.hidden.new_zeros(1), inputs.hidden.flatten()])[1:].view(300, d)
+    sliced = torch.cat([inputs.hidden] * 3, 1)[:, d : 2 * d]
+    for hidden in (inputs.hidden.T.contiguous().T, unaligned, sliced):
         assert torch.equal(evaluate(head("torch"), inputs.but(hidden=hidden)).logps, expected), hidden.stride()
 
 
@@ -367,11 +374,15 @@ def test_a_target_far_under_another_logit(impl, gap, device, small_tiles):
 
 @pytest.mark.parametrize("gap", [50.0, 1000.0])
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
-def test_a_tower_in_every_segment(impl, gap, device, small_tiles):
-    # The maximum rises as the vocabulary passes by, and differs by segment.
-    inputs = biased(on(impl, device), (slice(0, 40), gap / 2), (50, gap), (69, gap + 1))
-    inputs.targets.remainder_(50)
-    check_head(head(impl), inputs)
+def test_towers_that_rise_as_the_vocabulary_passes_by(impl, gap, device, small_tiles):
+    # In every tile one that is higher than all before, by little: what was summed is rescaled, and still matters. The
+    # kernels have several tiles in a segment, and the segments have different maxima.
+    towers = range(5, 230, 25)
+    inputs = biased(on(impl, device), *((column, gap + column / 200) for column in towers), v=230)
+    inputs = inputs.but(targets=torch.where(inputs.targets % 25 == 5, 6, inputs.targets))
+    result = check_head(head(impl), inputs)
+    assert (result.logps < -gap / 2).all()
+    assert (result.outputs["entropy"] > 1).all()
 
 
 # One column; a whole first tile and more; the last tile with the rest; all but two columns.
