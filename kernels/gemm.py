@@ -23,6 +23,11 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.is_cuda else x.to(accumulator_dtype(dtype))
 
 
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 result as the next product's operand: rounded to `dtype` only where that is what the device multiplies."""
+    return x.to(dtype) if x.is_cuda else x
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """`out = a @ b` with a float32 (float64) result."""
     if a.dtype in HALF and a.is_cuda:

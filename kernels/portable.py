@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .gemm import accumulator_dtype, addmm_, mm, operand
+from .gemm import accumulator_dtype, addmm_, mm, narrow, operand
 from .options import HeadOptions
 
 # A larger total is folded again: its square (for log_sum_sq_probs) must stay finite in float32.
@@ -114,6 +114,7 @@ class RowTile:
         zeros = torch.zeros_like(self.shift)
         self.total = zeros.clone()
         self.pulled = torch.zeros_like(hidden, dtype=shift.dtype) if frozen else None
+        self.exact, self.rounded = zeros.clone(), zeros.clone()  # the weights of `pulled`, before and after rounding
         self.weighted = zeros.clone() if "entropy" in outputs else None  # sum of (z - shift) exp(z - shift)
         self.squares = zeros.clone() if "log_sum_sq_probs" in outputs else None  # sum of exp(z - shift)^2
         self.plain = zeros.clone() if "mean_logits" in outputs else None  # sum of z, target included
@@ -140,7 +141,12 @@ class RowTile:
         if self.pulled is not None:
             if tanh_source is not None:
                 tanh_source.nan_to_num_(neginf=0.0)
-            addmm_(self.pulled, operand(head.slope_(e, tanh_source), head.dtype), weight)
+            pull = head.slope_(e, tanh_source)
+            stored = narrow(pull, head.dtype)
+            if stored is not pull:
+                self.exact += pull.sum(-1, keepdim=True)
+                self.rounded += stored.sum(-1, keepdim=True, dtype=head.acc)
+            addmm_(self.pulled, stored, weight)
 
     def _compare(self, z: Tensor, first: int) -> None:
         columns = torch.arange(first, first + z.shape[1], device=z.device)
@@ -169,7 +175,9 @@ class RowTile:
         # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope
         own = operand(head.weight[self.targets.ids], head.dtype).to(q.dtype)
         own_slope = head.slope_(torch.ones_like(q), z_target.clone())
-        share = torch.where(self.total[:, 0] > 0, q / self.total[:, 0], 0.0)
+        # A mean over weights that sum to `rounded` is not shifted by their rounding.
+        kept = torch.where(self.rounded > 0, self.exact / self.rounded, 1.0)[:, 0]
+        share = torch.where(self.total[:, 0] > 0, q / self.total[:, 0] * kept, 0.0)
         return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
 
     def _entropy(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
@@ -333,7 +341,7 @@ def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, n
                 _dlogits_(z, head, places.inside(first), row[at])
             if needs[2]:
                 db += dz.sum(0)
-            dz = operand(dz, head.dtype)
+            dz = narrow(dz, head.dtype)
             if needs[0]:
                 addmm_(dhidden[rows], dz, w)
             if needs[1]:

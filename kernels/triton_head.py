@@ -702,7 +702,7 @@ def backward(
 
     dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
     # Zeroed where ignored, for 0 * NaN is NaN; the same memory becomes dhidden in the end.
-    clean = torch.where(counts[:, None], hidden, 0.0)
+    clean = torch.where(counts[:, None], hidden, 0.0).contiguous()
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] else None
     y_sorted, order = torch.sort(op.y, stable=True)
