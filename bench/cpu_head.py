@@ -4,8 +4,9 @@
     python bench/cpu_head.py --preset small --rounds 15
 
 Every variant runs once a round, in an order that changes from round to round; a ratio is the median over rounds of the
-two times of one round, so that whatever else the machine does hits both. Rates count 2NDV operations for the forward, 6NDV
-for forward and backward; "8NDV" counts the recomputed product too. Writes results/cpu_head-<cpu>-torch<version>.json, .md.
+two times of one round, so that whatever else the machine does hits both. Rates count 2NDV operations for the forward,
+6NDV for forward and backward; "8NDV" counts the recomputed product too. Peak memory is measured in a process per
+variant. Writes results/cpu_head-<cpu>-<threads>-torch<version>.json and .md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_name, environment, markdown, slug, write_json
+from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from torch import Tensor
 
 import prefuse
@@ -180,7 +181,8 @@ def summarize(times: dict[str, list[float]], flops: float) -> dict[str, dict[str
         low, middle, high = statistics.quantiles(seconds, n=4)
         r_low, r_middle, r_high = statistics.quantiles(ratios, n=4)
         rows[name] = {
-            "seconds": middle, "seconds_quartiles": [low, high], "fastest": min(seconds), "gflops": flops / middle / 1e9,
+            "seconds": middle, "seconds_quartiles": [low, high], "fastest": min(seconds),
+            "gflops": flops / middle / 1e9,
             "time_over_prefuse": r_middle, "time_over_prefuse_quartiles": [r_low, r_high],
         }  # fmt: skip
     return rows
@@ -299,10 +301,11 @@ def main() -> None:
         report += ["", memory_table(result["peak_bytes_beyond_inputs"])]
     load = f"load average {result['environment']['load_average'][0]} before, {result['load_average_after'][0]} after"
     threads = torch.get_num_threads()
-    title = f"# N = {n}, D = {d}, V = {v}, float32, {cpu_name()}, {threads} threads, torch {torch.__version__}, {args.clock} time, {load}"
+    where = f"{cpu_model()}, {threads} threads, torch {torch.__version__}"
+    title = f"# N = {n}, D = {d}, V = {v}, float32, {where}, {args.clock} time, {load}"
     text = "\n".join([title, "", *report])
     shape = "" if (n, d, v) == PRESETS["head"] else f"-{n}x{d}x{v}"
-    path = RESULTS / f"cpu_head-{slug(cpu_name())}-{threads}threads-torch{torch.__version__.split('+')[0]}{shape}.json"
+    path = RESULTS / f"cpu_head-{slug(cpu_model())}-{threads}threads-torch{torch.__version__.split('+')[0]}{shape}.json"
     write_json(path, result)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)

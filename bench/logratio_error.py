@@ -2,8 +2,8 @@
 
     python bench/logratio_error.py
 
-A preference loss reads `sum over tokens of (log pi - log pi_ref)`, a small difference of two large sums. Every path gets
-the same bf16 hidden states and heads; what differs is whether the logits are rounded to bf16 on the way. CPU only,
+A preference loss reads `sum over tokens of (log pi - log pi_ref)`, a small difference of two large sums. Every path
+gets the same bf16 hidden states and heads; what differs is whether the logits are rounded to bf16 on the way. CPU only,
 under three minutes on two cores. Writes results/logratio_error.json and docs/figures/logratio_error.png.
 """
 

@@ -24,19 +24,27 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
+        "vector_units": vector_units(),
         "cpu_threads": torch.get_num_threads(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
 
 
-def cpu_name() -> str:
-    """The model, and the vector units that decide a matrix product's speed."""
-    lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*:\s*(.*)", lines)
-    flags = re.search(r"flags\s*:\s*(.*)", lines)
-    units = [x for x in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flags and x in flags[1].split()]
-    return " ".join([name[1].strip() if name else platform.processor() or platform.machine(), *units])
+def cpu_model() -> str:
+    found = re.search(r"model name\s*:\s*(.*)", _cpuinfo())
+    return found[1].replace("(R)", "").strip() if found else platform.processor() or platform.machine()
+
+
+def vector_units() -> list[str]:
+    """What decides a matrix product's speed."""
+    found = re.search(r"flags\s*:\s*(.*)", _cpuinfo())
+    return [x for x in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if found and x in found[1].split()]
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def slug(text: str) -> str:

@@ -155,6 +155,8 @@ def _preference_loss(
     num_items: int | Tensor | None,
 ) -> PreferenceOutput:
     _check_loss(loss, len(counts), ref_logps, labels, z0)
+    if isinstance(num_items, int) and num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}")
     ref_logps = None if ref_logps is None else ref_logps.detach()
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)
     if z0 is not None:
@@ -252,6 +254,8 @@ def _check_packed(logps: Tensor, cu_seqlens: Tensor) -> None:
 
 def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
     name = type(loss).__name__
+    if isinstance(loss, type) or not hasattr(loss, "losses"):
+        raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
     if loss.per == "pair" and sequences % 2:
         raise ValueError(f"{name} takes pairs (chosen, rejected adjacent), got an odd number of sequences: {sequences}")
     if loss.uses_reference and ref_logps is None:
@@ -264,6 +268,8 @@ def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
         return
     if labels is None or z0 is None:
         raise ValueError("KTO needs labels (S,) bool and z0, from kto_reference_point (or a number)")
+    if isinstance(z0, Tensor) and z0.dim():
+        raise ValueError(f"z0 must be one number for all sequences, shape (), got {tuple(z0.shape)}")
     if labels.dtype != torch.bool:
         raise TypeError(f"labels must be bool, got {labels.dtype}")
     if labels.shape != (sequences,):

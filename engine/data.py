@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -162,7 +163,9 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
         lines.append(f"  prompts cut at their start to fit max_length: {dataset.prompts_cut}")
     rows_by_reason: dict[str, list[str]] = {}
     for skipped in dataset.skipped:
-        rows_by_reason.setdefault(skipped.reason, []).append(skipped.row)
+        # Rows that are too long have one reason, however long each is.
+        reason = re.sub(r"has \d+ tokens", "has too many tokens", skipped.reason)
+        rows_by_reason.setdefault(reason, []).append(skipped.row)
     for reason, rows in list(rows_by_reason.items())[:limit]:
         lines.append(f"  skipped {_listed(rows, limit)}: {reason}")
     if len(rows_by_reason) > limit:
@@ -273,21 +276,21 @@ def _tokenize(records: list[Record | Skipped], tokenizer: Any) -> list[Record | 
     conversational = any(isinstance(record.prompt, list) for record in records if isinstance(record, Record))
     if conversational and not tokenizer.chat_template:
         logger.warning("the tokenizer has no chat template: messages are rendered with a built-in ChatML")
-    template = None if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
-    texts = _each(records, lambda record: _render(record, tokenizer, template))
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # and saved with the model, which learns this format
+    texts = _each(records, lambda record: _render(record, tokenizer))
     bare = _encode(texts, tokenizer)
     before = _tokens_before_text(texts, bare, tokenizer)
     return _each(bare, lambda record: _finish(record, tokenizer, before))
 
 
-def _render(record: Record, tokenizer: Any, template: str | None) -> Record:
+def _render(record: Record, tokenizer: Any) -> Record:
     """Messages as text; strings stay as they are."""
     if isinstance(record.prompt, str):
         return record
 
     def render(messages: list[Message], **options: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # how templates refuse a conversation
             raise BadRow(f"the chat template refuses it: {error}") from None
 

@@ -64,13 +64,20 @@ def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Confi
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 max_new_tokens=config.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=_stop_tokens(lm, tokenizer),
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(sampling if config.temperature > 0 else {"do_sample": False}),
             )
             texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             bar.update(task, completed=start + len(ids))
     return texts
+
+
+def _stop_tokens(lm: LanguageModel, tokenizer) -> list[int]:
+    """The tokenizer's EOS, and whatever else the model says ends a turn (such as <|im_end|>)."""
+    own = lm.model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 
 
 def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask

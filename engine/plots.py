@@ -9,11 +9,11 @@ PANELS = {  # title -> metrics that share an axis
     "reward margin": ("rewards/margins",),
     "reward accuracy": ("rewards/accuracies",),
     "rewards": ("rewards/chosen", "rewards/rejected"),
-    "KL to the reference, nats": ("kl_to_ref", "kl"),
+    "KL to the reference, nats per token": ("kl_to_ref",),
+    "KTO's z0, nats per completion": ("kl",),
     "gradient norm": ("grad_norm",),
     "learning rate": ("learning_rate",),
 }
-LABELS = {"kl": "KTO's z0, per completion", "kl_to_ref": "per token"}
 
 
 def plot_curves(metrics_path: Path, image: Path) -> None:
@@ -31,7 +31,7 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
         for name in names:
             for prefix, style in ("", {}), ("eval_", {"marker": "o", "markersize": 3, "linestyle": "--"}):
                 if points := _curve(rows, name, prefix):
-                    label = " ".join(filter(None, ["held-out" if prefix else "train", LABELS.get(name, name)]))
+                    label = f"{'held-out' if prefix else 'train'} {name}"
                     axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=8)

@@ -24,7 +24,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 result as the next product's operand: rounded to `dtype` only where that is what the device multiplies."""
+    """A float32 result as the next operand: rounded to `dtype` only where that is what the device multiplies."""
     return x.to(dtype) if x.is_cuda else x
 
 

@@ -9,6 +9,7 @@ scalar arguments, as torch.library wants them, and call `portable` or `triton_he
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -288,10 +289,12 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
 
 
 def _check_options(options: HeadOptions, outputs: tuple[str, ...], impl: str) -> None:
-    if options.softcap is not None and not options.softcap > 0:
+    if options.softcap is not None and not 0 < options.softcap < math.inf:
         raise ValueError(f"softcap must be > 0, or None for no cap, got {options.softcap}")
-    if not options.temperature > 0:
+    if not 0 < options.temperature < math.inf:
         raise ValueError(f"temperature must be > 0, got {options.temperature}")
+    if not math.isfinite(options.logit_scale):
+        raise ValueError(f"logit_scale must be a finite number, got {options.logit_scale}")
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)")
     if unknown := [name for name in outputs if name not in OUTPUTS]:

@@ -321,6 +321,33 @@ def test_gradients_are_no_worse_than_eagers_at_any_target_probability(impl, n, d
         assert error <= 2 * floor, f"d{name}: {error:.3g} at p = {p}"
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_backward_in_many_pieces_loses_no_digits(impl, device, monkeypatch):
+    """Sums over row blocks and slices are kept in float32: one block or many, the same but for their order."""
+    n, v = (400, 40) if impl == "torch" else (60, 40)
+    inputs = random_inputs(n, 16, v, torch.bfloat16, weight_dtype=torch.float32, device=on(impl, device))
+    grad = torch.ones(n, device=inputs.hidden.device)
+    whole = evaluate(head(impl), inputs, NEEDS["frozen trunk"], grad).grads["weight"]
+    monkeypatch.setattr(portable, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(portable, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(triton_head, "SLICE", 32)
+    monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 32 * 2)
+    pieces = evaluate(head(impl), inputs, NEEDS["frozen trunk"], grad).grads["weight"]
+    rounding = torch.finfo(torch.float32).eps * math.sqrt(n) * inputs.hidden.abs().max().item()
+    assert (pieces - whole).abs().max().item() <= 2 * rounding
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_all_rows_of_a_frozen_head_have_in_common_cancels(impl, device):
+    """d logp / d hidden is W[y] less a mean of W: rounding the weights of that mean must not shift what they sum to."""
+    inputs = random_inputs(17, 16, 150, torch.bfloat16, device=on(impl, device))
+    inputs.hidden[:, -1], inputs.weight[:, -1] = 0.0, 256.0
+    grad = torch.ones(17, device=inputs.hidden.device)
+    made = evaluate(head(impl), inputs, NEEDS["frozen head"], grad).grads["hidden"]
+    # float32 sums of 150 terms. With weights rounded to bf16 that do not sum to their own normalizer it is some 0.1.
+    assert made[:, -1].abs().max() <= 256 * math.sqrt(150) * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("pairs", [1, 8, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_a_preference_loss_are_no_worse_than_eagers(pairs, dtype):

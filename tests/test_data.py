@@ -1,5 +1,6 @@
 """Data: every source and form, what is tokenized, and the properties of every example."""
 
+import copy
 import json
 import logging
 
@@ -250,8 +251,11 @@ def test_the_ids_of_a_conversation_are_its_rendered_text(tmp_path, tokenizer, ro
 
 def test_the_built_in_template_is_announced_starts_with_bos_and_ends_turns_with_eos(tmp_path, caplog):
     row = {"messages": [user("Q"), assistant("A"), user("R"), assistant("B")]}
-    (example,) = load(tmp_path, [row], "sft", PLAIN).examples
+    tokenizer = copy.deepcopy(PLAIN)
+    tokenizer.chat_template = None
+    (example,) = load(tmp_path, [row], "sft", tokenizer).examples
     assert "no chat template" in caplog.text
+    assert tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE  # so that it is saved with the model
     assert text(example.prompt) == (
         "<s><|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA</s>\n<|im_start|>user\nR<|im_end|>\n"
         "<|im_start|>assistant\n"

@@ -116,16 +116,22 @@ def test_a_dtensor(name, tmp_path):
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("softcap", [0.0, -1.0, NAN])
+@pytest.mark.parametrize("softcap", [0.0, -1.0, NAN, float("inf")])
 def test_a_softcap_that_caps_nothing(softcap):
     with pytest.raises(ValueError, match=rf"softcap must be > 0, or None for no cap, got {softcap}"):
         call(softcap=softcap)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN, float("inf")])
 def test_a_temperature_of_nothing(temperature):
     with pytest.raises(ValueError, match=f"temperature must be > 0, got {temperature}"):
         call(temperature=temperature)
+
+
+@pytest.mark.parametrize("scale", [NAN, float("inf")])
+def test_a_logit_scale_that_is_no_number(scale):
+    with pytest.raises(ValueError, match=f"logit_scale must be a finite number, got {scale}"):
+        call(logit_scale=scale)
 
 
 def test_outputs_as_one_string():
@@ -299,6 +305,25 @@ def test_labels_that_are_not_bool():
 def test_labels_of_another_length(shape):
     with pytest.raises(ValueError, match=re.escape(f"expected labels (2,), one per sequence, got {shape}")):
         prefer(loss=KTO(), labels=torch.ones(shape, dtype=torch.bool), z0=0.0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,)])
+def test_a_reference_point_that_is_not_one_number(shape):
+    message = f"z0 must be one number for all sequences, shape (), got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prefer(loss=KTO(), labels=LABELS, z0=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("loss", ["dpo", DPO])
+def test_a_loss_that_is_not_an_instance(loss):
+    with pytest.raises(TypeError, match=re.escape("loss must be an instance such as prefuse.DPO(beta=0.1), got")):
+        prefer(loss=loss)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_mean_over_no_items(count):
+    with pytest.raises(ValueError, match=f"num_items must be at least 1, got {count}"):
+        prefer(num_items=count)
 
 
 def test_the_fused_loss_refuses_what_its_halves_refuse():

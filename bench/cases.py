@@ -1,0 +1,300 @@
+"""What the GPU suite runs: the checks of correctness, and the model sizes and data of the timings.
+
+    N tokens, D hidden, V vocabulary.
+
+Truth and tolerances are the tests' own (tests/lib): float64, and plain PyTorch in the same dtype as the yardstick.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import checkout  # noqa: F401 (before prefuse)
+import torch
+from torch import Tensor
+
+import oracle
+import prefuse
+from head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
+
+Check = Callable[[], None]  # raises AssertionError
+head = functools.partial(prefuse.linear_logprobs, impl="triton")
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """(N, D, V) of the checks."""
+
+    real: tuple[int, int, int] | None  # a released model's head
+    whole: tuple[int, int, int]  # every operand may go by descriptor
+    odd: tuple[int, int, int]  # no dimension is a multiple of anything: pointers and masked tails
+    device: str
+
+
+GPU = Sizes((1024, 2048, 128256), (640, 1024, 32768), (333, 1001, 16001), "cuda")
+INTERPRETED = Sizes(None, (40, 64, 160), (19, 33, 77), "cpu")
+
+
+def checks(sizes: Sizes) -> Iterator[tuple[str, Check]]:
+    """(name, check), the most telling first."""
+    yield from agreement(sizes)
+    yield "the same bits in a second run, forward and gradients", functools.partial(same_bits_again, sizes)
+    yield "a row has the same bits in any batch", functools.partial(same_bits_in_any_batch, sizes)
+    yield "no-grad, trainable and frozen agree", functools.partial(modes_agree, sizes)
+    yield "equal policy and reference: every loss ln 2, every reward 0", functools.partial(ln_2, sizes)
+    yield "1024-token log-ratio within 1e-4 nats", functools.partial(log_ratio, sizes)
+    yield from losses_agree(sizes)
+    if sizes.device == "cuda":
+        yield "offsets beyond 2^31", offsets
+
+
+def agreement(sizes: Sizes) -> Iterator[tuple[str, Check]]:
+    """Log-probabilities, outputs and gradients against float64, for every mode and option."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def case(name: str, shape: tuple[int, int, int], dtype: torch.dtype = bf16, options: str = "plain", **how):
+        mode, entropy = how.pop("mode", "trainable"), how.pop("entropy", False)
+        chosen = dict(OPTIONS[options])
+        made = functools.partial(
+            random_inputs, *shape, dtype, bias=chosen.pop("bias", False), device=sizes.device, **how
+        )
+        return name, lambda: check_head(head, made(), NEEDS[mode], entropy, **chosen)
+
+    if sizes.real:
+        for mode in ("trainable", "frozen head"):
+            yield case(f"bf16, the head of Llama-3.2-1B, {mode}", sizes.real, mode=mode)
+    for mode in ("trainable", "frozen head", "frozen trunk"):
+        yield case(f"bf16, {mode}", sizes.whole, mode=mode)
+    for options, mode in itertools.product(OPTIONS, ("trainable", "frozen head")):
+        if options != "plain":
+            yield case(f"bf16, {options}, {mode}", sizes.whole, options=options, mode=mode)
+    yield case("bf16, bias only", sizes.whole, options="bias", mode="bias only")
+    for options in ("plain", "softcap", "all"):
+        yield case(f"bf16, {options}, all outputs, entropy in the loss", sizes.whole, options=options, entropy=True)
+    for options, mode in itertools.product(("plain", "softcap"), ("trainable", "frozen head")):
+        yield (
+            f"bf16, {options}, outputs without entropy, {mode}",
+            functools.partial(outputs_without_entropy, sizes, options, mode),
+        )
+    for options, mode in itertools.product(("plain", "all"), ("trainable", "frozen head")):
+        yield case(f"bf16, odd sizes, {options}, {mode}", sizes.odd, options=options, mode=mode)
+    for dtype, mode in itertools.product((fp16, fp32), ("trainable", "frozen head")):
+        yield case(f"{str(dtype)[6:]}, {mode}", sizes.whole, dtype, mode=mode)
+    for mode in ("trainable", "frozen head"):
+        yield case(f"bf16, float32 weight, {mode}", sizes.whole, weight_dtype=fp32, mode=mode)
+        yield case(f"bf16, a third of the rows ignored, {mode}", sizes.whole, ignored=0.3, mode=mode)
+        # Targets e^60 and more under the largest logit: the rows that are folded a second time.
+        yield case(f"bf16, logits of deviation 30, {mode}", sizes.whole, spread=30.0, mode=mode)
+        yield f"bf16, targets of probability up to 0.99999, {mode}", functools.partial(confident, sizes, mode)
+    yield case("bf16, logits of deviation 30, entropy in the loss", sizes.odd, spread=30.0, entropy=True)
+
+
+def outputs_without_entropy(sizes: Sizes, options: str, mode: str) -> None:
+    outputs = tuple(name for name in oracle.OUTPUTS if name != "entropy")
+    inputs = random_inputs(*sizes.whole, torch.bfloat16, device=sizes.device)
+    check_head(functools.partial(head, outputs=outputs), inputs, NEEDS[mode], entropy=False, **OPTIONS[options])
+
+
+def confident(sizes: Sizes, mode: str) -> None:
+    """Half of the rows lean on their target, up to p = 0.99999."""
+    inputs = random_inputs(*sizes.whole, torch.bfloat16, device=sizes.device)
+    own = inputs.weight[inputs.targets].double()
+    x = inputs.hidden.double()
+    others = torch.logsumexp(x @ inputs.weight.double().T, -1)
+    p = torch.linspace(0.5, 0.99999, len(x), dtype=torch.float64, device=sizes.device)
+    wanted = others + torch.log(p / (1 - p))
+    leaning = x + ((wanted - (x * own).sum(-1)) / own.square().sum(-1))[:, None] * own
+    hidden = torch.where(torch.arange(len(x), device=sizes.device)[:, None] % 2 == 0, leaning, x).to(torch.bfloat16)
+    check_head(head, inputs.but(hidden=hidden), NEEDS[mode], entropy=False)
+
+
+def same_bits_again(sizes: Sizes) -> None:
+    inputs = random_inputs(*sizes.odd, torch.bfloat16, device=sizes.device)
+    # Few distinct targets: many rows add to one row of dweight.
+    inputs = inputs.but(targets=inputs.targets % 7)
+    grad = torch.randn(len(inputs.targets), device=sizes.device)
+    for mode in ("trainable", "frozen head"):
+        first, second = (evaluate(head, inputs, NEEDS[mode], grad).tensors() for _ in range(2))
+        for name, x in first.items():
+            assert torch.equal(x, second[name]), f"{mode}: {name} differs"
+
+
+def same_bits_in_any_batch(sizes: Sizes) -> None:
+    for shape, needs in itertools.product((sizes.whole, sizes.odd), ((), NEEDS["frozen head"])):
+        inputs = random_inputs(*shape, torch.bfloat16, device=sizes.device)
+        n = len(inputs.targets)
+
+        def logps(rows: Tensor, inputs: Inputs = inputs, needs: tuple[str, ...] = needs) -> Tensor:
+            batch = inputs.but(hidden=inputs.hidden[rows], targets=inputs.targets[rows])
+            return evaluate(head, batch, needs, torch.ones(len(rows), device=sizes.device)).logps
+
+        expected = logps(torch.arange(n, device=sizes.device))
+        order = torch.randperm(n).to(sizes.device)
+        assert torch.equal(logps(order), expected[order]), "permuted"
+        parts = torch.arange(n, device=sizes.device).split([1, n // 3, n - 1 - n // 3])
+        assert torch.equal(torch.cat([logps(part) for part in parts]), expected), "split"
+
+
+def modes_agree(sizes: Sizes) -> None:
+    for options in ({}, {"softcap": 3.0}):
+        inputs = random_inputs(*sizes.whole, torch.bfloat16, device=sizes.device)
+        ones = torch.ones(len(inputs.targets), device=sizes.device)
+        no_grad = evaluate(head, inputs, **options).logps
+        for mode in ("trainable", "frozen head"):
+            difference = (evaluate(head, inputs, NEEDS[mode], ones, **options).logps - no_grad).abs().max().item()
+            assert difference <= (2e-6 if options else 0.0), f"{mode}, {options}: off by {difference:.2e} nats"
+
+
+def ln_2(sizes: Sizes) -> None:
+    inputs, cu_seqlens = _pairs(sizes)
+    ref_logps = evaluate(head, inputs).logps
+    for mode in ("trainable", "frozen head"):
+        x = inputs.leaves(NEEDS[mode])
+        out = prefuse.linear_preference_loss(x.hidden, x.weight, x.targets, cu_seqlens, ref_logps, impl="triton")
+        assert torch.equal(out.losses, torch.full_like(out.losses, 2.0).log()), f"{mode}: {out.losses}"
+        assert not out.rewards.any(), mode
+
+
+def log_ratio(sizes: Sizes) -> None:
+    _, d, v = sizes.whole
+    policy = random_inputs(1024, d, v, torch.bfloat16, spread=4.0, device=sizes.device)
+    moved = policy.hidden.float() * (1 + 0.02 * torch.randn(1024, d).to(sizes.device))
+    reference = policy.but(hidden=moved.to(torch.bfloat16))
+    made = (evaluate(head, policy).logps.double() - evaluate(head, reference).logps.double()).sum()
+    truth = (evaluate(oracle.head, policy).logps - evaluate(oracle.head, reference).logps).sum()
+    assert (made - truth).abs().item() <= 1e-4, f"off by {(made - truth).item():.2e} nats"
+
+
+def losses_agree(sizes: Sizes) -> Iterator[tuple[str, Check]]:
+    """`linear_preference_loss` against the materializing implementation, for every loss, mode and memory plan."""
+    plans: dict[str, dict] = {"": {}}
+    if "workspace" in inspect.signature(prefuse.linear_preference_loss).parameters:
+        plans = {", lean": {"workspace": 0}, ", whole pairs kept": {"workspace": 8 << 30}}
+    for loss in (prefuse.DPO(label_smoothing=0.1), prefuse.IPO(), prefuse.KTO(desirable_weight=0.7), prefuse.SFT()):
+        for (plan, how), mode in itertools.product(plans.items(), ("trainable", "frozen head")):
+            name = f"{type(loss).__name__} through linear_preference_loss{plan}, {mode}"
+            yield name, functools.partial(loss_agrees, sizes, loss, mode, how)
+
+
+def loss_agrees(sizes: Sizes, loss, mode: str, how: dict) -> None:
+    inputs, cu_seqlens = _pairs(sizes)
+    ref_logps = None if isinstance(loss, prefuse.SFT) else evaluate(head, inputs).logps - 0.1
+    unpaired = isinstance(loss, prefuse.KTO)
+    labels = torch.arange(len(cu_seqlens) - 1, device=sizes.device) % 3 > 0
+    extra = {"labels": labels, "z0": 0.05} if unpaired else {}
+
+    def run(x: Inputs, **implementation):
+        return prefuse.linear_preference_loss(
+            x.hidden, x.weight, x.targets, cu_seqlens, ref_logps, loss, **extra, **implementation
+        )
+
+    made, true = inputs.leaves(NEEDS[mode]), inputs.exact().leaves(NEEDS[mode])
+    out, truth = run(made, impl="triton", **how), run(true, impl="reference")
+    out.loss.backward()
+    truth.loss.backward()
+    oracle.assert_within(out.losses, truth.losses.double(), 1e-4, "losses")
+    for name in NEEDS[mode]:
+        if (expected := getattr(true, name)) is None:
+            continue
+        error = (getattr(made, name).grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps, f"d{name}: relative error {error:.2e}"
+
+
+def offsets() -> None:
+    """A weight of more than 2^31 elements, forward and the gradients of its last rows."""
+    n, d, v = 64, 8192, 2**31 // 8192 + 100
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        raise NotImplementedError("needs 40 GiB of free GPU memory")
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, generator=g) * 0.02
+    weight = torch.empty(v, d, device="cuda", dtype=torch.bfloat16).normal_(generator=g)
+    targets = v - 1 - torch.arange(n, device="cuda")
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = head(hidden, weight, targets)
+    logps.sum().backward()
+    with torch.no_grad():
+        x = hidden.double()
+        z = torch.cat([x @ part.double().T for part in weight.split(8192)], 1)
+        log_p = torch.log_softmax(z, -1)
+        truth = log_p.gather(1, targets[:, None])[:, 0]
+        oracle.assert_within(logps, truth, 1e-5, "logps")
+        dz = (torch.nn.functional.one_hot(targets, v) - log_p.exp())[:, -200:]
+        expected = dz.T @ x
+        error = (weight.grad[-200:].double() - expected).norm() / expected.norm()
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps, f"dweight: relative error {error:.2e}"
+
+
+def _pairs(sizes: Sizes) -> tuple[Inputs, Tensor]:
+    """Inputs of N tokens in four pairs of unequal lengths, and their cu_seqlens (9,)."""
+    n = sizes.whole[0]
+    cuts = [0, n // 10, n // 4, n // 4 + 1, n // 2, n // 2 + n // 9, n - n // 5, n - 2, n]
+    inputs = random_inputs(*sizes.whole, torch.bfloat16, device=sizes.device)
+    return inputs, torch.tensor(cuts, dtype=torch.int32, device=sizes.device)
+
+
+# ----------------------------------------------------------------------------------------------- timings
+
+
+@dataclass(frozen=True)
+class Model:
+    """A head as a released model has it."""
+
+    name: str
+    d: int
+    v: int
+    softcap: float | None = None
+
+
+MODELS = [
+    Model("Llama-3-8B", 4096, 128256),
+    Model("Qwen2.5-0.5B", 896, 151936),
+    Model("Gemma-2-2B", 2304, 256000, softcap=30.0),
+    Model("Llama-3.2-1B", 2048, 128256),
+    Model("Qwen2.5-7B", 3584, 152064),
+]
+TOKENS = 8192
+SEQUENCE = 1024
+
+
+@dataclass
+class Batch:
+    """One set of inputs of a timing."""
+
+    hidden: Tensor  # (N, D) bf16
+    weight: Tensor  # (V, D) bf16
+    targets: Tensor  # (N,)
+    grad: Tensor  # (N,) float32, dL/dlogp
+    cu_seqlens: Tensor  # (N / SEQUENCE + 1,)
+    softcap: float | None = None
+
+    def leaves(self, *needs: str) -> Batch:
+        fresh = {name: getattr(self, name).detach().requires_grad_(name in needs) for name in ("hidden", "weight")}
+        return replace(self, **fresh)
+
+
+def draw(model: Model, n: int, seed: int, device: str = "cuda") -> Batch:
+    """Logits as a trained model's: unigram frequencies of Zipf, deviation 2 around them, the target near the top.
+
+    The shape of the softmax matters to peers that skip tiles, and repeated targets to the gradient of the weight.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    rank = torch.randperm(model.v, generator=g, device=device) + 1
+    log_frequency = -rank.float().log()
+    targets = torch.multinomial(log_frequency.exp(), n, replacement=True, generator=g)
+    weight = torch.empty(model.v, model.d, device=device).normal_(std=model.d**-0.5, generator=g)
+    hidden = torch.empty(n, model.d, device=device).normal_(std=2.0, generator=g)
+    # One coordinate carries the frequencies.
+    hidden[:, 0], weight[:, 0] = 4.0, log_frequency / 4
+    z_target = 4.0 + 3.0 * torch.randn(n, device=device, generator=g)
+    own = weight[targets]
+    hidden += ((z_target - (hidden * own).sum(-1)) / own.square().sum(-1))[:, None] * own
+    grad = torch.randn(n, device=device, generator=g) / n
+    cu_seqlens = torch.arange(0, n + 1, min(SEQUENCE, n // 2), device=device, dtype=torch.int32)
+    return Batch(hidden.bfloat16(), weight.bfloat16(), targets, grad, cu_seqlens, model.softcap)

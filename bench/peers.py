@@ -1,0 +1,170 @@
+"""Every way of computing a preference loss's head that the GPU suite times, each from one `Batch`.
+
+A variant takes a batch and returns per-token log-probabilities (N,), or the loss itself (). Imports stand inside, so
+that a peer that is missing or fails is a line in the report and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+from cases import Batch
+from torch import Tensor
+from torch.nn import functional as F
+
+import prefuse
+
+Variant = Callable[[Batch], Tensor]
+
+
+def prefuse_logps(x: Batch) -> Tensor:
+    return prefuse.linear_logprobs(x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton")
+
+
+def prefuse_dpo(x: Batch) -> Tensor:
+    ref_logps = torch.zeros(len(x.cu_seqlens) - 1, dtype=torch.float64, device=x.hidden.device)
+    return prefuse.linear_preference_loss(
+        x.hidden, x.weight, x.targets, x.cu_seqlens, ref_logps, softcap=x.softcap, impl="triton"
+    ).loss
+
+
+def trl(x: Batch) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    _let_trl_run_alone()
+    vocab_chunk = 32768  # as its trainers call it
+    return ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, vocab_chunk, x.softcap, 1.0, ())[0]
+
+
+def _let_trl_run_alone() -> None:
+    """Its backward imports the trainers for one helper, which does nothing without ZeRO-3."""
+    try:
+        import trl.trainer.utils  # noqa: F401
+    except Exception:
+        stand_in = types.ModuleType("trl.trainer.utils")
+        stand_in.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()
+        sys.modules["trl.trainer.utils"] = stand_in
+
+
+def liger_dpo(x: Batch) -> Tensor:
+    """Chunked by pairs; its own reference pass left out. (The first half of the batch is chosen here: equal work.)"""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    _refuse_softcap(x)
+    sequences = len(x.cu_seqlens) - 1
+    hidden, targets = x.hidden.view(sequences, -1, x.hidden.shape[1]), x.targets.view(sequences, -1)
+    loss = LigerFusedLinearDPOLoss(use_ref_model=False, compute_nll_loss=False)
+    return loss(x.weight, hidden, targets)[0]
+
+
+def liger_scaled(x: Batch) -> Tensor:
+    """The CuTe kernel on Hopper, chunks of PyTorch elsewhere."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    _refuse_softcap(x)
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(x.hidden, x.weight, x.targets)
+    return -(nll[0] if isinstance(nll, tuple) else nll)
+
+
+def cce(x: Batch, filter_eps: str | None = "high") -> Tensor:
+    """Skips the gradient of tiles whose largest |dlogit| is under 2^-12; exactly all of them without the filter."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(
+        x.hidden, x.weight, x.targets, softcap=x.softcap, reduction="none", filter_eps=filter_eps, impl="cce"
+    )
+
+
+def torch_chunked(x: Batch) -> Tensor:
+    """Since torch 2.13; the result is bf16."""
+    from torch.nn import LinearCrossEntropyOptions
+
+    _refuse_softcap(x)
+    options = LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", options=options)
+
+
+def eager(x: Batch) -> Tensor:
+    """bf16 logits, then a float32 log-softmax."""
+    return _eager(x.hidden, x.weight, x.targets, x.softcap)
+
+
+def compiled(x: Batch) -> Tensor:
+    return _compiled()(x.hidden, x.weight, x.targets, x.softcap)
+
+
+def _eager(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_eager, dynamic=False)
+
+
+def _refuse_softcap(x: Batch) -> None:
+    if x.softcap is not None:
+        raise NotImplementedError("no softcap")
+
+
+PREFUSE = {"prefuse": prefuse_logps}
+BESIDE_FIRST = {"TRL chunked log-probs": trl}
+OTHERS = {
+    "prefuse DPO": prefuse_dpo,
+    "Liger scaled CE": liger_scaled,
+    "Liger chunked DPO": liger_dpo,
+    "CCE": cce,
+    "CCE without filter": functools.partial(cce, filter_eps=None),
+    "F.linear_cross_entropy": torch_chunked,
+    "eager": eager,
+    "torch.compile": compiled,
+}
+VARIANTS: dict[str, Variant] = {**PREFUSE, **BESIDE_FIRST, **OTHERS}
+# These return the loss: they are steps of training and have no forward worth timing alone.
+LOSSES = {"prefuse DPO", "Liger chunked DPO"}
+
+
+# The passes that each mode needs at least, and what prefuse spends: products of N * D * V multiply-adds.
+MODES = {
+    "no grad": ((), 1),
+    "frozen": (("hidden",), 2),
+    "trainable": (("hidden", "weight"), 4),
+}
+GEMM_UNITS = {"no grad": (1,), "frozen": (2,), "trainable": (4, 3)}
+
+
+def step(variant: Variant, x: Batch) -> None:
+    """Forward, and backward if anything needs a gradient."""
+    if not (x.hidden.requires_grad or x.weight.requires_grad):
+        with torch.no_grad():
+            variant(x)
+        return
+    out = variant(x)
+    out.backward(x.grad.to(out.dtype) if out.dim() else None)
+
+
+def gemms(units: int, x: Batch) -> Callable[[], None]:
+    """`units` large bf16 products of N * D * V, into buffers made beforehand."""
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    z = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    products = [
+        lambda: torch.mm(hidden, weight.T, out=z),
+        lambda: torch.mm(z, weight, out=dhidden),
+        lambda: torch.mm(z.T, hidden, out=dweight),
+        lambda: torch.mm(hidden, weight.T, out=z),
+    ]
+
+    def run() -> None:
+        for product in products[:units]:
+            product()
+
+    return run
