@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import portable, reference
 from .options import OUTPUTS, HeadOptions
-from .portable import RowGrads, accumulator_dtype, empty_forward
+from .portable import RowGrads, accumulator_dtype, empty_forward, stash_size
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -66,6 +66,20 @@ def linear_logprobs(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
+    return logprobs_within(0, hidden, weight, targets, bias, options, outputs, impl)
+
+
+def logprobs_within(
+    workspace: int,  # bytes that may be kept from the forward to the backward, to save a pass over the vocabulary
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: HeadOptions,
+    outputs: tuple[str, ...],
+    impl: str,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """`linear_logprobs`, which keeps nothing, and `linear_preference_loss`, which may."""
     _check_tensors(hidden, weight, targets, bias)
     targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
     _check_options(options, outputs, impl)
@@ -77,17 +91,30 @@ def linear_logprobs(
         logps, extra = _reference(hidden, weight, bias, targets, options)
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
 
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-    # float16 has no range for an unnormalized direction.
-    one_pass = not trainable and hidden.dtype != torch.float16
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and one_pass
-    logps, _, _, extra, _ = _forward_op(
-        hidden, weight, bias, targets, softcap, options.logit_scale, options.temperature, options.ignore_index,
-        ",".join(outputs), frozen, impl,
+    mode = _mode(workspace, hidden, weight, bias, impl)
+    logps, _, _, extra, *_ = _forward_op(
+        hidden, weight, bias, targets, options.softcap, options.logit_scale, options.temperature, options.ignore_index,
+        ",".join(outputs), mode, impl,
     )  # fmt: skip
     if not outputs:
         return logps
     return logps, {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
+
+
+def _mode(workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> str:
+    """The cheapest of `portable.MODES` that applies."""
+    # float16 has no range for weights that are not normalized yet.
+    if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
+        return "lean"
+    if not weight.requires_grad and not (bias is not None and bias.requires_grad):
+        return "frozen" if hidden.requires_grad else "lean"
+    kept = stash_size(len(hidden), len(weight), hidden) * _stash_dtype(impl, hidden).itemsize
+    return "stash" if kept <= workspace else "lean"
+
+
+def _stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
+    """What the products of `impl` take: half types wherever the device multiplies them."""
+    return hidden.dtype if impl == "triton" or hidden.is_cuda else accumulator_dtype(hidden.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -104,20 +131,22 @@ def _forward_op(
     temperature: float,
     ignore_index: int,
     outputs: str,
-    frozen: bool,
+    mode: str,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = HeadOptions(softcap, logit_scale, temperature, ignore_index)
     names = tuple(filter(None, outputs.split(",")))
     _check_targets(targets, len(weight), ignore_index)
     if len(hidden) == 0:
-        return tuple(empty_forward(hidden, names, frozen))
-    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, frozen))
+        return tuple(empty_forward(hidden, weight, names, mode, _stash_dtype(impl, hidden)))
+    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, mode))
 
 
 @_forward_op.register_fake
-def _(hidden, weight, bias, targets, softcap, logit_scale, temperature, ignore_index, outputs, frozen, impl):
-    return tuple(empty_forward(hidden, tuple(filter(None, outputs.split(","))), frozen))
+def _(hidden, weight, bias, targets, softcap, logit_scale, temperature, ignore_index, outputs, mode, impl):
+    return tuple(
+        empty_forward(hidden, weight, tuple(filter(None, outputs.split(","))), mode, _stash_dtype(impl, hidden))
+    )
 
 
 @torch.library.custom_op("prefuse::linear_logprobs_backward", mutates_args=())
@@ -131,6 +160,8 @@ def _backward_op(
     lse: Tensor,
     q: Tensor,
     entropy: Tensor | None,
+    stash: Tensor | None,
+    share: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
@@ -146,41 +177,46 @@ def _backward_op(
     if len(hidden) == 0:
         return tuple(x.zero_() for x in nothing)
     row = RowGrads(grad, lse, q, grad_entropy, entropy)
-    grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs)
+    if stash is None:
+        grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs)
+    else:
+        grads = _module(impl).backward_stashed(hidden, weight, bias, targets, row, stash, share, options, needs)
     return tuple(empty if g is None else g for g, empty in zip(grads, nothing, strict=True))
 
 
 @_backward_op.register_fake
 def _(
-    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy,
+    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy, stash, share,
     softcap, logit_scale, temperature, ignore_index, needs_hidden, needs_weight, needs_bias, impl,
 ):  # fmt: skip
     return _empty_backward(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, targets, *scalars, outputs, frozen, impl = inputs
-    _, lse, q, extra, direction = output
+    hidden, weight, bias, targets, *scalars, outputs, mode, impl = inputs
+    _, lse, q, extra, direction, stash, share = output
     ctx.set_materialize_grads(False)
     names = outputs.split(",")
     ctx.entropy_row = names.index("entropy") if "entropy" in names else None
-    ctx.scalars, ctx.frozen, ctx.impl = scalars, frozen, impl
+    ctx.scalars, ctx.mode, ctx.impl = scalars, mode, impl
     entropy = None if ctx.entropy_row is None else extra[ctx.entropy_row].clone()
-    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction if frozen else None)
+    direction = direction if mode == "frozen" else None
+    stash, share = (stash, share) if mode == "stash" else (None, None)
+    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction, stash, share)
 
 
-def _backward(ctx, grad, _lse, _q, grad_extra, _direction):
+def _backward(ctx, grad, _lse, _q, grad_extra, *_):
     nothing = (None,) * 8
-    hidden, weight, bias, targets, lse, q, entropy, direction = ctx.saved_tensors
+    hidden, weight, bias, targets, lse, q, entropy, direction, stash, share = ctx.saved_tensors
     grad_entropy = None if grad_extra is None or ctx.entropy_row is None else grad_extra[ctx.entropy_row]
-    if ctx.frozen and grad_entropy is None:
+    if ctx.mode == "frozen" and grad_entropy is None:
         return None if grad is None else _scale_rows_op(grad, direction), None, None, *nothing
     # The entropy has another direction: where someone differentiates it, the tiles are recomputed.
     grad = torch.zeros_like(lse) if grad is None else grad
     needs = ctx.needs_input_grad[:3]
     grads = _backward_op(
         grad, grad_entropy, hidden, weight, bias, targets, lse, q, None if grad_entropy is None else entropy,
-        *ctx.scalars, *needs, ctx.impl,
+        *((stash, share) if grad_entropy is None else (None, None)), *ctx.scalars, *needs, ctx.impl,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
@@ -293,7 +329,7 @@ def _check_options(options: HeadOptions, outputs: tuple[str, ...], impl: str) ->
         raise ValueError(f"softcap must be > 0, or None for no cap, got {options.softcap}")
     if not 0 < options.temperature < math.inf:
         raise ValueError(f"temperature must be > 0, got {options.temperature}")
-    if not math.isfinite(options.logit_scale):
+    if not -math.inf < options.logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number, got {options.logit_scale}")
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)")

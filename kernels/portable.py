@@ -42,7 +42,16 @@ class Forward(NamedTuple):
     lse: Tensor  # (N,) logsumexp of the whole row
     q: Tensor  # (N,) 1 - p_target, kept because 1 - exp(logp) cancels where p is near 1
     extra: Tensor  # (len(outputs), N) the optional outputs, in the order asked
-    direction: Tensor  # (N, D) d logp / d hidden with a frozen head, else (0, D)
+    direction: Tensor  # mode "frozen": (N, D) d logp / d hidden, else (0, D)
+    stash: Tensor  # mode "stash": what every row of W weighs in d logp / d hidden before `share`, else (0,)
+    share: Tensor  # mode "stash": (N,) what a row's weights are multiplied by, else (0,)
+
+
+# What a forward makes besides log-probabilities, and what a backward then costs (units of N * D * V multiply-adds):
+#   "lean"    nothing; recomputes its tiles: 1 + 3
+#   "stash"   keeps the weights of its tiles, N * V numbers, for the backward: 1 + 2
+#   "frozen"  the direction, where only `hidden` wants a gradient: 2 + 0
+MODES = ("lean", "stash", "frozen")
 
 
 class Head:
@@ -109,11 +118,12 @@ class Targets:
 class RowTile:
     """The running sums of R rows while the vocabulary passes by."""
 
-    def __init__(self, hidden: Tensor, targets: Targets, shift: Tensor, outputs: tuple[str, ...], frozen: bool):
+    def __init__(self, hidden: Tensor, targets: Targets, shift: Tensor, outputs: tuple[str, ...], mode: str):
         self.hidden, self.targets, self.shift = hidden, targets, shift[:, None]
         zeros = torch.zeros_like(self.shift)
         self.total = zeros.clone()
-        self.pulled = torch.zeros_like(hidden, dtype=shift.dtype) if frozen else None
+        self.mode = mode
+        self.pulled = torch.zeros_like(hidden, dtype=shift.dtype) if mode == "frozen" else None
         self.exact, self.rounded = zeros.clone(), zeros.clone()  # the weights of `pulled`, before and after rounding
         self.weighted = zeros.clone() if "entropy" in outputs else None  # sum of (z - shift) exp(z - shift)
         self.squares = zeros.clone() if "log_sum_sq_probs" in outputs else None  # sum of exp(z - shift)^2
@@ -121,14 +131,14 @@ class RowTile:
         # Largest logit before the target, from the target, after it; all from the same product, so ties are ties.
         self.tops = zeros.new_full((len(hidden), 3), -math.inf) if "is_top1" in outputs else None
 
-    def fold(self, z: Tensor, first: int, head: Head, weight: Tensor) -> None:
-        """Adds the columns `first, first + 1, ...` of the logits; overwrites `z (R, C)`."""
+    def fold(self, z: Tensor, first: int, head: Head, weight: Tensor, stash: Tensor | None) -> None:
+        """Adds the columns `first, first + 1, ...` of the logits; overwrites `z (R, C)`, fills `stash (R, C)`."""
         if self.plain is not None:
             self.plain += z.sum(-1, keepdim=True)
         if self.tops is not None:
             self._compare(z, first)
         z[self.targets.inside(first)] = -math.inf
-        tanh_source = z.clone() if self.pulled is not None and head.options.softcap is not None else None
+        tanh_source = z.clone() if self.mode != "lean" and head.options.softcap is not None else None
         z.sub_(self.shift)
         # 0 * -inf = 0 here: a logit of -inf has no probability.
         gaps = z.clamp_min(-1e4) if self.weighted is not None else None
@@ -138,7 +148,7 @@ class RowTile:
             self.weighted += gaps.mul_(e).sum(-1, keepdim=True)
         if self.squares is not None:
             self.squares += e.square().sum(-1, keepdim=True)
-        if self.pulled is not None:
+        if self.mode != "lean":
             if tanh_source is not None:
                 tanh_source.nan_to_num_(neginf=0.0)
             pull = head.slope_(e, tanh_source)
@@ -146,7 +156,10 @@ class RowTile:
             if stored is not pull:
                 self.exact += pull.sum(-1, keepdim=True)
                 self.rounded += stored.sum(-1, keepdim=True, dtype=head.acc)
-            addmm_(self.pulled, stored, weight)
+            if self.mode == "frozen":
+                addmm_(self.pulled, stored, weight)
+            elif stash is not z:
+                stash.copy_(stored)
 
     def _compare(self, z: Tensor, first: int) -> None:
         columns = torch.arange(first, first + z.shape[1], device=z.device)
@@ -166,19 +179,24 @@ class RowTile:
         q = 1.0 / (1.0 + (-gap).exp())
         extra = [getattr(self, f"_{name}")(head, z_target, gap, logps, q) for name in outputs]
         extra = torch.stack(extra) if extra else logps.new_empty(0, len(logps))
-        direction = logps.new_empty(0, self.hidden.shape[1])
-        if self.pulled is not None:
-            direction = self._direction(head, z_target, q)
-        return Forward(logps, lse, q, extra, direction)
+        direction, share = logps.new_empty(0, self.hidden.shape[1]), logps.new_empty(0)
+        if self.mode != "lean":
+            share = self._share(q)
+        if self.mode == "frozen":
+            direction = self._direction(head, z_target, q, share)
+            share = share[:0]
+        return Forward(logps, lse, q, extra, direction, logps.new_empty(0), share)
 
-    def _direction(self, head: Head, z_target: Tensor, q: Tensor) -> Tensor:
+    def _direction(self, head: Head, z_target: Tensor, q: Tensor, share: Tensor) -> Tensor:
         # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope
         own = operand(head.weight[self.targets.ids], head.dtype).to(q.dtype)
         own_slope = head.slope_(torch.ones_like(q), z_target.clone())
+        return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
+
+    def _share(self, q: Tensor) -> Tensor:
         # A mean over weights that sum to `rounded` is not shifted by their rounding.
         kept = torch.where(self.rounded > 0, self.exact / self.rounded, 1.0)[:, 0]
-        share = torch.where(self.total[:, 0] > 0, q / self.total[:, 0] * kept, 0.0)
-        return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
+        return torch.where(self.total[:, 0] > 0, q / self.total[:, 0] * kept, 0.0)
 
     def _entropy(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
         # H = -p log p - q log q + q * (entropy of the other tokens),  that entropy = log total - weighted / total
@@ -206,43 +224,77 @@ def forward(
     targets: Tensor,  # (N,) in [0, V), or ignore_index
     options: HeadOptions,
     outputs: tuple[str, ...] = (),
-    frozen: bool = False,
+    mode: str = "lean",
 ) -> Forward:
-    """One pass over the vocabulary; with `frozen`, it also makes the direction. Ignored rows are 0 everywhere."""
+    """One pass over the vocabulary; what it makes besides is `mode`'s. Ignored rows are 0 everywhere."""
     head = Head(weight, bias, options, hidden.dtype)
     rows = _kept_rows(targets, options.ignore_index)
+    empty = empty_forward(hidden, weight, outputs, mode, hidden.dtype if hidden.is_cuda else head.acc)
     if rows is None:
-        return _forward_kept(head, hidden, targets, outputs, frozen)
-    empty = empty_forward(hidden, outputs, frozen)
-    return (
-        _replace(empty, rows, _forward_kept(head, hidden[rows], targets[rows], outputs, frozen)) if len(rows) else empty
-    )
+        return _forward_kept(head, hidden, targets, outputs, mode, empty.stash)
+    if len(rows) == 0:
+        return empty
+    return _replace(empty, rows, _forward_kept(head, hidden[rows], targets[rows], outputs, mode, empty.stash))
 
 
-def empty_forward(hidden: Tensor, outputs: tuple[str, ...], frozen: bool) -> Forward:
-    """A `Forward` of zeros, of the right shapes."""
+def empty_forward(
+    hidden: Tensor, weight: Tensor, outputs: tuple[str, ...], mode: str, stash_dtype: torch.dtype
+) -> Forward:
+    """A `Forward` of zeros, of the right shapes; the stash, which is large, is not even zeroed."""
     n, d = hidden.shape
+    dtype = accumulator_dtype(hidden.dtype)
+    numbers = stash_size(n, len(weight), hidden) if mode == "stash" else 0
+    stash = hidden.new_empty(numbers, dtype=stash_dtype)
 
     def zeros(*shape: int) -> Tensor:
-        return hidden.new_zeros(shape, dtype=accumulator_dtype(hidden.dtype))
+        return hidden.new_zeros(shape, dtype=dtype)
 
-    return Forward(zeros(n), zeros(n), zeros(n), zeros(len(outputs), n), zeros(n if frozen else 0, d))
+    direction, share = zeros(n if mode == "frozen" else 0, d), zeros(n if mode == "stash" else 0)
+    return Forward(zeros(n), zeros(n), zeros(n), zeros(len(outputs), n), direction, stash, share)
 
 
-def _forward_kept(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], frozen: bool) -> Forward:
+def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
+    """Numbers in the stash of `n` rows: whole row tiles here, rows of 16 bytes' multiple for Triton's descriptors."""
+    rows = TILE.get(hidden.device.type, TILE["cuda"])[0]
+    return -(-n // rows) * rows * -(-vocab // 8) * 8
+
+
+def _forward_kept(
+    head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], mode: str, stash: Tensor
+) -> Forward:
     tiles = _row_tiles(hidden, head.rows)
     ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
     places = [Targets(y, head) for y in ids]
     z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
 
-    folded = _fold(head, tiles, places, z_target, outputs, frozen)
+    folded = _fold(head, tiles, places, z_target, outputs, mode, stash)
     far = (~(torch.cat([t.total[:, 0] for t in folded])[: len(hidden)] < MAX_TOTAL)).nonzero()[:, 0]
-    result = _finish(head, folded, z_target, outputs, len(hidden))
-    return _replace(result, far, _forward_far(head, hidden, targets, far, outputs, frozen)) if len(far) else result
+    result = _finish(head, folded, z_target, outputs, len(hidden))._replace(stash=stash)
+    if mode == "stash":
+        _stash_targets(head, result, targets, torch.cat(z_target)[: len(hidden)])
+    if len(far) == 0:
+        return result
+    # A stash cannot hold these rows: they weigh nothing in it, and the backward recomputes them.
+    again = _forward_far(head, hidden, targets, far, outputs, "lean" if mode == "stash" else mode)
+    if mode == "stash":
+        again = again._replace(share=torch.zeros_like(again.q))
+        for _, _, block in stashed_slices(head, stash, len(hidden)):
+            block[far] = 0
+    return _replace(result, far, again)
+
+
+def _stash_targets(head: Head, result: Forward, targets: Tensor, z_target: Tensor) -> None:
+    """The target's own weight, of the other sign: share P_y = -q slope_y."""
+    slope = head.slope_(torch.ones_like(z_target), z_target)
+    own = torch.where(result.share > 0, -result.q * slope / result.share, 0.0)
+    places = Targets(targets, head)
+    for first, _, weighs in stashed_slices(head, result.stash, len(targets)):
+        at = places.inside(first)
+        weighs[at] = own[at[0]].to(weighs.dtype)
 
 
 def _forward_far(
-    head: Head, hidden: Tensor, targets: Tensor, far: Tensor, outputs: tuple[str, ...], frozen: bool
+    head: Head, hidden: Tensor, targets: Tensor, far: Tensor, outputs: tuple[str, ...], mode: str
 ) -> Forward:
     """The rows `far (F,)` again, shifted by their largest logit other than the target's."""
     tiles = _row_tiles(hidden[far], head.rows)
@@ -255,29 +307,40 @@ def _forward_far(
         for i, (x, y) in enumerate(zip(tiles, places, strict=True)):
             head.logits(x, w, b, out=z)[y.inside(first)] = -math.inf
             largest[i] = torch.maximum(largest[i], z.amax(-1))
-    folded = _fold(head, tiles, places, largest, outputs, frozen)
+    folded = _fold(head, tiles, places, largest, outputs, mode, None)
     return _finish(head, folded, z_target, outputs, len(far))
 
 
 def _fold(
-    head: Head, tiles: list[Tensor], places: list[Targets], shifts: list[Tensor], outputs: tuple[str, ...], frozen: bool
+    head: Head,
+    tiles: list[Tensor],
+    places: list[Targets],
+    shifts: list[Tensor],
+    outputs: tuple[str, ...],
+    mode: str,
+    stash: Tensor | None,
 ) -> list[RowTile]:
-    folded = [RowTile(x, y, s, outputs, frozen) for x, y, s in zip(tiles, places, shifts, strict=True)]
+    folded = [RowTile(x, y, s, outputs, mode) for x, y, s in zip(tiles, places, shifts, strict=True)]
     buffer = shifts[0].new_empty(head.rows * head.columns)
     # Vocabulary outside, rows inside: a slice of a bf16 weight is raised to float32 once.
     for first, weight, bias in head.slices():
         z = buffer[: head.rows * len(weight)].view(head.rows, len(weight))
-        for tile in folded:
-            tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight)
+        for i, tile in enumerate(folded):
+            kept = None
+            if mode == "stash":
+                start = (first * len(tiles) + i * len(weight)) * head.rows
+                kept = stash[start : start + head.rows * len(weight)].view(head.rows, len(weight))
+                z = kept if kept.dtype == head.acc else z  # folded where it stays
+            tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight, kept)
     return folded
 
 
 def _finish(head: Head, folded: list[RowTile], z_target: list[Tensor], outputs: tuple[str, ...], n: int) -> Forward:
     # A tile at a time here too: an elementwise kernel may treat the end of a long vector differently.
     parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
-    logps, lse, q, extra, direction = zip(*parts, strict=True)
-    logps, lse, q, direction = (torch.cat(column)[:n] for column in (logps, lse, q, direction))
-    return Forward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction)
+    logps, lse, q, extra, direction, stash, share = zip(*parts, strict=True)
+    logps, lse, q, direction, share = (torch.cat(column)[:n] for column in (logps, lse, q, direction, share))
+    return Forward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction, stash[0], share)
 
 
 class RowGrads(NamedTuple):
@@ -353,6 +416,61 @@ def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, n
     return None if dhidden is None else dhidden.to(dtype), dweight, dbias
 
 
+def stashed_slices(head: Head, stash: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields (first column, weight (C, D), what it weighs (N, C)) of each slice."""
+    padded = -(-n // head.rows) * head.rows
+    for first, w, _ in head.slices():
+        yield first, w, stash[first * padded : (first + len(w)) * padded].view(padded, len(w))[:n]
+
+
+def backward_stashed(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    stash: Tensor,
+    share: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` from a forward's stash P (N, V): dhidden = c (P @ W), dweight = P.T @ (c hidden), c = -g share.
+
+    Rows that the stash could not hold go through `backward`.
+    """
+    head = Head(weight, bias, options, hidden.dtype)
+    kept = _kept_rows(targets, options.ignore_index)
+    rows = torch.arange(len(hidden), device=hidden.device) if kept is None else kept
+    x, part, share = operand(hidden[rows], hidden.dtype), row[rows], share[rows]
+    c = -part.grad * share
+    scaled = narrow(c[:, None] * x.to(head.acc), head.dtype)
+
+    pulled = x.new_zeros(x.shape, dtype=head.acc) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] else None
+    for first, w, weighs in stashed_slices(head, stash, len(x)):
+        columns = slice(first, first + len(w))
+        if needs[0]:
+            addmm_(pulled, weighs, w)
+        if needs[1]:
+            dweight[columns] = mm(weighs.T, scaled, out=w.new_empty(w.shape, dtype=head.acc))
+        if needs[2]:
+            dbias[columns] = (weighs.to(head.acc) * c[:, None]).sum(0)
+    dhidden = None
+    if needs[0]:
+        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, (c[:, None] * pulled).to(hidden.dtype))
+
+    far = rows[(share == 0) & (part.q > 0)]
+    if len(far):
+        more = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
+        if needs[0]:
+            dhidden[far] = more[0]
+        for total, extra in ((dweight, more[1]), (dbias, more[2])):
+            if total is not None:
+                total += extra
+    return dhidden, dweight, dbias
+
+
 def _dlogits_(z: Tensor, head: Head, target: tuple[Tensor, Tensor], row: RowGrads) -> Tensor:
     """Logits `z (R, C)` -> dL/dx in place; `target` is rows and columns of the targets that stand in this tile."""
     logits = z.clone() if head.options.softcap is not None else None
@@ -389,11 +507,11 @@ def _kept_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
 
 
 def _replace(result: Forward, rows: Tensor, new: Forward) -> Forward:
-    for old, value in zip(result[:3], new[:3], strict=True):
-        old[rows] = value
+    """`result` with `new` in the given rows; the stash stays."""
+    for name in ("logps", "lse", "q", "direction", "share"):
+        if len(getattr(new, name)):
+            getattr(result, name)[rows] = getattr(new, name)
     result.extra[:, rows] = new.extra
-    if len(new.direction):
-        result.direction[rows] = new.direction
     return result
 
 

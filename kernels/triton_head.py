@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, fold_kernel, segments
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
-from .portable import MAX_TOTAL, Forward, RowGrads
+from .portable import MAX_TOTAL, Forward, RowGrads, stash_size
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -236,6 +236,8 @@ def _fold_kernel(
             b_total *= b_scale
             b_shift = b_new
         b_gap = b_z - b_shift[:, None]
+        if PULL:  # a far row stays finite, for it shares matrix products with others
+            b_gap = tl.minimum(b_gap, 60.0)
         b_e = tl.exp2(b_gap)
         b_total += tl.sum(b_e, 1)
         if ENTROPY:
@@ -368,7 +370,7 @@ def _finish_kernel(
             b_sum = b_total * (b_rounded / b_exact)
         else:
             b_sum = b_rounded
-        tl.store(share + o_n, tl.where(counts & (b_rounded > 0), b_q / b_sum, 0.0), mask=m_n)
+        tl.store(share + o_n, tl.where(counts & (b_rounded > 0) & (b_total < FAR), b_q / b_sum, 0.0), mask=m_n)
     if ENTROPY:
         # H = -p log p - q log q + q (log total - weighted / total)
         b_logq = -(tl.maximum(-b_gap, 0.0) + b_tail)
@@ -556,18 +558,21 @@ def forward(
     targets: Tensor,  # (N,)
     options: HeadOptions,
     outputs: tuple[str, ...] = (),
-    frozen: bool = False,
+    mode: str = "lean",
 ) -> Forward:
-    """One pass over the vocabulary, with `frozen` also making the direction; row blocks with a far row take another."""
+    """One pass over the vocabulary; what it makes besides is `mode`'s. Row blocks with a far row take another."""
     op = Operands(hidden, weight, bias, targets, options)
-    fold = Fold(op, outputs, frozen)
-    pulled = fold.pull() if frozen else fold.run()
-    fold.finish(pull=frozen)
+    fold = Fold(op, outputs, pull=mode != "lean")
+    numbers = stash_size(len(hidden), len(weight), hidden) if mode == "stash" else 0
+    stash = hidden.new_empty(numbers)
+    pulled = fold.run() if mode == "lean" else fold.pull(stash if mode == "stash" else None)
+    fold.finish(pull=mode != "lean")
     fold.run(rescue=True)
     fold.finish(rescue=True)
-    direction = _direction(op, fold, pulled) if frozen else hidden.new_empty(0, hidden.shape[1])
+    direction = _direction(op, fold, pulled) if mode == "frozen" else hidden.new_empty(0, hidden.shape[1])
     extra = fold.extra[[OUTPUTS.index(name) for name in outputs]] if outputs else fold.extra[:, : len(hidden)]
-    return Forward(fold.logps, fold.lse, fold.q, extra, direction)
+    share = fold.share if mode == "stash" else fold.share.new_empty(0)
+    return Forward(fold.logps, fold.lse, fold.q, extra, direction, stash, share)
 
 
 # Optional output -> the flag of the sums it needs.
@@ -601,13 +606,13 @@ class Fold:
             w, b = self.op.part(first, last)
             self._launch(w, b, first, self.parts[:, s0:], self.segments, s0, s1 - s0, RESCUE=rescue)
 
-    def pull(self) -> Tensor:
-        """Folds tile by tile and returns U (N, D) = sum over v != y of e_v W[v], float32."""
+    def pull(self, stash: Tensor | None) -> Tensor | None:
+        """Folds tile by tile, and keeps e in `stash`; without one, returns U (N, D) = sum of e_v W[v], float32."""
         (n, d), v = self.op.hidden.shape, len(self.op.weight)
-        pulled = self._new(n, d).zero_()
-        width = min(-(-SLICE // self.config.block_v) * self.config.block_v, v)
-        rows = min(n, BUFFER_BYTES // (width * self.op.hidden.element_size()))
-        buffer = self.op.hidden.new_empty(rows, -(-width // 8) * 8)  # rows of 16 bytes' multiple, for descriptors
+        pulled = self._new(n, d).zero_() if stash is None else None
+        width = _slice_width(v, self.config)
+        rows = min(n, BUFFER_BYTES // (width * self.op.hidden.element_size())) if stash is None else n
+        buffer = self.op.hidden.new_empty(rows, _row_of(width)) if stash is None else None
         self.parts.zero_()
         self.parts[BEFORE.value :] = -math.inf
         for first in range(0, v, width):
@@ -616,9 +621,12 @@ class Fold:
             tile_parts = self._new(self.planes, count, n)
             for start in range(0, n, rows):
                 part = slice(start, min(start + rows, n))
-                stored = buffer[: part.stop - start, : len(w)]
+                stored = (
+                    _stashed(stash, first, len(w), n) if stash is not None else buffer[: part.stop - start, : len(w)]
+                )
                 self._launch(w, b, first, tile_parts, self.tiles, tile, count, rows=part, pulls=stored, PULL=True)
-                addmm_(pulled[part], stored, w)
+                if stash is None:
+                    addmm_(pulled[part], stored, w)
             self._merge(tile_parts, tile, count)
         return pulled
 
@@ -653,6 +661,21 @@ class Fold:
             tile_parts, self.parts, n, first_tile, count, self.tiles, SEGMENTS=self.segments, SUMS=sums, MAXIMA=maxima,
             BLOCK=128,
         )  # fmt: skip
+
+
+def _slice_width(v: int, config: Config) -> int:
+    """Columns of one vocabulary slice: whole tiles."""
+    return min(triton.cdiv(SLICE, config.block_v) * config.block_v, v)
+
+
+def _row_of(width: int) -> int:
+    """Numbers in a stored row: a multiple of 16 bytes, for descriptors."""
+    return triton.cdiv(width, 8) * 8
+
+
+def _stashed(stash: Tensor, first: int, width: int, n: int) -> Tensor:
+    """The stash's (N, C) block of the slice that begins at `first`: slices lie one after the other."""
+    return stash[first * n : first * n + n * _row_of(width)].view(n, _row_of(width))[:, :width]
 
 
 def _segment_groups(op: Operands, config: Config, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
@@ -731,6 +754,63 @@ def backward(
         if needs[2]:
             dbias[first : first + len(w)] = db
     return clean.copy_(dhidden) if needs[0] else None, dweight, dbias
+
+
+def backward_stashed(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    stash: Tensor,
+    share: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` from a forward's stash P (N, V): dhidden = c W[y] - a (P @ W), dweight = P.T @ (-a hidden) + targets.
+
+    Rows that the stash could not hold weigh nothing in it, and go through `backward`.
+    """
+    op = Operands(hidden, weight, bias, targets, options)
+    (n, d), v = hidden.shape, len(weight)
+    counts = op.y != IGNORED.value
+    grad = torch.where(counts, row.grad, 0.0) * options.slope
+    near = share > 0
+    a = grad * share
+    c = torch.where(near, _target_coefficients(op, grad, None, row), 0.0)
+    scaled = (torch.where(counts[:, None], hidden, 0.0).float() * -a[:, None]).to(hidden.dtype) if needs[1] else None
+
+    pulled = hidden.new_zeros(n, d, dtype=torch.float32) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] else None
+    y_sorted, order = torch.sort(op.y, stable=True)
+    width = _slice_width(v, op.config(fold_kernel(False, True, op.softcap), op.part(0, 1)[0]))
+    for first in range(0, v, width):
+        w, _ = op.part(first, min(first + width, v))
+        weighs = _stashed(stash, first, len(w), n)
+        if needs[0]:
+            addmm_(pulled, weighs, w)
+        if needs[1]:
+            dw = hidden.new_zeros(len(w), d, dtype=torch.float32)
+            _add_targets_to_weight(op, dw, first, order, y_sorted, c)
+            dweight[first : first + len(w)] = addmm_(dw, weighs.T, scaled)
+        if needs[2]:
+            db = hidden.new_zeros(len(w), dtype=torch.float32)
+            _add_targets_to_bias(db, first, op.y, c)
+            for rows in torch.arange(n, device=hidden.device).split(1024):
+                db -= (weighs[rows].float() * a[rows, None]).sum(0)
+            dbias[first : first + len(w)] = db
+    dhidden = _add_targets_to_hidden(op, c, pulled, a).to(hidden.dtype) if needs[0] else None
+
+    far = (~near & (row.q > 0) & counts).nonzero()[:, 0]
+    if len(far):
+        more = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
+        if needs[0]:
+            dhidden[far] = more[0]
+        for total, extra in ((dweight, more[1]), (dbias, more[2])):
+            if total is not None:
+                total += extra
+    return dhidden, dweight, dbias
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:

@@ -45,12 +45,15 @@ def op_inputs(impl, device, case, needs=()):
 @pytest.mark.parametrize(
     ("impl", "outputs"), [("torch", ""), ("torch", "entropy,is_top1"), ("triton", "entropy,is_top1")]
 )
-@pytest.mark.parametrize("needs", ["trainable", "frozen head"])
-def test_the_forward_passes_opcheck(needs, impl, outputs, case, device):
-    x = op_inputs(impl, device, case, NEEDS[needs])
-    frozen = needs == "frozen head"
+@pytest.mark.parametrize("mode", portable.MODES)
+def test_the_forward_passes_opcheck(mode, impl, outputs, case, device):
+    x = op_inputs(impl, device, case, NEEDS["frozen head" if mode == "frozen" else "trainable"])
+    # A stash is filled where rows and columns are, and no further: its tail is whatever was there before.
+    tests = ["test_schema", "test_autograd_registration"] if mode == "stash" else torch.library._OPCHECK_DEFAULT_UTILS
     torch.library.opcheck(
-        ops.linear_logprobs_forward, (x.hidden, x.weight, x.bias, x.targets, *SCALARS, outputs, frozen, impl)
+        ops.linear_logprobs_forward,
+        (x.hidden, x.weight, x.bias, x.targets, *SCALARS, outputs, mode, impl),
+        test_utils=tests,
     )
 
 
@@ -59,22 +62,32 @@ EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT = (True, True, True), (True, False, False),
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("impl", "needs", "entropy"),
+    ("impl", "needs", "entropy", "mode"),
     [
-        *(("torch", needs, entropy) for needs in (EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT) for entropy in (False, True)),
-        ("triton", EVERYTHING, False),  # interpreted once will do: the same code allocates in every case
+        *(
+            ("torch", needs, entropy, "lean")
+            for needs in (EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT)
+            for entropy in (False, True)
+        ),
+        *(("torch", needs, False, "stash") for needs in (EVERYTHING, ONLY_WEIGHT)),
+        # interpreted once will do: the same code allocates in every case
+        *(("triton", EVERYTHING, False, mode) for mode in ("lean", "stash")),
     ],
 )
-def test_the_backward_passes_opcheck(impl, needs, entropy, case, device):
+def test_the_backward_passes_opcheck(impl, needs, entropy, mode, case, device):
     x = op_inputs(impl, device, case)
-    _, lse, q, extra, _ = ops.linear_logprobs_forward(
-        x.hidden, x.weight, x.bias, x.targets, *SCALARS, "entropy", False, impl
+    _, lse, q, extra, _, stash, share = ops.linear_logprobs_forward(
+        x.hidden, x.weight, x.bias, x.targets, *SCALARS, "entropy", mode, impl
     )
+    stashed = (stash, share) if mode == "stash" else (None, None)
     grad = torch.randn_like(lse)
     of_entropy = (grad, extra[0]) if entropy else (None, None)
     torch.library.opcheck(
         ops.linear_logprobs_backward,
-        (grad, of_entropy[0], x.hidden, x.weight, x.bias, x.targets, lse, q, of_entropy[1], *SCALARS, *needs, impl),
+        (
+            *(grad, of_entropy[0], x.hidden, x.weight, x.bias, x.targets, lse, q, of_entropy[1]),
+            *(*stashed, *SCALARS, *needs, impl),
+        ),
     )
 
 
@@ -287,12 +300,12 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 64 * 4)
     x = random_inputs(n, d, v, device=device if impl == "triton" else "cpu")
     module = {"torch": portable, "triton": triton_head}[impl]
-    frozen = needs == ONLY_HIDDEN
+    mode = "frozen" if needs == ONLY_HIDDEN else "lean"
     options = HeadOptions()
-    with LargestTensor() as mode:
-        made = module.forward(x.hidden, x.weight, None, x.targets, options, frozen=frozen)
+    with LargestTensor() as watch:
+        made = module.forward(x.hidden, x.weight, None, x.targets, options, mode=mode)
         row = RowGrads(torch.ones_like(made.lse), made.lse, made.q, None, None)
         module.backward(x.hidden, x.weight, None, x.targets, row, options, (*needs[:2], False))
     # The head itself, its gradient, and tiles; all logits would be n * v.
-    assert mode.largest <= 4 * max(v * d, 16 * 64) < n * v
+    assert watch.largest <= 4 * max(v * d, 16 * 64) < n * v
     assert math.prod(made.logps.shape) == n

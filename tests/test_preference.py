@@ -296,7 +296,7 @@ def test_the_fused_loss_equals_its_two_halves(loss, impl):
         x = inputs.leaves(("hidden", "weight", "bias"))
         head = {"bias": x.bias, "impl": impl, **HEAD}
         if fused:
-            out = prefuse.linear_preference_loss(x.hidden, x.weight, x.targets, **arguments, **head)
+            out = prefuse.linear_preference_loss(x.hidden, x.weight, x.targets, **arguments, **head, workspace=0)
         else:
             logps = prefuse.linear_logprobs(x.hidden, x.weight, x.targets, **head)
             out = prefuse.preference_loss(logps, **arguments)
@@ -304,6 +304,32 @@ def test_the_fused_loss_equals_its_two_halves(loss, impl):
         results.append([out.loss, out.losses, out.logps, out.rewards, x.hidden.grad, x.weight.grad, x.bias.grad])
     for fused, composed in zip(*results, strict=True):
         torch.testing.assert_close(fused, composed, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, HEAD], ids=["plain", "options"])
+def test_what_the_workspace_keeps_changes_nothing_but_rounding(options, impl, dtype, device):
+    """The same log-probabilities bit by bit, and gradients as near to float64 as the recomputing backward's."""
+    place = device if impl == "triton" else torch.device("cpu")
+    inputs = random_inputs(sum(LENGTHS), 24, 90, dtype, bias=True, device=place)
+    inputs.hidden[-1] *= 30  # a row that may not fit the workspace's range
+    targets = inputs.targets.clone()
+    targets[3] = -100
+    arguments = {name: x.to(place) for name, x in batch(prefuse.IPO()).items() if isinstance(x, torch.Tensor)}
+    del arguments["logps"]
+    made = {}
+    for name, workspace, which in (("kept", None, impl), ("lean", 0, impl), ("truth", 0, "reference")):
+        x = inputs.leaves(("hidden", "weight", "bias"))
+        head = {"bias": x.bias, "impl": which, "workspace": workspace, **options}
+        out = prefuse.linear_preference_loss(x.hidden, x.weight, targets, **arguments, loss=prefuse.IPO(), **head)
+        out.loss.backward()
+        made[name] = (out.logps, [x.hidden.grad.double(), x.weight.grad.double(), x.bias.grad.double()])
+    assert torch.equal(made["kept"][0], made["lean"][0])
+    for kept, lean, truth in zip(made["kept"][1], made["lean"][1], made["truth"][1], strict=True):
+        bound = 2 * (lean - truth).norm() + 4 * torch.finfo(dtype).eps * truth.norm()
+        assert (kept - truth).norm() <= bound
+    assert not made["kept"][1][0][3].any()
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
