@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +163,17 @@ def small_case() -> None:
 def jobs() -> list[tuple[Model, str, str]]:
     """(model, mode, variant), the most telling first."""
 
-    def rows(models: list[Model], variants: list[str]) -> list[tuple[Model, str, str]]:
+    def rows(models: list[Model], variants: Iterable[str]) -> list[tuple[Model, str, str]]:
         return [
             (model, mode, variant)
-            for model in models
-            for mode in peers.MODES
-            for variant in variants
-            if mode != "no grad" or variant not in peers.LOSSES
+            for model, mode, variant in itertools.product(models, peers.MODES, variants)
+            if mode in peers.MODES_OF.get(variant, peers.MODES)
         ]
 
-    first, slow = ["bare GEMMs", *peers.PREFUSE, *peers.BESIDE_FIRST], ["torch.compile"]
-    others = [name for name in peers.OTHERS if name not in slow]
+    main, rest, first = MODELS[:1], MODELS[1:], ["bare GEMMs", *peers.FIRST]
     return [
-        *rows(MODELS[:1], first), *rows(MODELS[1:], first), *rows(MODELS[:1], others), *rows(MODELS[:1], slow),
-        *rows(MODELS[1:], others), *rows(MODELS[1:], slow), *rows(MODELS[:1], [*peers.PREFUSE]),
+        *rows(main, first), *rows(rest, first), *rows(main, peers.OTHERS), *rows(main, peers.SLOW),
+        *rows(rest, peers.OTHERS), *rows(rest, peers.SLOW), *rows(main, ["prefuse"]),
     ]  # fmt: skip
 
 
@@ -185,17 +182,22 @@ def run_timings(suite: Suite) -> None:
     for model, mode, variant in jobs():
         if suite.left() < 0:
             print("out of time: the rest is not measured")
-            break
+            return
         if drawn[0] != model:
             drawn = (None, [])  # the last model's go first
             drawn = (model, [cases.draw(model, TOKENS, seed) for seed in range(2)])
-        batches = drawn[1]
         torch._dynamo.reset()  # else a compiled peer runs into its recompilation limit and goes on as eager
         if variant == "bare GEMMs":
             for units in peers.GEMM_UNITS[mode]:
-                add_row(suite, model, mode, f"{variant} ({units})", functools.partial(time_gemms, units, batches))
+                add_row(suite, model, mode, f"{variant} ({units})", functools.partial(time_gemms, units, drawn[1]))
         else:
-            add_row(suite, model, mode, variant, functools.partial(time_variant, variant, mode, batches))
+            add_row(suite, model, mode, variant, functools.partial(time_variant, variant, mode, drawn[1]))
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # an illegal access leaves the process without a device
+            suite.result["lost_device"] = f"after {model.name}, {mode}, {variant}: {error}".splitlines()[0]
+            print(suite.result["lost_device"])
+            return
 
 
 def add_row(suite: Suite, model: Model, mode: str, variant: str, time_it: Callable[[], dict]) -> None:
@@ -209,11 +211,10 @@ def add_row(suite: Suite, model: Model, mode: str, variant: str, time_it: Callab
         row["tflops"] = peers.MODES[mode][1] * 2 * TOKENS * model.d * model.v / row["ms"] / 1e9
         floor = here.get(f"bare GEMMs ({peers.GEMM_UNITS[mode][0]})", {}).get("ms")
         row["gemm_share"] = floor / row["ms"] if floor else None
-        suite.failed |= variant in peers.PREFUSE and not row["largest_error_nats"] < LARGEST_ERROR
+        suite.failed |= variant == "prefuse" and not row["largest_error_nats"] < LARGEST_ERROR
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        suite.failed |= variant in peers.PREFUSE
-    torch.cuda.empty_cache()
+        suite.failed |= variant.startswith("prefuse")
     suite.result["timings"].append(row)
     suite.save()
     time_or_error = row.get("error") or f"{row['ms']:8.2f} ms"
@@ -237,6 +238,7 @@ def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, 
         for x in leaves:
             x.grad = None
 
+    torch.cuda.empty_cache()
     run()  # compile
     clear()
     torch.cuda.synchronize()
@@ -247,7 +249,7 @@ def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, 
     peak = torch.cuda.max_memory_allocated() - before
     clear()
     row = {**measure(run, leaves), "peak_mib": peak / 2**20}
-    if name not in peers.LOSSES:
+    if name not in peers.MODES_OF:
         row["largest_error_nats"] = largest_error(variant, sets[0])
     return row
 
@@ -283,6 +285,7 @@ def report(result: dict[str, Any]) -> str:
         ]
     outcomes = [row["outcome"] for row in result["checks"]]
     counts = ", ".join(f"{outcomes.count(x)} {x}" for x in ("passed", "FAILED", "skipped", "not reached"))
+    lines += [f"Lost the device {result['lost_device']}.", ""] if "lost_device" in result else []
     lines += [f"Checks: {counts}. compute-sanitizer: {result['sanitizer']}.", ""]
     lines += [f"* {row['outcome']}: {row['check']}" for row in result["checks"] if row["outcome"] != "passed"]
     for model, mode in itertools.product(MODELS, peers.MODES):

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 
 import torch
-from cases import Batch
+from cases import AMPLE, Batch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,10 +26,10 @@ def prefuse_logps(x: Batch) -> Tensor:
     return prefuse.linear_logprobs(x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton")
 
 
-def prefuse_dpo(x: Batch) -> Tensor:
+def prefuse_dpo(x: Batch, workspace: int) -> Tensor:
     ref_logps = torch.zeros(len(x.cu_seqlens) - 1, dtype=torch.float64, device=x.hidden.device)
     return prefuse.linear_preference_loss(
-        x.hidden, x.weight, x.targets, x.cu_seqlens, ref_logps, softcap=x.softcap, impl="triton"
+        x.hidden, x.weight, x.targets, x.cu_seqlens, ref_logps, workspace=workspace, softcap=x.softcap, impl="triton"
     ).loss
 
 
@@ -115,21 +115,29 @@ def _refuse_softcap(x: Batch) -> None:
         raise NotImplementedError("no softcap")
 
 
-PREFUSE = {"prefuse": prefuse_logps}
-BESIDE_FIRST = {"TRL chunked log-probs": trl}
-OTHERS = {
-    "prefuse DPO": prefuse_dpo,
+FIRST: dict[str, Variant] = {
+    "prefuse": prefuse_logps,
+    "prefuse DPO, 3 units": functools.partial(prefuse_dpo, workspace=AMPLE),
+    "TRL chunked log-probs": trl,
+}
+OTHERS: dict[str, Variant] = {
+    "prefuse DPO, 4 units": functools.partial(prefuse_dpo, workspace=0),
     "Liger scaled CE": liger_scaled,
     "Liger chunked DPO": liger_dpo,
     "CCE": cce,
     "CCE without filter": functools.partial(cce, filter_eps=None),
     "F.linear_cross_entropy": torch_chunked,
     "eager": eager,
-    "torch.compile": compiled,
 }
-VARIANTS: dict[str, Variant] = {**PREFUSE, **BESIDE_FIRST, **OTHERS}
-# These return the loss: they are steps of training and have no forward worth timing alone.
-LOSSES = {"prefuse DPO", "Liger chunked DPO"}
+SLOW: dict[str, Variant] = {"torch.compile": compiled}
+VARIANTS = {**FIRST, **OTHERS, **SLOW}
+# These return the loss: they are steps of training and have no forward worth timing alone. The plans of `prefuse DPO`
+# differ with a trainable head only.
+MODES_OF = {
+    "prefuse DPO, 3 units": ("trainable",),
+    "prefuse DPO, 4 units": ("trainable", "frozen"),
+    "Liger chunked DPO": ("trainable", "frozen"),
+}
 
 
 # The passes that each mode needs at least, and what prefuse spends: products of N * D * V multiply-adds.

@@ -1,6 +1,4 @@
-"""From random weights to an aligned model on the CPU, in about a minute: `make demo`, or
-
-    python examples/demo.py          # all it makes is in runs/demo, below the current folder
+"""From random weights to an aligned model on the CPU, in about a minute: `make demo`. What it makes is in runs/demo.
 
 The task is to put letters in order. Two orders are right, and the ascending one is preferred:
 
@@ -21,12 +19,9 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import shutil
 import sys
-import textwrap
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; transformers reads 
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -44,6 +39,7 @@ from prefuse.engine import cli
 FOLDER = Path("runs/demo")
 MARKER = "made-by-the-demo"  # a file in it: a folder that lacks it is somebody's work, and is left alone
 
+SIDES = ("chosen", "rejected")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DEMONSTRATIONS, PAIRS, HELD_OUT = 24_000, 2_000, 1_000  # prompts for sft, for dpo and kto, and for the table
 BETA = 1.0
@@ -51,27 +47,21 @@ SEED = 0
 
 console = Console(highlight=False, soft_wrap=True)
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The task and its rule
+# ---- The task and its rule ----
 
 
 def make_pairs(count: int, rng: random.Random) -> list[dict[str, str]]:
     """Four to seven letters each. No two pairs have the same ones, so no answer can be known from another pair."""
-    problems: dict[frozenset[str], list[str]] = {}
+    problems = {}
     while len(problems) < count:
         letters = rng.sample(LETTERS, rng.randint(4, 7))
         problems.setdefault(frozenset(letters), letters)
     return [make_pair(letters) for letters in problems.values()]
 
 
-def make_pair(letters: Sequence[str]) -> dict[str, str]:
-    ascending = sorted(letters)
-    return {
-        "prompt": f"sort {' '.join(letters)} =>",
-        "chosen": " ".join(ascending),
-        "rejected": " ".join(reversed(ascending)),
-    }
+def make_pair(letters: list[str]) -> dict[str, str]:
+    prompt, ascending = f"sort {' '.join(letters)} =>", sorted(letters)
+    return {"prompt": prompt, "chosen": " ".join(ascending), "rejected": " ".join(reversed(ascending))}
 
 
 def order_of(prompt: str, answer: str) -> str | None:
@@ -88,21 +78,16 @@ def write_data(folder: Path) -> None:
     labelled = [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
         for pair in training
-        for side in ("chosen", "rejected")
+        for side in SIDES
     ]
     rng.shuffle(labelled)
-    sides = [rng.choice(["chosen", "rejected"]) for _ in shown]
-    demonstrations = [
-        {"prompt": pair["prompt"], "completion": pair[side]} for pair, side in zip(shown, sides, strict=True)
-    ]
+    demonstrations = [{"prompt": pair["prompt"], "completion": pair[rng.choice(SIDES)]} for pair in shown]
     files = {"demonstrations": demonstrations, "pairs": training, "labelled": labelled, "held_out": held_out}
     for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A tokenizer, and a model that knows nothing yet
+# ---- A tokenizer, and a model that knows nothing yet ----
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,37 +101,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The runs
+# ---- The runs ----
 
 
 def prefuse(command: str, *, screen: Path | None = None, **settings: object) -> float:
     """Show `prefuse command --name value ... [> screen]`, do what it does, and return the seconds it took."""
-    argv = [command, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
-    words = ["prefuse", command, *(f"--{name}\xa0{shlex.quote(str(value))}" for name, value in settings.items())]
-    line = " ".join(words + ([f">\xa0{screen}"] if screen else []))
-    lines = textwrap.wrap(line, 110, break_long_words=False, break_on_hyphens=False)  # not at a no-break space
-    console.print("\n$ " + " \\\n    ".join(lines).replace("\xa0", " "), style="bold", markup=False)
-
+    flags = [(f"--{name}", str(value)) for name, value in settings.items()]
+    shown = [f"prefuse {command}", *map(" ".join, flags), *([f"> {screen}"] if screen else [])]
+    lines = [" ".join(shown[i : i + 3]) for i in range(0, len(shown), 3)]
+    console.print("\n$ " + " \\\n    ".join(lines), style="bold", markup=False)
     started = time.perf_counter()
     with screen.open("w", encoding="utf-8") if screen else contextlib.nullcontext(sys.stdout) as out:
         with contextlib.redirect_stdout(out):
-            code = cli.main(argv)
-    if code:
-        sys.exit(code)
+            if code := cli.main([command, *(word for flag in flags for word in flag)]):
+                sys.exit(code)
     return time.perf_counter() - started
 
 
@@ -157,19 +132,18 @@ def train(folder: Path) -> dict[str, float]:
         output_dir=folder / "sft", num_train_epochs=4, per_device_train_batch_size=64, learning_rate=4e-3,
         lr_scheduler_type="cosine", logging_steps=200, eval_steps=400, save_steps=0,
     )  # fmt: skip
-    aligned = {
-        loss: prefuse(
+    dpo, kto = (
+        prefuse(
             "train", loss_type=loss, beta=BETA, model_name_or_path=folder / "sft", dataset_name=folder / data,
             output_dir=folder / loss, per_device_train_batch_size=32, learning_rate=3e-4,
             logging_steps=20, eval_steps=40, save_steps=0,
         )
         for loss, data in (("dpo", "pairs.jsonl"), ("kto", "labelled.jsonl"))
-    }  # fmt: skip
-    return {"sft": sft, **aligned}
+    )  # fmt: skip
+    return {"sft": sft, "dpo": dpo, "kto": kto}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Before and after
+# ---- Before and after ----
 
 
 @dataclass(frozen=True)
@@ -185,19 +159,18 @@ class Result:
 
 
 def measure(folder: Path, name: str, seconds: float) -> Result:
-    model, held_out = folder / name, folder / "held_out.jsonl"
-    common = {"model_name_or_path": model, "eval_dataset": held_out, "per_device_eval_batch_size": 100}
-    eval_json, answers_jsonl = model / "eval.json", model / "answers.jsonl"
+    model = folder / name
+    common = {"model_name_or_path": model, "eval_dataset": folder / "held_out.jsonl", "per_device_eval_batch_size": 100}
     prefuse(
-        "eval", **common, ref_model_name_or_path=folder / "sft", beta=BETA, output_file=eval_json,
+        "eval", **common, ref_model_name_or_path=folder / "sft", beta=BETA, output_file=model / "eval.json",
         screen=model / "eval.txt",
     )  # fmt: skip
     prefuse(
-        "generate", **common, num_prompts=0, temperature=1.0, max_new_tokens=10, output_file=answers_jsonl,
+        "generate", **common, num_prompts=0, temperature=1.0, max_new_tokens=10, output_file=model / "answers.jsonl",
         screen=model / "answers.txt",
     )  # fmt: skip
-    means = json.loads(eval_json.read_text(encoding="utf-8"))
-    answers = [json.loads(line) for line in answers_jsonl.read_text(encoding="utf-8").splitlines()]
+    means = json.loads((model / "eval.json").read_text(encoding="utf-8"))
+    answers = [json.loads(line) for line in (model / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     orders = [order_of(answer["prompt"], answer["model"]) for answer in answers]
     return Result(
         accuracy=means["rewards/accuracies"],
@@ -210,15 +183,23 @@ def measure(folder: Path, name: str, seconds: float) -> Result:
 
 
 def show(results: dict[str, Result]) -> None:
-    caption = "Rewards and KL are relative to the SFT model: its own rewards are all 0, and a tie is no win."
-    grid = Table("model", title=f"{HELD_OUT} held-out prompts", caption=caption)
-    rewards, answers = ("reward\naccuracy", "reward\nmargin", "KL, nats\nper token"), ("ascending", "either order")
-    for title in (*rewards, *(f"answers:\n{order}" for order in answers), "training,\nseconds"):
-        grid.add_column(title, justify="right")
-    for name, r in results.items():
-        numbers = (f"{r.accuracy:.3f}", f"{r.margin:.2f}", f"{r.kl:.3f}", f"{r.ascending:.1%}", f"{r.correct:.1%}")
-        grid.add_row(name.upper(), *numbers, f"{r.seconds:.0f}")
-    console.print("\n", grid, soft_wrap=False)
+    rows = {
+        name.upper(): {
+            "reward\naccuracy": f"{result.accuracy:.3f}",
+            "reward\nmargin": f"{result.margin:.2f}",
+            "KL, nats\nper token": f"{result.kl:.3f}",
+            "answers\nascending": f"{result.ascending:.1%}",
+            "in either\norder": f"{result.correct:.1%}",
+            "seconds of\ntraining": f"{result.seconds:.0f}",
+        }
+        for name, result in results.items()
+    }
+    columns = (Column(title, justify="right") for title in rows["SFT"])
+    caption = "Rewards and KL are relative to SFT, whose own rewards are 0: ties, no wins."
+    grid = Table("model", *columns, title=f"{HELD_OUT} held-out prompts", caption=caption)
+    for name, row in rows.items():
+        grid.add_row(name, *row.values())
+    console.print("", grid, soft_wrap=False)
 
 
 def broken_claims(results: dict[str, Result]) -> list[str]:
@@ -249,8 +230,8 @@ def main() -> int:
     write_data(folder)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     console.print(f"made four data files and a Llama of {model.num_parameters():,} random weights in {folder}")
 
     seconds = train(folder)
@@ -260,10 +241,9 @@ def main() -> int:
         eval_dataset=folder / "held_out.jsonl", num_prompts=6, temperature=1.0, max_new_tokens=10,
     )  # fmt: skip
     show(results)
-    console.print("curves:", *(folder / name / "curves.png" for name in seconds))
-    console.print(f"{time.perf_counter() - started:.0f} seconds in all")
-    broken = broken_claims(results)
-    for claim in broken:
+    curves = " ".join(str(folder / name / "curves.png") for name in seconds)
+    console.print(f"{time.perf_counter() - started:.0f} seconds in all; curves: {curves}")
+    for claim in (broken := broken_claims(results)):
         console.print(f"not so: {claim}", style="bold red")
     return 1 if broken else 0
 

@@ -272,12 +272,11 @@ def _reference(hidden, weight, bias, targets, options: HeadOptions):
 
 
 def _resolve(impl: str, hidden: Tensor) -> str:
-    has_triton = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        return "triton" if hidden.is_cuda and has_triton and hidden.dtype != torch.float64 else "torch"
+        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton() else "torch"
     if impl != "triton":
         return impl
-    if not has_triton:
+    if not _has_triton():
         raise RuntimeError('impl="triton" needs the triton package; install it, or use impl="torch"')
     if hidden.dtype == torch.float64:
         raise RuntimeError('impl="triton" has no float64; use impl="torch" or "reference"')
@@ -290,6 +289,10 @@ def _resolve(impl: str, hidden: Tensor) -> str:
                 "or set TRITON_INTERPRET=1 before triton is imported to interpret the kernels"
             )
     return impl
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
