@@ -140,7 +140,7 @@ MODES_OF = {
 }
 
 
-# The passes that each mode needs at least, and what prefuse spends: products of N * D * V multiply-adds.
+# Mode -> what needs a gradient, and the products of N * D * V multiply-adds that its rate is counted by.
 MODES = {
     "no grad": ((), 1),
     "frozen": (("hidden",), 2),
