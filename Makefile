@@ -7,12 +7,13 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: help demo test test-slow test-all lint format clean
+.PHONY: help demo test test-slow test-all gpu lint format clean
 
 help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
 	@echo "make test      every test but the slow ones: under ten minutes on two cores"
 	@echo "make test-all  those and the slow ones"
+	@echo "make gpu       check and time the kernels on this machine's GPU, with its own python3"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    ruff's fixes, written"
 
@@ -26,6 +27,9 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+gpu:  # no .venv: on a GPU machine torch and triton are already there
+	python3 bench/gpu_suite.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

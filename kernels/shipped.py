@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import triton_head
+from . import triton_head, triton_kernels
 from .aot import Resources, compile_for, resources
 from .configs import Config, choose, fold_kernel
 
@@ -78,7 +78,7 @@ def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype)
     aligned = ("N", "V", "D", "plane", "row", "stride_hn", "stride_wv", "stride_pn")
     sizes = ("first", "first_segment", "segments", *aligned)
     constants = dict.fromkeys(FOLD_FLAGS, False) | flags | {"SEGMENTS": 33}
-    return _shipped(name, triton_head._fold_kernel, config, signature, sizes, constants, aligned)
+    return _shipped(name, triton_kernels.fold_kernel, config, signature, sizes, constants, aligned)
 
 
 def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
@@ -88,7 +88,7 @@ def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     signature = {**_operands(config, dtype), **vectors, "dz": out}
     sizes = ("N", "C", "D", "first", "stride_hn", "stride_wv", "stride_dz")
     constants = dict.fromkeys(DLOGITS_FLAGS, False) | flags
-    return _shipped(name, triton_head._dlogits_kernel, config, signature, sizes, constants, sizes)
+    return _shipped(name, triton_kernels.dlogits_kernel, config, signature, sizes, constants, sizes)
 
 
 def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
