@@ -304,8 +304,8 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         if hasattr(x, "full_tensor"):
             raise TypeError(
                 f"{name} is a DTensor, whose storage is only this rank's shard. Call the op inside the forward of the "
-                "FSDP root module (keep the head in the root unit, where its weight is a plain tensor), or pass "
-                f"{name}.to_local() with vocab_group= when the rows are sharded"
+                "FSDP root module, with the head in the root unit: there its weight is a plain, whole tensor and its "
+                "gradient is reduced"
             )
         if x.device != hidden.device:
             raise TypeError(f"{name} is on {x.device} but hidden is on {hidden.device}; move one of them")
