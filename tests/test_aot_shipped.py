@@ -1,5 +1,9 @@
 """Every large kernel compiles for chips that are not here: on the matrix unit, no spills, within shared memory."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +49,16 @@ def test_the_common_kernels_compile_clean(pool):
 def test_every_variant_compiles_clean_on_every_path(pool):
     check(pool, OWN_PATH, [name for name in NAMES if name not in COMMON])
     check(pool, OTHER_PATHS, NAMES)
+
+
+@pytest.mark.slow
+def test_the_report_prints_every_kernel_and_fails_on_a_problem():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "prefuse.kernels.report", "--chips", "80"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd="/", env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert all(name in run.stdout for name in NAMES)
+    assert run.stdout.count("clean") == len(NAMES)
 
 
 @pytest.mark.slow
