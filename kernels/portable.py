@@ -462,13 +462,20 @@ def backward_stashed(
 
     far = rows[(share == 0) & (part.q > 0)]
     if len(far):
-        more = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
-        if needs[0]:
-            dhidden[far] = more[0]
-        for total, extra in ((dweight, more[1]), (dbias, more[2])):
-            if total is not None:
-                total += extra
+        again = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
+        add_far_rows(far, again, dhidden, dweight, dbias)
     return dhidden, dweight, dbias
+
+
+def add_far_rows(
+    far: Tensor, again: tuple, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> None:
+    """Puts the gradients of the rows `far`, recomputed, where a stash left nothing."""
+    if dhidden is not None:
+        dhidden[far] = again[0]
+    for total, extra in ((dweight, again[1]), (dbias, again[2])):
+        if total is not None:
+            total += extra
 
 
 def _dlogits_(z: Tensor, head: Head, target: tuple[Tensor, Tensor], row: RowGrads) -> Tensor:

@@ -35,7 +35,7 @@ from . import triton_kernels as device
 from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, fold_kernel, segments
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
-from .portable import Forward, RowGrads, stash_size
+from .portable import Forward, RowGrads, add_far_rows, stash_size
 
 # As the device sees them, but plain numbers.
 LOG2E, LN2, IGNORED, OUTSIDE, BEFORE = (
@@ -355,12 +355,8 @@ def backward_stashed(
 
     far = (~near & (row.q > 0) & counts).nonzero()[:, 0]
     if len(far):
-        more = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
-        if needs[0]:
-            dhidden[far] = more[0]
-        for total, extra in ((dweight, more[1]), (dbias, more[2])):
-            if total is not None:
-                total += extra
+        again = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
+        add_far_rows(far, again, dhidden, dweight, dbias)
     return dhidden, dweight, dbias
 
 
