@@ -115,7 +115,15 @@ def unary_op(stock, self, operand, op):
 
 @repair(Builder)
 def create_dot(stock, self, left, right, accumulator, *precision):
-    return stock(self, _widen(left), _widen(right), accumulator, *precision)
+    """The stock multiplies with a BLAS, which on some CPUs gives a row other bits in another place of the tile."""
+    a, b = _widen(left).data, _widen(right).data
+    if a.dtype.kind != "f":
+        return stock(self, left, right, accumulator, *precision)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf and the like, as silently as a GPU
+        # Products of float32 are exact in float64; their sum is rounded to the accumulator's type once.
+        products = a.astype(np.float64)[..., :, :, None] * b.astype(np.float64)[..., None, :, :]
+        total = products.sum(-2) + accumulator.data
+        return TensorHandle(total.astype(accumulator.data.dtype), accumulator.dtype.scalar)
 
 
 # ---- fused multiply-add: the stock rounds twice before triton 3.9 --------------------------------
