@@ -8,14 +8,15 @@ reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last dig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .grouped import WithGradients, cut, gradients_in_forward
 from .kernels import HeadOptions
-from .kernels.linear_logprobs import logprobs_within
+from .kernels.linear_logprobs import logprobs_within, prepare
 from .losses import DPO, KTO, Loss, Sequences
 
 # What `linear_preference_loss` may keep from the forward to the backward, unless told otherwise.
@@ -94,18 +95,35 @@ def linear_preference_loss(
 
     `workspace`: bytes that may be kept for the backward (default `WORKSPACE`, 1 GiB). When the `N * V` weights of a
     trainable head fit in it (2 bytes each in bf16), they are kept, and forward and backward take 3 units of matrix
-    products instead of 4; 0 always recomputes.
+    products instead of 4. When those of some whole pairs fit, beside a float32 gradient of a half-precision weight,
+    pairs go group by group and the gradients are made in the forward: 3 units too, the same log-probabilities bit by
+    bit. 0 always recomputes.
     """
-    targets = targets.long()
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     workspace = WORKSPACE if workspace is None else workspace
-    logps = logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl)
-    _check_packed(logps, cu_seqlens)
+    _, targets, _ = prepare(hidden, weight, targets, bias, options, (), impl)
+    _check_packed(targets, cu_seqlens)
     kept = targets != ignore_index
     counts = _sequence_sums(kept.double(), cu_seqlens).long()
-    if ref_logps is not None and _is_per_token(ref_logps, logps, counts):
+    _check_loss(loss, len(counts), ref_logps, labels, z0)
+    per_token = ref_logps is not None and _is_per_token(ref_logps, targets, counts)
+    if per_token:
         ref_logps = torch.where(kept, ref_logps, 0.0)
-    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+    num_items = _items(loss, counts) if num_items is None else num_items
+
+    def loss_of(logps: Tensor, sequences: slice = slice(None), tokens: slice = slice(None)) -> PreferenceOutput:
+        ref = None if ref_logps is None else ref_logps[tokens if per_token else sequences]
+        cu = cu_seqlens if sequences == slice(None) else cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
+        desirable = None if labels is None else labels[sequences]
+        return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items)
+
+    head = (hidden, weight, bias, targets, options, impl)
+    groups = cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    if not groups:
+        return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl))
+    logps, gradients = gradients_in_forward(groups, *head, lambda *group: loss_of(*group).loss)
+    out = loss_of(logps)
+    return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
 
 
 def kto_reference_point(
@@ -172,15 +190,20 @@ def _preference_loss(
     seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0)
 
     losses = loss.losses(seq)
-    if num_items is None:
-        num_items = counts.sum().clamp_min(1) if loss.per == "token" else max(len(losses), 1)
-    total = (losses.sum() / num_items).float()
+    total = (losses.sum() / (_items(loss, counts) if num_items is None else num_items)).float()
 
     with torch.no_grad():
         sums = _sequence_sums(logps, cu_seqlens)
         rewards = loss.rewards(seq)
         metrics = _metrics(loss, seq, sums, rewards)
     return PreferenceOutput(total, losses.detach().float(), sums, rewards.detach().float(), metrics)
+
+
+def _items(loss: Loss, counts: Tensor) -> int | Tensor:
+    """What the loss is a mean over, in this call: tokens, pairs or sequences."""
+    if loss.per == "token":
+        return counts.sum().clamp_min(1)
+    return max(len(counts) // (2 if loss.per == "pair" else 1), 1)
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> Tensor:

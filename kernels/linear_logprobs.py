@@ -80,13 +80,7 @@ def logprobs_within(
     impl: str,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprobs`, which keeps nothing, and `linear_preference_loss`, which may."""
-    _check_tensors(hidden, weight, targets, bias)
-    targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
-    _check_options(options, outputs, impl)
-    impl = _resolve(impl, hidden)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-
+    hidden, targets, impl = prepare(hidden, weight, targets, bias, options, outputs, impl)
     if impl == "reference":
         logps, extra = _reference(hidden, weight, bias, targets, options)
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
@@ -101,6 +95,25 @@ def logprobs_within(
     return logps, {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
 
 
+def prepare(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions,
+    outputs: tuple[str, ...], impl: str,
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
+    """Checks everything; hidden in the dtype to compute in, targets as int64, and which implementation it will be."""
+    _check_tensors(hidden, weight, targets, bias)
+    targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
+    _check_options(options, outputs, impl)
+    impl = _resolve(impl, hidden)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden, targets, impl
+
+
+def fits(workspace: int, hidden: Tensor, weight: Tensor, impl: str) -> bool:
+    """Whether the weights of all rows may be kept for the backward."""
+    return stash_size(len(hidden), len(weight), hidden) * _stash_dtype(impl, hidden).itemsize <= workspace
+
+
 def _mode(workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> str:
     """The cheapest of `portable.MODES` that applies."""
     # float16 has no range for weights that are not normalized yet.
@@ -108,8 +121,7 @@ def _mode(workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, i
         return "lean"
     if not weight.requires_grad and not (bias is not None and bias.requires_grad):
         return "frozen" if hidden.requires_grad else "lean"
-    kept = stash_size(len(hidden), len(weight), hidden) * _stash_dtype(impl, hidden).itemsize
-    return "stash" if kept <= workspace else "lean"
+    return "stash" if fits(workspace, hidden, weight, impl) else "lean"
 
 
 def _stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
@@ -173,15 +185,14 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = HeadOptions(softcap, logit_scale, temperature, ignore_index)
     needs = (needs_hidden, needs_weight, needs_bias)
-    nothing = _empty_backward(hidden, weight, bias, needs)
     if len(hidden) == 0:
-        return tuple(x.zero_() for x in nothing)
+        return tuple(x.zero_() for x in _empty_backward(hidden, weight, bias, needs))
     row = RowGrads(grad, lse, q, grad_entropy, entropy)
     if stash is None:
         grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs)
     else:
         grads = _module(impl).backward_stashed(hidden, weight, bias, targets, row, stash, share, options, needs)
-    return tuple(empty if g is None else g for g, empty in zip(grads, nothing, strict=True))
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
@@ -233,7 +244,7 @@ def _(grad, direction):
     return torch.empty_like(direction)
 
 
-def _refuse_double_backward(ctx, *grads):
+def refuse_double_backward(*_):
     raise RuntimeError(
         "linear_logprobs has no second derivative: its backward was differentiated (create_graph=True?). "
         'Use impl="reference" where a double backward is needed.'
@@ -241,8 +252,8 @@ def _refuse_double_backward(ctx, *grads):
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_refuse_double_backward)
-_scale_rows_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(refuse_double_backward)
+_scale_rows_op.register_autograd(refuse_double_backward)
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -257,8 +268,8 @@ def _module(impl: str):
 
 
 def _empty_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs) -> tuple[Tensor, Tensor, Tensor]:
-    like = (hidden, weight, weight.new_empty(0) if bias is None else bias)
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(like, needs, strict=True))
+    like = (hidden, weight, bias)
+    return tuple(x.new_empty(x.shape) if needed else hidden.new_empty(0) for x, needed in zip(like, needs, strict=True))
 
 
 def _reference(hidden, weight, bias, targets, options: HeadOptions):

@@ -255,8 +255,12 @@ def empty_forward(
 
 def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
     """Numbers in the stash of `n` rows: whole row tiles here, rows of 16 bytes' multiple for Triton's descriptors."""
-    rows = TILE.get(hidden.device.type, TILE["cuda"])[0]
+    rows = row_tile(hidden)
     return -(-n // rows) * rows * -(-vocab // 8) * 8
+
+
+def row_tile(hidden: Tensor) -> int:
+    return TILE.get(hidden.device.type, TILE["cuda"])[0]
 
 
 def _forward_kept(
@@ -356,6 +360,25 @@ class RowGrads(NamedTuple):
         return RowGrads(*(None if x is None else x[rows] for x in tuple(self)))
 
 
+class Sums(NamedTuple):
+    """The gradients that are sums over rows."""
+
+    dweight: Tensor | None  # (V, D)
+    dbias: Tensor | None  # (V,)
+
+    @staticmethod
+    def empty(weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> Sums:
+        """Where a backward writes every element."""
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+        return Sums(dweight, torch.empty_like(bias) if needs[2] else None)
+
+    @staticmethod
+    def zeros(weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> Sums:
+        """Where several backwards add up."""
+        dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
+        return Sums(dweight, bias.new_zeros(bias.shape, dtype=dtype) if needs[2] else None)
+
+
 def backward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -384,8 +407,7 @@ def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, n
     dtype, weight, bias = hidden.dtype, head.weight, head.bias
     hidden = operand(hidden, dtype)
     dhidden = hidden.new_zeros(hidden.shape, dtype=head.acc) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
+    dweight, dbias = Sums.empty(weight, bias, needs)
     tiles = [(rows, Targets(targets[rows], head)) for rows in _blocks(len(hidden), head.rows)]
     # One buffer for every slice: fresh memory costs a page fault where the product writes it.
     block = max(1, min(len(tiles), BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
@@ -433,10 +455,11 @@ def backward_stashed(
     share: Tensor,  # (N,)
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    into: Sums | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` from a forward's stash P (N, V): dhidden = c (P @ W), dweight = P.T @ (c hidden), c = -g share.
 
-    Rows that the stash could not hold go through `backward`.
+    Rows that the stash could not hold go through `backward`. With `into`, dweight and dbias are added to it.
     """
     head = Head(weight, bias, options, hidden.dtype)
     kept = _kept_rows(targets, options.ignore_index)
@@ -446,16 +469,18 @@ def backward_stashed(
     scaled = narrow(c[:, None] * x.to(head.acc), head.dtype)
 
     pulled = x.new_zeros(x.shape, dtype=head.acc) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
+    dweight, dbias = into or Sums.empty(weight, bias, needs)
     for first, w, weighs in stashed_slices(head, stash, len(x)):
         columns = slice(first, first + len(w))
         if needs[0]:
             addmm_(pulled, weighs, w)
-        if needs[1]:
+        if needs[1] and into:
+            addmm_(dweight[columns], weighs.T, scaled)
+        elif needs[1]:
             dweight[columns] = mm(weighs.T, scaled, out=w.new_empty(w.shape, dtype=head.acc))
         if needs[2]:
-            dbias[columns] = (weighs.to(head.acc) * c[:, None]).sum(0)
+            db = (weighs.to(head.acc) * c[:, None]).sum(0)
+            dbias[columns] = dbias[columns] + db if into else db
     dhidden = None
     if needs[0]:
         dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, (c[:, None] * pulled).to(hidden.dtype))

@@ -31,11 +31,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import cost
 from . import triton_kernels as device
 from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, fold_kernel, segments
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
-from .portable import Forward, RowGrads, add_far_rows, stash_size
+from .portable import Forward, RowGrads, Sums, add_far_rows, stash_size
 
 # As the device sees them, but plain numbers.
 LOG2E, LN2, IGNORED, OUTSIDE, BEFORE = (
@@ -195,12 +196,14 @@ class Fold:
     ) -> None:  # fmt: skip
         """Segments s0 ... s0 + count - 1 of `total_segments`, for a part of the rows -> `parts (planes, count, N)`."""
         op, config = self.op, self.config
-        h = op.hidden[rows]
+        h, parts = op.hidden[rows], parts[..., rows]
+        if not RESCUE:  # which seldom does anything, and says nothing to the host
+            cost.report("fold", 2 * h.numel() * len(w), cost.size(h, w), cost.size(parts, pulls))
         stride_pn = 0 if pulls is None else pulls.stride(0)
         pulls = self.parts if pulls is None else _loadable(pulls, config.block_n, config.block_v, config)
         device.fold_kernel[(triton.cdiv(len(h), config.block_n) * count,)](
             _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
-            b, op.y[rows], self.z2_y[rows], self.far[rows], parts[..., rows], pulls, len(h), len(op.weight), h.shape[1],
+            b, op.y[rows], self.z2_y[rows], self.far[rows], parts, pulls, len(h), len(op.weight), h.shape[1],
             first, s0, count, *parts.stride()[:2], *h.stride(), *w.stride(), stride_pn, op.k_in, op.k_out,
             **op.flags(), RESCUE=RESCUE, PULL=PULL, **self.wanted, SEGMENTS=total_segments, **tile_args(config),
         )  # fmt: skip
@@ -277,8 +280,7 @@ def backward(
     dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
     # Zeroed where ignored, for 0 * NaN is NaN; the same memory becomes dhidden in the end.
     clean = torch.where(counts[:, None], hidden, 0.0).contiguous()
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
+    dweight, dbias = Sums.empty(weight, bias, needs)
     y_sorted, order = torch.sort(op.y, stable=True)
     width = min(SLICE, v)
     rows = max(1, min(n, BUFFER_BYTES // (width * hidden.element_size())))
@@ -317,10 +319,12 @@ def backward_stashed(
     share: Tensor,  # (N,)
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    into: Sums | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` from a forward's stash P (N, V): dhidden = c W[y] - a (P @ W), dweight = P.T @ (-a hidden) + targets.
 
-    Rows that the stash could not hold weigh nothing in it, and go through `backward`.
+    Rows that the stash could not hold weigh nothing in it, and go through `backward`. With `into`, dweight and dbias
+    are added to it.
     """
     op = Operands(hidden, weight, bias, targets, options)
     (n, d), v = hidden.shape, len(weight)
@@ -332,25 +336,27 @@ def backward_stashed(
     scaled = (torch.where(counts[:, None], hidden, 0.0).float() * -a[:, None]).to(hidden.dtype) if needs[1] else None
 
     pulled = hidden.new_zeros(n, d, dtype=torch.float32) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
+    dweight, dbias = into or Sums.empty(weight, bias, needs)
     y_sorted, order = torch.sort(op.y, stable=True)
     width = _slice_width(v, op.config(fold_kernel(False, True, op.softcap), op.part(0, 1)[0]))
     for first in range(0, v, width):
         w, _ = op.part(first, min(first + width, v))
         weighs = _stashed(stash, first, len(w), n)
+        columns = slice(first, first + len(w))
         if needs[0]:
             addmm_(pulled, weighs, w)
         if needs[1]:
-            dw = hidden.new_zeros(len(w), d, dtype=torch.float32)
+            dw = into.dweight[columns] if into else hidden.new_zeros(len(w), d, dtype=torch.float32)
             _add_targets_to_weight(op, dw, first, order, y_sorted, c)
-            dweight[first : first + len(w)] = addmm_(dw, weighs.T, scaled)
+            addmm_(dw, weighs.T, scaled)
+            if not into:
+                dweight[columns] = dw
         if needs[2]:
             db = hidden.new_zeros(len(w), dtype=torch.float32)
             _add_targets_to_bias(db, first, op.y, c)
             for rows in torch.arange(n, device=hidden.device).split(1024):
                 db -= (weighs[rows].float() * a[rows, None]).sum(0)
-            dbias[first : first + len(w)] = db
+            dbias[columns] = dbias[columns] + db if into else db
     dhidden = _add_targets_to_hidden(op, c, pulled, a).to(hidden.dtype) if needs[0] else None
 
     far = (~near & (row.q > 0) & counts).nonzero()[:, 0]
@@ -415,6 +421,7 @@ def _dlogits(
     dz = buffer[:n, :c]
     config = op.config("dlogits", w) if allow_descriptors(h) else choose("dlogits", op.chip, op.dtype, False)
     has_entropy = grad_entropy is not None
+    cost.report("dlogits", 2 * h.numel() * c, cost.size(h, w), cost.size(dz))
     device.dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
         _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
         b, op.y[part], row.lse[part], grad[part], grad_entropy[part] if has_entropy else grad,

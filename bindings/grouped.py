@@ -1,0 +1,84 @@
+"""A preference loss whose gradients are made in the forward, a few whole pairs at a time: see `kernels.grouped`.
+
+N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import HeadOptions
+from .kernels.grouped import GroupedHead, group_rows
+from .kernels.linear_logprobs import fits, prepare, refuse_double_backward
+
+
+class Group(NamedTuple):
+    """Whole pairs (or, for unpaired losses, sequences) that stand next to each other."""
+
+    sequences: slice
+    tokens: slice
+
+
+def cut(
+    workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
+    impl: str, cu_seqlens: Tensor, per_item: int,
+) -> list[Group]:  # fmt: skip
+    """Groups whose weights fit `workspace` one at a time; none where all fit at once, or another mode is cheaper.
+
+    Reads `cu_seqlens` on the host, which on a GPU waits for it.
+    """
+    hidden, _, impl = prepare(hidden, weight, targets, bias, options, (), impl)
+    rows = group_rows(workspace, hidden, weight, bias, impl)
+    if rows == 0 or fits(workspace, hidden, weight, impl):
+        return []
+    return whole_items(cu_seqlens.tolist(), per_item, rows)
+
+
+def whole_items(cu_seqlens: list[int], per_item: int, rows: int) -> list[Group]:
+    """Items of `per_item` sequences, as many to a group as `rows` tokens hold; none where one alone has more."""
+    ends = cu_seqlens[::per_item]
+    if any(last - first > rows for first, last in pairwise(ends)):
+        return []
+    groups, first = [], 0
+    for i in range(1, len(ends)):
+        if i + 1 == len(ends) or ends[i + 1] - ends[first] > rows:
+            groups.append(Group(slice(first * per_item, i * per_item), slice(ends[first], ends[i])))
+            first = i
+    return groups
+
+
+def gradients_in_forward(
+    groups: list[Group], hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
+    impl: str, loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    """(N,) log-probabilities, and d(sum of `loss_of` over the groups) by hidden, weight and bias."""
+    hidden, targets, impl = prepare(hidden, weight, targets, bias, options, (), impl)
+    head = GroupedHead(hidden, weight, bias, targets, options, impl)
+    logps = []
+    for group in groups:
+        logps.append(head.forward(group.tokens))
+        leaf = logps[-1].detach().requires_grad_()
+        head.backward(torch.autograd.grad(loss_of(leaf, group.sequences, group.tokens), leaf)[0])
+    return torch.cat(logps), head.gradients
+
+
+class WithGradients(torch.autograd.Function):
+    """A loss whose gradients exist already: backward multiplies them by what comes from above."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *(None if g is None else (g * grad).to(dtype) for g, dtype in pairs)
