@@ -86,6 +86,7 @@ def linear_preference_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> PreferenceOutput:
     """Equals `preference_loss(linear_logprobs(hidden, weight, targets, ...), ref_logps, cu_seqlens, loss, ...)`.
 
@@ -118,9 +119,10 @@ def linear_preference_loss(
         return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items)
 
     head = (hidden, weight, bias, targets, options, impl)
-    groups = cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
+    groups = [] if vocab_group else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
-        return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl))
+        return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
     logps, gradients = gradients_in_forward(groups, *head, lambda *group: loss_of(*group).loss)
     out = loss_of(logps)
     return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))

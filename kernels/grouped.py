@@ -15,6 +15,7 @@ from torch import Tensor
 from .linear_logprobs import _check_targets, _module, _stash_dtype
 from .options import HeadOptions
 from .portable import RowGrads, Sums, accumulator_dtype, row_tile, stash_size
+from .vocab import Whole
 
 
 def group_rows(workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> int:
@@ -48,7 +49,7 @@ class GroupedHead:
         options: HeadOptions,
         impl: str,
     ):
-        _check_targets(targets, len(weight), options.ignore_index)
+        _check_targets(targets, Whole(), len(weight), options.ignore_index)
         self.needs = _needs(hidden, weight, bias)
         self.hidden, self.weight, self.targets = hidden.detach(), weight.detach(), targets
         self.bias = None if bias is None else bias.detach()

@@ -12,11 +12,13 @@ import importlib.util
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import portable, reference
 from .options import OUTPUTS, HeadOptions
 from .portable import RowGrads, accumulator_dtype, empty_forward, stash_size
+from .vocab import Whole, place_of, remember, shard_of
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -33,6 +35,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     impl: str = "auto",
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Equals, without the `(N, V)` logits ever existing::
 
@@ -54,6 +57,9 @@ def linear_logprobs(
         outputs: any of "entropy" (nats, differentiable), "mean_logits", "log_sum_sq_probs", "is_top1".
         impl: "triton" (CUDA tensors, or CPU tensors under Triton's interpreter), "torch" (any device), "reference"
             (materializes in float64) or "auto": "triton" where it can run, else "torch". Never falls back by itself.
+        vocab_group: ranks that share the head, each with its own rows of `weight` and `bias` (as many as it likes), in
+            the order of the ranks. All call with the same `hidden` and the same `targets`, which count columns of the
+            whole vocabulary, and get the same log-probabilities and the whole `dhidden`; `dweight` is their own rows'.
 
     Returns:
         (N,) log-probabilities in nats, float32; with `outputs`, also a dict of (N,) tensors by name.
@@ -66,7 +72,7 @@ def linear_logprobs(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
-    return logprobs_within(0, hidden, weight, targets, bias, options, outputs, impl)
+    return logprobs_within(0, hidden, weight, targets, bias, options, outputs, impl, vocab_group)
 
 
 def logprobs_within(
@@ -78,17 +84,22 @@ def logprobs_within(
     options: HeadOptions,
     outputs: tuple[str, ...],
     impl: str,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprobs`, which keeps nothing, and `linear_preference_loss`, which may."""
     hidden, targets, impl = prepare(hidden, weight, targets, bias, options, outputs, impl)
     if impl == "reference":
+        if vocab_group is not None:
+            raise ValueError('impl="reference" takes the whole head: gather the weight\'s rows, without vocab_group')
         logps, extra = _reference(hidden, weight, bias, targets, options)
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
 
     mode = _mode(workspace, hidden, weight, bias, impl)
+    group = remember(vocab_group)
+    place = place_of(weight.detach(), group) if group else None
     logps, _, _, extra, *_ = _forward_op(
-        hidden, weight, bias, targets, options.softcap, options.logit_scale, options.temperature, options.ignore_index,
-        ",".join(outputs), mode, impl,
+        hidden, weight, bias, targets, place, options.softcap, options.logit_scale, options.temperature,
+        options.ignore_index, group, ",".join(outputs), mode, impl,
     )  # fmt: skip
     if not outputs:
         return logps
@@ -138,24 +149,29 @@ def _forward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    place: Tensor | None,  # (2,) of this rank's shard of the head, see `vocab.place_of`
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     ignore_index: int,
+    group: str,
     outputs: str,
     mode: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = HeadOptions(softcap, logit_scale, temperature, ignore_index)
     names = tuple(filter(None, outputs.split(",")))
-    _check_targets(targets, len(weight), ignore_index)
+    shard = shard_of(place, group)
+    _check_targets(targets, shard, len(weight), ignore_index)
     if len(hidden) == 0:
         return tuple(empty_forward(hidden, weight, names, mode, _stash_dtype(impl, hidden)))
-    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, mode))
+    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, mode, shard))
 
 
 @_forward_op.register_fake
-def _(hidden, weight, bias, targets, softcap, logit_scale, temperature, ignore_index, outputs, mode, impl):
+def _(
+    hidden, weight, bias, targets, place, softcap, logit_scale, temperature, ignore_index, group, outputs, mode, impl
+):  # fmt: skip
     return tuple(
         empty_forward(hidden, weight, tuple(filter(None, outputs.split(","))), mode, _stash_dtype(impl, hidden))
     )
@@ -174,10 +190,12 @@ def _backward_op(
     entropy: Tensor | None,
     stash: Tensor | None,
     share: Tensor | None,
+    place: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     ignore_index: int,
+    group: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -188,23 +206,26 @@ def _backward_op(
     if len(hidden) == 0:
         return tuple(x.zero_() for x in _empty_backward(hidden, weight, bias, needs))
     row = RowGrads(grad, lse, q, grad_entropy, entropy)
+    shard = shard_of(place, group)
     if stash is None:
-        grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs)
+        grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs, shard)
     else:
-        grads = _module(impl).backward_stashed(hidden, weight, bias, targets, row, stash, share, options, needs)
+        grads = _module(impl).backward_stashed(
+            hidden, weight, bias, targets, row, stash, share, options, needs, shard=shard
+        )  # fmt: skip
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
 def _(
-    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy, stash, share,
-    softcap, logit_scale, temperature, ignore_index, needs_hidden, needs_weight, needs_bias, impl,
+    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy, stash, share, place,
+    softcap, logit_scale, temperature, ignore_index, group, needs_hidden, needs_weight, needs_bias, impl,
 ):  # fmt: skip
     return _empty_backward(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, targets, *scalars, outputs, mode, impl = inputs
+    hidden, weight, bias, targets, place, *scalars, outputs, mode, impl = inputs
     _, lse, q, extra, direction, stash, share = output
     ctx.set_materialize_grads(False)
     names = outputs.split(",")
@@ -213,12 +234,12 @@ def _save(ctx, inputs, output) -> None:
     entropy = None if ctx.entropy_row is None else extra[ctx.entropy_row].clone()
     direction = direction if mode == "frozen" else None
     stash, share = (stash, share) if mode == "stash" else (None, None)
-    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction, stash, share)
+    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction, stash, share, place)
 
 
 def _backward(ctx, grad, _lse, _q, grad_extra, *_):
-    nothing = (None,) * 8
-    hidden, weight, bias, targets, lse, q, entropy, direction, stash, share = ctx.saved_tensors
+    nothing = (None,) * 10
+    hidden, weight, bias, targets, lse, q, entropy, direction, stash, share, place = ctx.saved_tensors
     grad_entropy = None if grad_extra is None or ctx.entropy_row is None else grad_extra[ctx.entropy_row]
     if ctx.mode == "frozen" and grad_entropy is None:
         return None if grad is None else _scale_rows_op(grad, direction), None, None, *nothing
@@ -227,7 +248,7 @@ def _backward(ctx, grad, _lse, _q, grad_extra, *_):
     needs = ctx.needs_input_grad[:3]
     grads = _backward_op(
         grad, grad_entropy, hidden, weight, bias, targets, lse, q, None if grad_entropy is None else entropy,
-        *((stash, share) if grad_entropy is None else (None, None)), *ctx.scalars, *needs, ctx.impl,
+        *((stash, share) if grad_entropy is None else (None, None)), place, *ctx.scalars, *needs, ctx.impl,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
@@ -273,7 +294,7 @@ def _empty_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs) 
 
 
 def _reference(hidden, weight, bias, targets, options: HeadOptions):
-    _check_targets(targets, len(weight), options.ignore_index)
+    _check_targets(targets, Whole(), len(weight), options.ignore_index)
     dtype = accumulator_dtype(hidden.dtype)
     o = options
     logps, extra = reference.linear_logprobs(
@@ -353,12 +374,13 @@ def _check_options(options: HeadOptions, outputs: tuple[str, ...], impl: str) ->
         raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
 
 
-def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+def _check_targets(targets: Tensor, shard: Whole, rows: int, ignore_index: int) -> None:
     if targets.is_cuda or targets.numel() == 0:  # on CUDA the kernels never read outside; a check would wait for it
         return
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    bad = ~shard.valid(shard.local(targets), rows) & (targets != ignore_index)
     if bool(bad.any()):
         i = int(bad.nonzero()[0, 0])
+        vocab = int(shard.vocab) if shard.sharded else rows
         raise ValueError(
             f"targets[{i}] = {int(targets[i])} is outside the vocabulary [0, {vocab}) and is not "
             f"ignore_index = {ignore_index}"

@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 
 from .gemm import accumulator_dtype, addmm_, mm, narrow, operand
 from .options import HeadOptions
+from .vocab import Whole
 
 # A larger total is folded again: its square (for log_sum_sq_probs) must stay finite in float32.
 MAX_TOTAL = math.exp(40.0)
@@ -55,10 +56,16 @@ MODES = ("lean", "stash", "frozen")
 
 
 class Head:
-    """The weight in vocabulary slices, and the transform from matrix products to logits."""
+    """The weight in vocabulary slices, and the transform from matrix products to logits.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions, dtype: torch.dtype):
+    Columns are counted from this rank's first: with a `shard`, other ranks hold those below 0 and above.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, options: HeadOptions, dtype: torch.dtype, shard: Whole | None = None
+    ):
         self.weight, self.bias, self.options = weight, bias, options
+        self.shard = shard or Whole()
         self.dtype = dtype  # the op computes in hidden's dtype
         self.acc = accumulator_dtype(dtype)
         self.rows, self.columns = TILE.get(weight.device.type, TILE["cuda"])
@@ -74,9 +81,14 @@ class Head:
         return self._transform_(mm(hidden, weight.T, out=out), bias)
 
     def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(R, D), (R,) -> z_y (R,): a dot product a row, in the accumulator's dtype."""
-        rows = operand(self.weight[targets], self.dtype).to(self.acc)
-        return self._transform_((hidden.to(self.acc) * rows).sum(-1), self._bias(targets))
+        """(R, D), (R,) -> z_y (R,): a dot product a row, in the accumulator's dtype. Of no use where it is not here."""
+        rows = torch.where(self.holds(targets), targets, 0)
+        w = operand(self.weight[rows], self.dtype).to(self.acc)
+        return self._transform_((hidden.to(self.acc) * w).sum(-1), self._bias(rows))
+
+    def holds(self, targets: Tensor) -> Tensor:
+        """(R,) bool: whether this rank's weight has the target's row."""
+        return (targets >= 0) & (targets < len(self.weight))
 
     def slope_(self, dz: Tensor, z: Tensor | None) -> Tensor:
         """dL/dz -> dL/dx in place, x the matrix product; `z` is overwritten, and needed under a softcap only."""
@@ -106,6 +118,7 @@ class Targets:
         self.ids, self.columns = ids, head.columns
         self.sorted, self.order = ids.sort(stable=True)
         firsts = torch.arange(0, len(head.weight) + head.columns, head.columns, device=ids.device)
+        firsts = firsts.clamp_max_(len(head.weight))  # above are other ranks' columns
         self.cuts = torch.searchsorted(self.sorted, firsts).tolist()
 
     def inside(self, first: int) -> tuple[Tensor, Tensor]:
@@ -117,6 +130,8 @@ class Targets:
 
 class RowTile:
     """The running sums of R rows while the vocabulary passes by."""
+
+    SUMS = ("total", "exact", "rounded", "weighted", "squares", "plain")
 
     def __init__(self, hidden: Tensor, targets: Targets, shift: Tensor, outputs: tuple[str, ...], mode: str):
         self.hidden, self.targets, self.shift = hidden, targets, shift[:, None]
@@ -189,9 +204,10 @@ class RowTile:
 
     def _direction(self, head: Head, z_target: Tensor, q: Tensor, share: Tensor) -> Tensor:
         # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope
-        own = operand(head.weight[self.targets.ids], head.dtype).to(q.dtype)
+        here = head.holds(self.targets.ids)
+        own = operand(head.weight[torch.where(here, self.targets.ids, 0)], head.dtype).to(q.dtype)
         own_slope = head.slope_(torch.ones_like(q), z_target.clone())
-        return (q * own_slope)[:, None] * own - share[:, None] * self.pulled
+        return torch.where(here, q * own_slope, 0.0)[:, None] * own - share[:, None] * self.pulled
 
     def _share(self, q: Tensor) -> Tensor:
         # A mean over weights that sum to `rounded` is not shifted by their rounding.
@@ -206,7 +222,7 @@ class RowTile:
         return _xlogx(logps) + _xlogx(log_q) + q * others
 
     def _mean_logits(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
-        return self.plain[:, 0] / len(head.weight)
+        return self.plain[:, 0] / head.shard.size(len(head.weight))
 
     def _log_sum_sq_probs(self, head: Head, z_target: Tensor, gap: Tensor, logps: Tensor, q: Tensor) -> Tensor:
         own = (z_target - self.shift[:, 0]).exp()
@@ -225,10 +241,12 @@ def forward(
     options: HeadOptions,
     outputs: tuple[str, ...] = (),
     mode: str = "lean",
+    shard: Whole | None = None,
 ) -> Forward:
     """One pass over the vocabulary; what it makes besides is `mode`'s. Ignored rows are 0 everywhere."""
-    head = Head(weight, bias, options, hidden.dtype)
+    head = Head(weight, bias, options, hidden.dtype, shard)
     rows = _kept_rows(targets, options.ignore_index)
+    targets = head.shard.local(targets)
     empty = empty_forward(hidden, weight, outputs, mode, hidden.dtype if hidden.is_cuda else head.acc)
     if rows is None:
         return _forward_kept(head, hidden, targets, outputs, mode, empty.stash)
@@ -269,7 +287,7 @@ def _forward_kept(
     tiles = _row_tiles(hidden, head.rows)
     ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
     places = [Targets(y, head) for y in ids]
-    z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
+    z_target = _target_logits(head, tiles, ids)
 
     folded = _fold(head, tiles, places, z_target, outputs, mode, stash)
     far = (~(torch.cat([t.total[:, 0] for t in folded])[: len(hidden)] < MAX_TOTAL)).nonzero()[:, 0]
@@ -279,7 +297,8 @@ def _forward_kept(
     if len(far) == 0:
         return result
     # A stash cannot hold these rows: they weigh nothing in it, and the backward recomputes them.
-    again = _forward_far(head, hidden, targets, far, outputs, "lean" if mode == "stash" else mode)
+    z_far = torch.cat(z_target)[far]
+    again = _forward_far(head, hidden[far], targets[far], z_far, outputs, "lean" if mode == "stash" else mode)
     if mode == "stash":
         again = again._replace(share=torch.zeros_like(again.q))
         for _, _, block in stashed_slices(head, stash, len(hidden)):
@@ -297,22 +316,35 @@ def _stash_targets(head: Head, result: Forward, targets: Tensor, z_target: Tenso
         weighs[at] = own[at[0]].to(weighs.dtype)
 
 
+def _target_logits(head: Head, tiles: list[Tensor], ids: tuple[Tensor, ...]) -> list[Tensor]:
+    """z_y (R,) of every row tile, from the ranks that have them; NaN where the target is not in the vocabulary."""
+    z = torch.cat([head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)])
+    every = torch.cat(ids)
+    z = head.shard.own(z, head.holds(every))
+    return list(torch.where(head.shard.valid(every, len(head.weight)), z, math.nan).split(head.rows))
+
+
 def _forward_far(
-    head: Head, hidden: Tensor, targets: Tensor, far: Tensor, outputs: tuple[str, ...], mode: str
+    head: Head,
+    hidden: Tensor,  # (F, D)
+    targets: Tensor,  # (F,)
+    z_target: Tensor,  # (F,)
+    outputs: tuple[str, ...],
+    mode: str,
 ) -> Forward:
-    """The rows `far (F,)` again, shifted by their largest logit other than the target's."""
-    tiles = _row_tiles(hidden[far], head.rows)
-    ids = pad(targets[far], (0, -len(far) % head.rows)).split(head.rows)
+    """Far rows again, shifted by their largest logit other than the target's."""
+    tiles = _row_tiles(hidden, head.rows)
+    ids, z_target = (pad(x, (0, -len(x) % head.rows)).split(head.rows) for x in (targets, z_target))
     places = [Targets(y, head) for y in ids]
-    z_target = [head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)]
     largest = [torch.full_like(z, -math.inf) for z in z_target]
     for first, w, b in head.slices():
         z = w.new_empty(head.rows, len(w), dtype=head.acc)
         for i, (x, y) in enumerate(zip(tiles, places, strict=True)):
             head.logits(x, w, b, out=z)[y.inside(first)] = -math.inf
             largest[i] = torch.maximum(largest[i], z.amax(-1))
+    largest = head.shard.gather(torch.cat(largest)).amax(0).split(head.rows)
     folded = _fold(head, tiles, places, largest, outputs, mode, None)
-    return _finish(head, folded, z_target, outputs, len(far))
+    return _finish(head, folded, z_target, outputs, len(targets))
 
 
 def _fold(
@@ -336,7 +368,22 @@ def _fold(
                 kept = stash[start : start + head.rows * len(weight)].view(head.rows, len(weight))
                 z = kept if kept.dtype == head.acc else z  # folded where it stays
             tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight, kept)
+    if head.shard.sharded:
+        _combine(head.shard, folded)
     return folded
+
+
+def _combine(shard: Whole, folded: list[RowTile]) -> None:
+    """Adds every rank's sums in the order of the ranks, and takes the largest of its maxima."""
+    names = [name for name in RowTile.SUMS if getattr(folded[0], name) is not None]
+    packed = [torch.cat([getattr(t, name) for name in names] + ([] if t.tops is None else [t.tops]), 1) for t in folded]
+    parts = shard.gather(torch.cat(packed))  # (ranks, N, sums + maxima)
+    sums, maxima = sum(parts[1:, :, : len(names)], parts[0, :, : len(names)]), parts[:, :, len(names) :].amax(0)
+    rows = len(folded[0].hidden)
+    for tile, s, m in zip(folded, sums.split(rows), maxima.split(rows), strict=True):
+        for name, column in zip(names, s.split(1, dim=1), strict=True):
+            setattr(tile, name, column)
+        tile.tops = None if tile.tops is None else m
 
 
 def _finish(head: Head, folded: list[RowTile], z_target: list[Tensor], outputs: tuple[str, ...], n: int) -> Forward:
@@ -344,6 +391,8 @@ def _finish(head: Head, folded: list[RowTile], z_target: list[Tensor], outputs: 
     parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
     logps, lse, q, extra, direction, stash, share = zip(*parts, strict=True)
     logps, lse, q, direction, share = (torch.cat(column)[:n] for column in (logps, lse, q, direction, share))
+    if len(direction):
+        head.shard.add_(direction)
     return Forward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction, stash[0], share)
 
 
@@ -387,23 +436,33 @@ def backward(
     row: RowGrads,
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    shard: Whole | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
-    head = Head(weight, bias, options, hidden.dtype)
+    head = Head(weight, bias, options, hidden.dtype, shard)
     kept = _kept_rows(targets, options.ignore_index)
+    targets = head.shard.local(targets)
     if kept is None:
-        return _backward_kept(head, hidden, targets, row, needs)
-    if len(kept) == 0:
+        dkept, dweight, dbias = _backward_kept(head, hidden, targets, row, needs)
+    elif len(kept) == 0:
         return tuple(
             x.new_zeros(x.shape) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)
         )
-    dkept, dweight, dbias = _backward_kept(head, hidden[kept], targets[kept], row[kept], needs)
-    if needs[0]:
-        dkept = hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
-    return dkept, dweight, dbias
+    else:
+        dkept, dweight, dbias = _backward_kept(head, hidden[kept], targets[kept], row[kept], needs)
+    return _whole_rows(head, hidden, kept, dkept), dweight, dbias
+
+
+def _whole_rows(head: Head, hidden: Tensor, kept: Tensor | None, dkept: Tensor | None) -> Tensor | None:
+    """The gradient of the rows that count, from every rank -> dhidden (N, D)."""
+    if dkept is None:
+        return None
+    dkept = head.shard.add_(dkept).to(hidden.dtype)
+    return dkept if kept is None else hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
 
 
 def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, needs: tuple[bool, bool, bool]):
+    """`backward` of rows that all count; dhidden is this rank's part, in the accumulator's dtype."""
     dtype, weight, bias = hidden.dtype, head.weight, head.bias
     hidden = operand(hidden, dtype)
     dhidden = hidden.new_zeros(hidden.shape, dtype=head.acc) if needs[0] else None
@@ -435,7 +494,7 @@ def _backward_kept(head: Head, hidden: Tensor, targets: Tensor, row: RowGrads, n
             dweight[part] = dw
         if needs[2]:
             dbias[part] = db
-    return None if dhidden is None else dhidden.to(dtype), dweight, dbias
+    return dhidden, dweight, dbias
 
 
 def stashed_slices(head: Head, stash: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -456,16 +515,18 @@ def backward_stashed(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     into: Sums | None = None,
+    shard: Whole | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` from a forward's stash P (N, V): dhidden = c (P @ W), dweight = P.T @ (c hidden), c = -g share.
 
     Rows that the stash could not hold go through `backward`. With `into`, dweight and dbias are added to it.
     """
-    head = Head(weight, bias, options, hidden.dtype)
+    head = Head(weight, bias, options, hidden.dtype, shard)
     kept = _kept_rows(targets, options.ignore_index)
-    rows = torch.arange(len(hidden), device=hidden.device) if kept is None else kept
-    x, part, share = operand(hidden[rows], hidden.dtype), row[rows], share[rows]
-    c = -part.grad * share
+    targets = head.shard.local(targets)
+    rows = slice(None) if kept is None else kept
+    x, targets, row, share = hidden[rows], targets[rows], row[rows], share[rows]
+    c = -row.grad * share
     scaled = narrow(c[:, None] * x.to(head.acc), head.dtype)
 
     pulled = x.new_zeros(x.shape, dtype=head.acc) if needs[0] else None
@@ -481,15 +542,14 @@ def backward_stashed(
         if needs[2]:
             db = (weighs.to(head.acc) * c[:, None]).sum(0)
             dbias[columns] = dbias[columns] + db if into else db
-    dhidden = None
     if needs[0]:
-        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, (c[:, None] * pulled).to(hidden.dtype))
+        pulled *= c[:, None]
 
-    far = rows[(share == 0) & (part.q > 0)]
+    far = ((share == 0) & (row.q > 0)).nonzero()[:, 0]
     if len(far):
-        again = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
-        add_far_rows(far, again, dhidden, dweight, dbias)
-    return dhidden, dweight, dbias
+        again = _backward_kept(head, x[far], targets[far], row[far], needs)
+        add_far_rows(far, again, pulled, dweight, dbias)
+    return _whole_rows(head, hidden, kept, pulled), dweight, dbias
 
 
 def add_far_rows(

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 import triton
@@ -37,6 +38,7 @@ from .configs import INTERPRETER, Config, allow_descriptors, capability, choose,
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
 from .portable import Forward, RowGrads, Sums, add_far_rows, stash_size
+from .vocab import Whole
 
 # As the device sees them, but plain numbers.
 LOG2E, LN2, IGNORED, OUTSIDE, BEFORE = (
@@ -52,14 +54,19 @@ SLICE = 4096
 class Operands:
     """One call's tensors and constants as the kernels want them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
+        shard: Whole | None = None,
+    ):  # fmt: skip
         self.hidden, self.weight, self.options = hidden, weight, options
+        self.shard = shard or Whole()
         self.bias = None if bias is None else bias.contiguous()
         self.chip = capability(hidden.device)
         self.dtype = hidden.dtype
-        inside = (targets >= 0) & (targets < len(weight))
-        y = torch.where(inside, targets, OUTSIDE).masked_fill(targets == options.ignore_index, IGNORED)
-        self.y = y.to(torch.int32)
+        local = self.shard.local(targets)
+        y = torch.where(local < 0, local + OUTSIDE, local)  # below the two codes
+        y = y.masked_fill(~self.shard.valid(local, len(weight)), OUTSIDE)
+        self.y = y.masked_fill(targets == options.ignore_index, IGNORED).to(torch.int32)
         self.softcap = options.softcap is not None
         if self.softcap:
             # z2 = k_out tanh(x),  tanh wants 2 log2(e) x = k_in * product
@@ -67,6 +74,17 @@ class Operands:
             self.k_out = LOG2E * options.softcap / options.temperature
         else:
             self.k_in, self.k_out = 1.0, LOG2E * options.slope
+
+    def __getitem__(self, rows: Tensor) -> Operands:
+        """The same head for some of the rows."""
+        some = copy(self)
+        some.hidden, some.y = self.hidden[rows], self.y[rows]
+        return some
+
+    @property
+    def here(self) -> Tensor:
+        """(N,) bool: whether this rank's weight has the target's row."""
+        return (self.y >= 0) & (self.y < len(self.weight))
 
     def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Weight rows and bias of the columns `first ... last - 1`, cast to the compute dtype where they differ."""
@@ -92,13 +110,13 @@ def _loadable(x: Tensor, rows: int, columns: int, config: Config) -> Tensor | Te
 
 
 def _target_logits(op: Operands) -> Tensor:
-    """(N,) base-2 logits of the targets."""
+    """(N,) base-2 logits of the targets that are here."""
     n, d = op.hidden.shape
     z2_y = op.hidden.new_empty(n, dtype=torch.float32)
     block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 256)
     device.target_kernel[(triton.cdiv(n, block_n),)](
-        op.hidden, op.weight, op.hidden if op.bias is None else op.bias, op.y, z2_y, n, d, *op.hidden.stride(),
-        *op.weight.stride(), op.k_in, op.k_out, **op.flags(), BLOCK_N=block_n, BLOCK_D=block_d,
+        op.hidden, op.weight, op.hidden if op.bias is None else op.bias, op.y, z2_y, n, len(op.weight), d,
+        *op.hidden.stride(), *op.weight.stride(), op.k_in, op.k_out, **op.flags(), BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return z2_y
 
@@ -111,9 +129,10 @@ def forward(
     options: HeadOptions,
     outputs: tuple[str, ...] = (),
     mode: str = "lean",
+    shard: Whole | None = None,
 ) -> Forward:
     """One pass over the vocabulary; what it makes besides is `mode`'s. Row blocks with a far row take another."""
-    op = Operands(hidden, weight, bias, targets, options)
+    op = Operands(hidden, weight, bias, targets, options, shard)
     fold = Fold(op, outputs, pull=mode != "lean")
     numbers = stash_size(len(hidden), len(weight), hidden) if mode == "stash" else 0
     stash = hidden.new_empty(numbers)
@@ -122,6 +141,8 @@ def forward(
     fold.run(rescue=True)
     fold.finish(rescue=True)
     direction = _direction(op, fold, pulled) if mode == "frozen" else hidden.new_empty(0, hidden.shape[1])
+    if "mean_logits" in outputs:
+        fold.extra[OUTPUTS.index("mean_logits")] /= op.shard.size(len(weight))
     extra = fold.extra[[OUTPUTS.index(name) for name in outputs]] if outputs else fold.extra[:, : len(hidden)]
     share = fold.share if mode == "stash" else fold.share.new_empty(0)
     return Forward(fold.logps, fold.lse, fold.q, extra, direction, stash, share)
@@ -138,7 +159,9 @@ class Fold:
 
     def __init__(self, op: Operands, outputs: tuple[str, ...], pull: bool):
         self.op, n = op, len(op.hidden)
-        self.z2_y = _target_logits(op)
+        self.z2_y = op.shard.own(_target_logits(op), op.here)
+        if op.shard.sharded:
+            self.z2_y.masked_fill_(op.y == OUTSIDE, math.nan)
         self.config = op.config(fold_kernel(bool(outputs), pull, op.softcap), op.part(0, 1)[0])
         self.tiles = triton.cdiv(len(op.weight), self.config.block_v)
         self.segments = segments(op.hidden.device, self.tiles)
@@ -184,11 +207,22 @@ class Fold:
 
     def finish(self, rescue: bool = False, pull: bool = False) -> None:
         n = len(self.logps)
+        flags = {"SOFTCAP": self.op.softcap, "RESCUE": rescue, "PULL": pull, **self.wanted}
+        parts, segments = self._gathered(flags) if self.op.shard.sharded else (self.parts, self.segments)
         device.finish_kernel[(triton.cdiv(n, 128),)](
-            self.parts, self.op.y, self.z2_y, self.far, self.logps, self.lse, self.q, self.share, self.extra,
-            n, len(self.op.weight), SOFTCAP=self.op.softcap, RESCUE=rescue, PULL=pull, **self.wanted,
-            SEGMENTS=self.segments, BLOCK=128,
+            parts, self.op.y, self.z2_y, self.far, self.logps, self.lse, self.q, self.share, self.extra,
+            n, **flags, SEGMENTS=segments, BLOCK=128,
         )  # fmt: skip
+
+    def _gathered(self, flags: dict[str, bool]) -> tuple[Tensor, int]:
+        """(planes, ranks, N): every rank's sums, as if its shard were a segment; and how many there are."""
+        n = len(self.logps)
+        mine = self._new(self.planes, n)
+        device.shard_kernel[(triton.cdiv(n, 128),)](
+            self.parts, self.far, mine, n, **flags, SEGMENTS=self.segments, BLOCK=128
+        )
+        parts = self.op.shard.gather(mine).transpose(0, 1).contiguous()
+        return parts, parts.shape[1]
 
     def _launch(
         self, w: Tensor, b: Tensor, first: int, parts: Tensor, total_segments: int, s0: int, count: int, *,
@@ -249,15 +283,11 @@ def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
     ones = torch.ones_like(fold.q)
     row = RowGrads(ones, fold.lse, fold.q, None, None)
     c = _target_coefficients(op, torch.where(op.y == IGNORED, 0.0, ones) * op.options.slope, None, row)
-    direction = _add_targets_to_hidden(op, c, pulled, fold.share * op.options.slope).to(op.dtype)
+    direction = _add_targets_to_hidden(op, c, pulled, fold.share * op.options.slope)
     far = fold.far.nonzero()[:, 0]
     if len(far):  # their weights overflowed: the other path
-        bias, targets = op.bias, op.y[far].long()
-        near = RowGrads(ones[far], fold.lse[far], fold.q[far], None, None)
-        direction[far] = backward(
-            op.hidden[far], op.weight, bias, targets, near, op.options, (True, False, False)
-        )[0]  # fmt: skip
-    return direction
+        direction[far] = _backward(op[far], row[far], (True, False, False))[0]
+    return op.shard.add_(direction).to(op.dtype)
 
 
 def backward(
@@ -268,9 +298,19 @@ def backward(
     row: RowGrads,
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    shard: Whole | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
-    op = Operands(hidden, weight, bias, targets, options)
+    op = Operands(hidden, weight, bias, targets, options, shard)
+    dhidden, dweight, dbias = _backward(op, row, needs)
+    return None if dhidden is None else op.shard.add_(dhidden).to(hidden.dtype), dweight, dbias
+
+
+def _backward(
+    op: Operands, row: RowGrads, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward`; dhidden is this rank's part, in float32."""
+    hidden, weight, bias, options = op.hidden, op.weight, op.bias, op.options
     (n, d), v = hidden.shape, len(weight)
     counts = op.y != IGNORED
     grad = torch.where(counts, row.grad, 0.0) * options.slope
@@ -278,7 +318,7 @@ def backward(
     c = _target_coefficients(op, grad, grad_entropy, row)
 
     dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
-    # Zeroed where ignored, for 0 * NaN is NaN; the same memory becomes dhidden in the end.
+    # Zeroed where ignored, for 0 * NaN is NaN.
     clean = torch.where(counts[:, None], hidden, 0.0).contiguous()
     dweight, dbias = Sums.empty(weight, bias, needs)
     y_sorted, order = torch.sort(op.y, stable=True)
@@ -306,7 +346,7 @@ def backward(
             dweight[first : first + len(w)] = dw
         if needs[2]:
             dbias[first : first + len(w)] = db
-    return clean.copy_(dhidden) if needs[0] else None, dweight, dbias
+    return dhidden, dweight, dbias
 
 
 def backward_stashed(
@@ -320,13 +360,14 @@ def backward_stashed(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     into: Sums | None = None,
+    shard: Whole | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` from a forward's stash P (N, V): dhidden = c W[y] - a (P @ W), dweight = P.T @ (-a hidden) + targets.
 
     Rows that the stash could not hold weigh nothing in it, and go through `backward`. With `into`, dweight and dbias
     are added to it.
     """
-    op = Operands(hidden, weight, bias, targets, options)
+    op = Operands(hidden, weight, bias, targets, options, shard)
     (n, d), v = hidden.shape, len(weight)
     counts = op.y != IGNORED
     grad = torch.where(counts, row.grad, 0.0) * options.slope
@@ -357,29 +398,28 @@ def backward_stashed(
             for rows in torch.arange(n, device=hidden.device).split(1024):
                 db -= (weighs[rows].float() * a[rows, None]).sum(0)
             dbias[columns] = dbias[columns] + db if into else db
-    dhidden = _add_targets_to_hidden(op, c, pulled, a).to(hidden.dtype) if needs[0] else None
+    dhidden = _add_targets_to_hidden(op, c, pulled, a) if needs[0] else None
 
     far = (~near & (row.q > 0) & counts).nonzero()[:, 0]
     if len(far):
-        again = backward(hidden[far], weight, bias, targets[far], row[far], options, needs)
-        add_far_rows(far, again, dhidden, dweight, dbias)
-    return dhidden, dweight, dbias
+        add_far_rows(far, _backward(op[far], row[far], needs), dhidden, dweight, dbias)
+    return None if dhidden is None else op.shard.add_(dhidden).to(hidden.dtype), dweight, dbias
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:
-    """(N,) dL/d(product) of each row's own target, with the slope: g q, and the entropy's term."""
-    c = grad * row.q
+    """(N,) dL/d(product) of each row's own target, with the slope: g q, and the entropy's term. 0 if it is not here."""
+    c = torch.where(op.here, grad * row.q, 0.0)
     if grad_entropy is None and not op.softcap:
         return c
     z_y = _target_logits(op) * LN2
     if grad_entropy is not None:
         # dz_y = g q - g_H p_y (log p_y + H)
-        logp = torch.where(op.y >= 0, z_y - row.lse, -math.inf)
+        logp = torch.where(op.here, z_y - row.lse, -math.inf)
         own = logp.exp() * (logp.clamp_min(-1e4) + row.entropy)
         c = c - grad_entropy * own
     if op.softcap:
         c = c * (1 - (z_y * op.options.temperature / op.options.softcap).square())
-    return torch.where(op.y == IGNORED, 0.0, c)
+    return torch.where(op.here, c, 0.0)
 
 
 def _add_targets_to_hidden(
@@ -390,8 +430,8 @@ def _add_targets_to_hidden(
     dhidden = op.hidden.new_empty(n, d, dtype=torch.float32) if pulled is None else pulled
     block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 128)
     device.target_hidden_kernel[(triton.cdiv(n, block_n), triton.cdiv(d, block_d))](
-        op.weight, op.y, c, c if share is None else share, dhidden, n, d, *op.weight.stride(), PULL=pulled is not None,
-        DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n, BLOCK_D=block_d,
+        op.weight, op.y, c, c if share is None else share, dhidden, n, len(op.weight), d, *op.weight.stride(),
+        PULL=pulled is not None, DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return dhidden
 

@@ -15,7 +15,8 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 NEG_INF = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(MAX_TOTAL)
-# Targets as the kernels see them: a column, or why there is none.
+# Targets as the kernels see them: a column of this rank's weight, or why there is none. Other ranks' columns are at V
+# and above, or below these two.
 IGNORED = tl.constexpr(-1)
 OUTSIDE = tl.constexpr(-2)  # not in the vocabulary: its log-probability is NaN
 
@@ -102,14 +103,14 @@ def _log1p(x):
 @triton.jit
 def target_kernel(
     h, w, bias, y, z2_y,  # (N, D), (V, D), (V,), (N,) -> (N,)
-    N, D, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
+    N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z2_y = logit of each row's own target, a float32 dot product."""
+    """z2_y = logit of each row's own target, a float32 dot product; anything where it is not here."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     b_y = tl.load(y + o_n, mask=o_n < N, other=IGNORED)
-    m_n = b_y >= 0
+    m_n = (b_y >= 0) & (b_y < V)
     p_h = h + o_n[:, None].to(tl.int64) * stride_hn
     p_w = w + tl.where(m_n, b_y, 0)[:, None].to(tl.int64) * stride_wv
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -266,22 +267,13 @@ def merge_kernel(
 
 
 @triton.jit
-def finish_kernel(
-    parts, y, z2_y, far, logps, lse, q, share, extra,  # (planes, SEGMENTS, N), (N,), (N,) -> (N,) five times, (4, N)
-    N, V, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+def _segment_sum(
+    parts, o_n, m_n, N, b_shift,  # (planes, SEGMENTS, N)
+    SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
     MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the segments in their order; total -> logp, lse, q and the optional outputs."""
-    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < N
-    if RESCUE:
-        m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
-        if tl.max(m_n.to(tl.int32), 0) == 0:
-            return
-    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
-    b_zy = tl.load(z2_y + o_n, mask=m_n, other=0.0)
+    """The segments' sums, added in their order: every plane for all of the vocabulary that is here."""
     plane = tl.cast(SEGMENTS, tl.int64) * N
-    b_shift = b_zy
     if RESCUE:
         b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
         for s in range(SEGMENTS):
@@ -319,6 +311,65 @@ def finish_kernel(
             b_before = tl.maximum(b_before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
             b_own = tl.maximum(b_own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
             b_after = tl.maximum(b_after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
+    return b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after
+
+
+@triton.jit
+def shard_kernel(
+    parts, far, mine,  # (planes, SEGMENTS, N), (N,) -> (planes, N)
+    N, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the segments of one rank, for the other ranks: `mine` is a segment of the vocabulary spread over them."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    if RESCUE:
+        m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
+        if tl.max(m_n.to(tl.int32), 0) == 0:
+            return
+    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
+        parts, o_n, m_n, N, tl.zeros([BLOCK], tl.float32), SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1,
+        SEGMENTS, BLOCK,
+    )  # fmt: skip
+    p_mine = mine + o_n
+    plane = tl.cast(N, tl.int64)
+    tl.store(p_mine + TOTAL * plane, b_total, mask=m_n)
+    if RESCUE:
+        tl.store(p_mine + SHIFT * plane, b_shift, mask=m_n)
+    if PULL:
+        tl.store(p_mine + ROUNDED * plane, b_rounded, mask=m_n)
+        if SOFTCAP:
+            tl.store(p_mine + EXACT * plane, b_exact, mask=m_n)
+    if ENTROPY:
+        tl.store(p_mine + WEIGHTED * plane, b_weighted, mask=m_n)
+    if SQUARES:
+        tl.store(p_mine + SQUARED * plane, b_squared, mask=m_n)
+    if MEAN:
+        tl.store(p_mine + PLAIN * plane, b_plain, mask=m_n)
+    if TOP1:
+        tl.store(p_mine + BEFORE * plane, b_before, mask=m_n)
+        tl.store(p_mine + OWN * plane, b_own, mask=m_n)
+        tl.store(p_mine + AFTER * plane, b_after, mask=m_n)
+
+
+@triton.jit
+def finish_kernel(
+    parts, y, z2_y, far, logps, lse, q, share, extra,  # (planes, SEGMENTS, N), (N,), (N,) -> (N,) five times, (4, N)
+    N, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the segments in their order; total -> logp, lse, q and the optional outputs, a sum in place of the mean."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    if RESCUE:
+        m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
+        if tl.max(m_n.to(tl.int32), 0) == 0:
+            return
+    b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
+    b_zy = tl.load(z2_y + o_n, mask=m_n, other=0.0)
+    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
+        parts, o_n, m_n, N, b_zy, SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK
+    )
 
     counts = b_y != IGNORED
     b_log = tl.log(b_total)
@@ -347,7 +398,7 @@ def finish_kernel(
         b_h = _xlogx(b_logp) + _xlogx(b_logq) + tl.where(b_q > 0, b_q * b_others, 0.0)
         tl.store(extra + o_n, tl.where(counts, b_h, 0.0), mask=m_n)
     if MEAN:
-        tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(counts, b_plain * LN2 / V, 0.0), mask=m_n)
+        tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(counts, b_plain * LN2, 0.0), mask=m_n)
     if SQUARES:
         b_pown = tl.exp2(b_zy - b_shift)
         b_lss = tl.log(b_squared + b_pown * b_pown) - 2.0 * tl.log(b_total + b_pown)
@@ -416,7 +467,8 @@ def dlogits_kernel(
 @triton.jit
 def target_hidden_kernel(
     w, y, c, share, dh,  # (V, D), (N,), (N,), (N,) -> (N, D) float32, written whole
-    N, D, stride_wv, stride_wd, PULL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, V, D, stride_wv, stride_wd,
+    PULL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dh_i = c_i W[y_i], the target's term of dhidden; with PULL, minus share_i dh_i."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -424,8 +476,9 @@ def target_hidden_kernel(
     m_n = o_n < N
     b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
     b_c = tl.load(c + o_n, mask=m_n, other=0.0)
-    m = (b_y >= 0)[:, None] & (o_d < D)[None, :]
-    p_w = w + tl.where(b_y >= 0, b_y, 0)[:, None].to(tl.int64) * stride_wv + o_d[None, :].to(tl.int64) * stride_wd
+    m_w = (b_y >= 0) & (b_y < V)
+    m = m_w[:, None] & (o_d < D)[None, :]
+    p_w = w + tl.where(m_w, b_y, 0)[:, None].to(tl.int64) * stride_wv + o_d[None, :].to(tl.int64) * stride_wd
     b_w = tl.load(p_w, mask=m, other=0.0).to(DTYPE).to(tl.float32)
     p_dh = dh + o_n[:, None].to(tl.int64) * D + o_d[None, :]
     m = m_n[:, None] & (o_d < D)[None, :]
