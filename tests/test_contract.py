@@ -528,3 +528,39 @@ def test_a_backward_does_not_touch_what_it_was_given():
     evaluate(head("torch"), inputs, NEEDS["trainable"], torch.randn(19), outputs=oracle.OUTPUTS, softcap=3.0)
     for x, y in zip((inputs.hidden, inputs.weight, inputs.targets, inputs.bias), before, strict=True):
         assert torch.equal(x, y)
+
+
+# ---- padded vocabularies -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needs", ["trainable", "frozen head"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_slice_leaves_padded_rows_out(impl, needs, device, small_tiles):
+    """`weight[:vocab_size]` is a view: the rows behind it are never read, and their gradient is exactly 0."""
+    vocab = 61
+    inputs = random_inputs(21, 16, 64, bias=True, device=on(impl, device))
+    inputs = inputs.but(targets=inputs.targets % vocab)
+    inputs.weight[vocab:] = math.nan
+    inputs.bias[vocab:] = math.nan
+
+    def sliced(hidden, weight, targets, bias=None, **options):
+        return head(impl)(hidden, weight[:vocab], targets, bias=bias[:vocab], **options)
+
+    grad = torch.randn(21, device=inputs.hidden.device)
+    padded = evaluate(sliced, inputs, NEEDS[needs], grad)
+    short = inputs.but(weight=inputs.weight[:vocab].clone(), bias=inputs.bias[:vocab].clone())
+    alone = evaluate(head(impl), short, NEEDS[needs], grad)
+    assert torch.equal(padded.logps, alone.logps)
+    for name, expected in alone.grads.items():
+        made = padded.grads[name]
+        assert torch.equal(made[: len(expected)], expected), name
+        assert not made[len(expected) :].any(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padded_rows_that_stay_count_as_the_models_own_logits_have_them(impl, device, small_tiles):
+    """An embedding padded with zeros puts e^0 into every denominator; so does `model(...).logits`."""
+    inputs = random_inputs(21, 16, 64, device=on(impl, device))
+    inputs = inputs.but(targets=inputs.targets % 61)
+    inputs.weight[61:] = 0.0
+    check_head(head(impl), inputs)

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "GPT2": (transformers.GPT2Config, GPT),
     "Phi": (transformers.PhiConfig, {k: v for k, v in TINY.items() if k != "head_dim"}),
     "Gemma2": (transformers.Gemma2Config, TINY | {"final_logit_softcapping": 5.0}),
+    "Gemma3": (transformers.Gemma3TextConfig, TINY | {"final_logit_softcapping": 3.0}),
     "Cohere": (transformers.CohereConfig, TINY | {"logit_scale": 0.25}),
     "Granite": (transformers.GraniteConfig, TINY | {"logits_scaling": 8.0}),
     "OPT": (transformers.OPTConfig, {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,

@@ -27,7 +27,8 @@ def head(impl):
 # ---- registration --------------------------------------------------------------------------------
 
 ROWS, DEPTH, VOCABULARY = 5, 16, 40  # fewer rows than a tile: what is returned was cut from something larger
-SCALARS = (3.0, 0.7, 1.2, -100)  # softcap, logit_scale, temperature, ignore_index
+# place of a shard, softcap, logit_scale, temperature, ignore_index, name of its group
+SCALARS = (None, 3.0, 0.7, 1.2, -100, "")
 # Returned strides must be what the fake says, whichever path made the tensor.
 CASES = ["plain", "transposed", "ignored", "transposed, ignored"]
 

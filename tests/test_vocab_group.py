@@ -1,5 +1,6 @@
 """A head spread over ranks gives every rank the numbers of the whole one: see tests/lib/vocab_worker.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def test_ranks_that_share_a_head_agree_with_the_whole(impl, ranks, tmp_path):
     workers = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), str(tmp_path / "store"), impl],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
