@@ -1,18 +1,22 @@
 """Bugs of the kinds that such systems really had, planted one at a time: each is killed by the test that it names.
 
-Every file of tests/mutations is one bug. To add one, name in it what it replaces and the test that must fail; if no test
-does, the suite lacks one.
+Every file of tests/mutations is one bug. To add one, name in it what it replaces and the test that must fail; if no
+test does, the suite lacks one.
 """
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from mutate import Mutation, run_tests
 
 FILES = sorted((Path(__file__).parent / "mutations").glob("*.toml"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif("torch.cuda.is_available()", reason="names tests as run interpreted")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the tests that are named run interpreted"),
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -52,7 +52,8 @@ def run_tests(site: Path, tests: list[str], timeout: float) -> subprocess.Comple
 
 
 def assert_imports_from(site: Path) -> None:
-    command = [sys.executable, "-c", "import prefuse, prefuse.kernels; print(prefuse.__file__, prefuse.kernels.__file__)"]
+    code = "import prefuse, prefuse.kernels; print(prefuse.__file__, prefuse.kernels.__file__)"
+    command = [sys.executable, "-c", code]
     files = subprocess.run(command, cwd=site, env=environment(site), check=True, capture_output=True, text=True).stdout
     assert all(Path(file).is_relative_to(site) for file in files.split()), files
 
