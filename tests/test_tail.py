@@ -7,6 +7,7 @@ in a shuffled order.
 import contextlib
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ pytest.importorskip("triton")
 
 import triton
 
+from aot_worker import compiling_processes
 from prefuse.kernels import tail, triton_tail
+from prefuse.kernels.shipped import TAIL_VARIANTS, compile_tail
 
 ops = torch.ops.prefuse
 EPS32, EPS64 = 2.0**-23, 2.0**-52
@@ -686,6 +689,32 @@ def test_the_backward_passes_opcheck(device):
     torch.library.opcheck(ops.preference_tail_backward, (torch.tensor(2.0, device=device), slopes, cu_seqlens, 5))
 
 
+@pytest.mark.parametrize("loss", [DPO(0.1, 0.1), KTO()], ids=repr)
+def test_a_training_step_compiles_without_a_graph_break(loss, device, monkeypatch):
+    """On a GPU as it is. Elsewhere whether the interpreter is on is no question for a graph, so it is answered."""
+    if not torch.cuda.is_available():
+        for module in ("prefuse.preference", "prefuse.kernels.linear_logprobs"):
+            monkeypatch.setattr(sys.modules[module], "_resolve", lambda impl, x: impl)
+    arguments = batch(loss, [3, 1, 5, 2], device)
+    if isinstance(loss, KTO):
+        arguments["z0"] = mismatched([3, 4], device)
+    del arguments["logps"]
+    inputs = random_inputs(11, 12, 50, device=device)
+
+    def step(hidden, weight):
+        out = prefuse.linear_preference_loss(hidden, weight, inputs.targets, **arguments, impl="triton")
+        return out.loss, out.rewards, out.metrics
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = inputs.leaves(("hidden", "weight"))
+        loss_value, rewards, metrics = run(x.hidden, x.weight)
+        loss_value.backward()
+        results.append([loss_value, rewards, *metrics.values(), x.hidden.grad, x.weight.grad])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
 # ---- with the head in front ----------------------------------------------------------------------
 
 
@@ -706,3 +735,22 @@ def test_behind_the_head_ignored_tokens_count_nowhere(loss, device):
         results.append([out.loss, out.losses, out.logps, out.rewards, *out.metrics.values(), x.hidden.grad])
     for made, expected in zip(*results, strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- chips that are not here ---------------------------------------------------------------------
+
+
+def check_compiled(chips, names):
+    with compiling_processes() as pool:
+        jobs = {(chip, name): pool.submit(compile_tail, chip, name) for chip in chips for name in names}
+        problems = {job: future.result().problems(matrix_unit=False) for job, future in jobs.items()}
+    assert not {job: found for job, found in problems.items() if found}
+
+
+def test_the_common_variants_compile_without_spills():
+    check_compiled([90], ["tail, dpo", "tail, kto, mismatched", "tail, backward"])
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_without_spills_on_every_chip():
+    check_compiled([80, 89, 90, 100, 120, "gfx942"], TAIL_VARIANTS)
