@@ -214,8 +214,17 @@ def _preference_loss(
     return PreferenceOutput(total, losses.detach().float(), sums, rewards.detach().float(), metrics)
 
 
-def _tail(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items) -> PreferenceOutput:
-    """`_preference_loss` in one launch."""
+def _tail(
+    logps: Tensor,
+    ref_logps: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    loss: DPO | IPO | KTO,
+    labels: Tensor | None,
+    z0: Tensor | float | Mismatched | None,
+    num_items: int | Tensor,
+) -> PreferenceOutput:
+    """`_preference_loss` in one launch each way."""
     name, kl_per_token = TAILS[type(loss)], False
     if isinstance(z0, Mismatched):
         z0 = Mismatched(z0.logps.detach(), z0.ref_logps.detach(), z0.cu_seqlens)

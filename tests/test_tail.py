@@ -689,16 +689,20 @@ def test_the_backward_passes_opcheck(device):
     torch.library.opcheck(ops.preference_tail_backward, (torch.tensor(2.0, device=device), slopes, cu_seqlens, 5))
 
 
+@pytest.mark.parametrize("given", ["numbers", "tensors", "mismatched"])
 @pytest.mark.parametrize("loss", [DPO(0.1, 0.1), KTO()], ids=repr)
-def test_a_training_step_compiles_without_a_graph_break(loss, device, monkeypatch):
-    """On a GPU as it is. Elsewhere whether the interpreter is on is no question for a graph, so it is answered."""
+def test_a_training_step_compiles_without_a_graph_break(loss, given, device, monkeypatch):
+    """So nothing is taken off the device on the way, either. On a GPU as it is; elsewhere a graph cannot ask whether
+    the interpreter is on, so that is answered beforehand."""
     if not torch.cuda.is_available():
         for module in ("prefuse.preference", "prefuse.kernels.linear_logprobs"):
             monkeypatch.setattr(sys.modules[module], "_resolve", lambda impl, x: impl)
     arguments = batch(loss, [3, 1, 5, 2], device)
-    if isinstance(loss, KTO):
-        arguments["z0"] = mismatched([3, 4], device)
     del arguments["logps"]
+    if given != "numbers":
+        arguments["num_items"] = torch.tensor(7, device=device)
+    if given != "numbers" and isinstance(loss, KTO):
+        arguments["z0"] = torch.tensor(0.3) if given == "tensors" else mismatched([3, 4], device)
     inputs = random_inputs(11, 12, 50, device=device)
 
     def step(hidden, weight):
