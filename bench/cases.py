@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import checkout  # noqa: F401 (before prefuse)
 import torch
@@ -66,6 +67,8 @@ def checks(sizes: Sizes) -> Iterator[tuple[str, Check]]:
     yield "equal policy and reference: every loss ln 2, every reward 0", functools.partial(ln_2, sizes)
     yield "1024-token log-ratio within 1e-4 nats", functools.partial(log_ratio, sizes)
     yield from losses_agree(sizes)
+    for loss in TAIL_LOSSES:
+        yield f"{loss}: one launch each way equals torch", functools.partial(tail_agrees, sizes, loss)
     if sizes.device == "cuda":
         yield "offsets beyond 2^31", offsets
 
@@ -222,6 +225,53 @@ def loss_agrees(sizes: Sizes, loss: Loss, mode: str) -> None:
         assert error <= 2 * torch.finfo(torch.bfloat16).eps, f"d{name}: relative error {error:.2e}"
 
 
+TAIL_LOSSES = (
+    prefuse.DPO(),
+    prefuse.DPO(0.3, label_smoothing=0.2),
+    prefuse.IPO(),
+    prefuse.IPO(average=False),
+    prefuse.KTO(0.3, desirable_weight=1.3),
+)
+
+
+def preferences(loss: Loss, lengths: Tensor, device: str) -> dict[str, Any]:
+    """Arguments of `preference_loss` for sequences of these lengths; KTO's z0 from as many mismatched ones."""
+
+    def packed(shift: float) -> tuple[Tensor, Tensor, Tensor]:
+        ref_logps = -5 * torch.rand(int(lengths.sum()))
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+        return tuple(
+            x.to(device) for x in (ref_logps + shift + 0.3 * torch.randn(len(ref_logps)), ref_logps, cu_seqlens)
+        )
+
+    arguments = dict(zip(("logps", "ref_logps", "cu_seqlens"), packed(0.0), strict=True))
+    arguments["logps"].requires_grad_()
+    if isinstance(loss, prefuse.KTO):
+        arguments |= {"labels": torch.rand(len(lengths)).to(device) < 0.6, "z0": prefuse.Mismatched(*packed(0.1))}
+    return {"loss": loss, **arguments}
+
+
+def tail_agrees(sizes: Sizes, loss: Loss) -> None:
+    """To rounding in float64, whichever program was the last to arrive, and the same bits every time."""
+    count, longest = (4096, 300) if sizes.device == "cuda" else (26, 40)
+    arguments = preferences(loss, torch.randint(0, longest, (count,)), sizes.device)
+
+    def run(impl: str) -> dict[str, Tensor]:
+        out = prefuse.preference_loss(**arguments, impl=impl)
+        (gradient,) = torch.autograd.grad(out.loss, arguments["logps"])
+        numbers = {"loss": out.loss, "losses": out.losses, "logps": out.logps, "rewards": out.rewards}
+        return {**numbers, **out.metrics, "gradient": gradient}
+
+    made, truth = run("triton"), run("torch")
+    for name, x in truth.items():
+        rtol = 1e-12 if x.dtype == torch.float64 else torch.finfo(torch.float32).eps
+        torch.testing.assert_close(made[name], x, rtol=rtol, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    for _ in range(20 if sizes.device == "cuda" else 1):
+        again = run("triton")
+        for name, x in made.items():
+            assert torch.equal(again[name], x), f"{name} differs in another run"
+
+
 def offsets() -> None:
     """A weight of more than 2^31 elements, forward and the gradients of its last rows."""
     n, d, v = 64, 8192, 2**31 // 8192 + 100
@@ -277,6 +327,8 @@ MODELS = [
 ]
 TOKENS = 8192
 SEQUENCE = 1024
+# Of the tail's timings: (sequences, tokens of each).
+TAILS = [(8, 1024), (64, 512), (2048, 128)]
 
 
 @dataclass

@@ -4,7 +4,8 @@
     python bench/gpu_suite.py --interpret        # the checks alone, at small sizes, on a CPU under Triton's interpreter
 
 In order: the environment and the chip's own ceilings; every kernel, mode and option against float64; compute-sanitizer
-where it is on the PATH; then timings, the most telling first, until the minutes are spent. What was measured so far is
+where it is on the PATH; the loss behind the log-probabilities in one launch and in torch; then timings of the head, the
+most telling first, until the minutes are spent. What was measured so far is
 in results/<gpu>-<torch>-<triton>.json and .md after every row. Exits 1 if a check failed or prefuse could not be timed.
 
 Times are medians of CUDA events after warm-up, with the L2 cache flushed and two sets of random inputs taken in turn.
@@ -37,6 +38,7 @@ import triton
 from cases import MODELS, TOKENS, Model
 from record import RESULTS, environment, markdown, slug, write_json
 
+import prefuse
 from head_cases import NEEDS, check_head, random_inputs
 
 CHECKS_SHARE = 0.5  # of the minutes
@@ -49,7 +51,13 @@ class Suite:
 
     def __init__(self, path: Path, minutes: float):
         self.path, self.start, self.seconds = path, time.monotonic(), 60 * minutes
-        self.result: dict[str, Any] = {"environment": {}, "checks": [], "sanitizer": "not run", "timings": []}
+        self.result: dict[str, Any] = {
+            "environment": {},
+            "checks": [],
+            "sanitizer": "not run",
+            "tail": [],
+            "timings": [],
+        }
         self.failed = False
 
     def left(self, share: float = 1.0) -> float:
@@ -155,6 +163,25 @@ def small_case() -> None:
         for shape in ((130, 96, 700), (33, 65, 301)):
             inputs = random_inputs(*shape, dtype, bias=True, ignored=0.2, device="cuda")
             check_head(cases.head, inputs, NEEDS[mode], entropy=mode == "trainable", softcap=3.0)
+    cases.tail_agrees(cases.GPU, cases.TAIL_LOSSES[-1])
+
+
+# -------------------------------------------------------------------------------------------------- tail
+
+
+def run_tail(suite: Suite, device: str = "cuda") -> None:
+    """Everything behind the log-probabilities, forward and backward: the host's launches are part of its time."""
+    for loss, (sequences, tokens) in itertools.product((prefuse.DPO(), prefuse.IPO(), prefuse.KTO()), cases.TAILS):
+        arguments = cases.preferences(loss, torch.full((sequences,), tokens), device)
+        for impl in ("triton", "torch"):
+            row = {"loss": type(loss).__name__, "sequences": sequences, "tokens": tokens, "impl": impl}
+
+            def step(impl: str = impl, arguments: dict[str, Any] = arguments) -> None:
+                torch.autograd.grad(prefuse.preference_loss(**arguments, impl=impl).loss, arguments["logps"])
+
+            row |= measure(step)
+            suite.result["tail"].append(row)
+            print(f"tail, {row['loss']}, {sequences} x {tokens}, {impl}: {row['ms']:.3f} ms", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- timings
@@ -288,12 +315,29 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"Lost the device {result['lost_device']}.", ""] if "lost_device" in result else []
     lines += [f"Checks: {counts}. compute-sanitizer: {result['sanitizer']}.", ""]
     lines += [f"* {row['outcome']}: {row['check']}" for row in result["checks"] if row["outcome"] != "passed"]
+    if result["tail"]:
+        lines += [
+            "",
+            "## Behind the log-probabilities: loss, metrics and gradient (ms)",
+            "",
+            tail_table(result["tail"]),
+        ]
     for model, mode in itertools.product(MODELS, peers.MODES):
         rows = [row for row in result["timings"] if (row["model"], row["mode"]) == (model.name, mode)]
         if rows:
             title = f"## {model.name}, {mode} (N = {TOKENS}, D = {model.d}, V = {model.v})"
             lines += ["", title, "", timing_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def tail_table(rows: list[dict[str, Any]]) -> str:
+    ms = {(row["loss"], row["sequences"], row["tokens"], row["impl"]): row["ms"] for row in rows}
+    cases_of = dict.fromkeys(key[:3] for key in ms)
+    lines = [
+        [loss, f"{s} x {n}", f"{ms[loss, s, n, 'triton']:.3f}", f"{ms[loss, s, n, 'torch']:.3f}"]
+        for loss, s, n in cases_of
+    ]
+    return markdown(["loss", "sequences x tokens", "one launch each way", "torch"], lines)
 
 
 def timing_table(rows: list[dict[str, Any]]) -> str:
@@ -316,6 +360,7 @@ def timing_table(rows: list[dict[str, Any]]) -> str:
 SECTIONS = {
     "checks": functools.partial(run_checks, sizes=cases.GPU),
     "sanitizer": run_sanitizer,
+    "tail": run_tail,
     "timings": run_timings,
 }
 

@@ -3,6 +3,7 @@
 from .kernels import linear_logprobs
 from .losses import DPO, IPO, KTO, SFT
 from .preference import (
+    Mismatched,
     PreferenceOutput,
     kto_reference_point,
     linear_preference_loss,
@@ -17,6 +18,7 @@ __all__ = [
     "IPO",
     "KTO",
     "SFT",
+    "Mismatched",
     "PreferenceOutput",
     "kto_reference_point",
     "linear_logprobs",

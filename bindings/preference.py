@@ -8,7 +8,8 @@ reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last dig
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,25 @@ from torch import Tensor
 
 from .grouped import WithGradients, cut, gradients_in_forward
 from .kernels import HeadOptions
-from .kernels.linear_logprobs import logprobs_within, prepare
-from .losses import DPO, KTO, Loss, Sequences
+from .kernels.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
+from .kernels.tail import METRICS, preference_tail
+from .losses import DPO, IPO, KTO, Loss, Sequences
 
 # What `linear_preference_loss` may keep from the forward to the backward, unless told otherwise.
 WORKSPACE = 1 << 30
+# Losses that the tail kernel knows, by its names: exactly these, for a subclass may have another equation.
+TAILS = {DPO: "dpo", IPO: "ipo", KTO: "kto"}
+
+
+class Mismatched(NamedTuple):
+    """Completions paired with another row's prompt: as a `z0`, what it is to be computed from (`kto_reference_point`).
+
+    For a batch that is an optimizer step by itself. When microbatches or ranks share one, call `kto_reference_point`.
+    """
+
+    logps: Tensor  # (N',) of the policy
+    ref_logps: Tensor  # (N',) or (K,)
+    cu_seqlens: Tensor  # (K + 1,)
 
 
 @dataclass(frozen=True)
@@ -40,8 +55,10 @@ def preference_loss(
     cu_seqlens: Tensor,  # (S + 1,)
     loss: Loss = DPO(),  # noqa: B008 (frozen)
     labels: Tensor | None = None,  # (S,)
-    z0: Tensor | float | None = None,  # ()
+    z0: Tensor | float | Mismatched | None = None,  # ()
     num_items: int | Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> PreferenceOutput:
     """Equals, for `DPO` with pairs (0, 1), (2, 3), ...::
 
@@ -55,17 +72,20 @@ def preference_loss(
         cu_seqlens: (S + 1,) int32 offsets: sequence s is `logps[cu_seqlens[s] : cu_seqlens[s + 1]]`.
         loss: `DPO`, `IPO`, `KTO` or `SFT`; equation and paper stand in its docstring.
         labels: (S,) bool, desirable or not, for `KTO`.
-        z0: KTO's reference point in nats, from `kto_reference_point` (or a number).
+        z0: KTO's reference point in nats: from `kto_reference_point`, a number, or a `Mismatched` to compute it from.
         num_items: what the sum is divided by: pairs, sequences or tokens, by the loss. Default: those of this call;
             give the global count when microbatches or ranks share one optimizer step.
+        impl: "triton" (DPO, IPO and KTO in one launch each way; their subclasses and other losses run in torch),
+            "torch", "reference" (here the same) or "auto": "triton" where it can run, else "torch".
 
     Raises:
         TypeError, ValueError: shapes that do not fit, an odd number of sequences for a loss over pairs, a missing or
             superfluous reference, labels or z0.
+        RuntimeError: an `impl` that cannot run here.
     """
     _check_packed(logps, cu_seqlens)
     counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items, impl)
 
 
 def linear_preference_loss(
@@ -76,7 +96,7 @@ def linear_preference_loss(
     ref_logps: Tensor | None,  # (N,) or (S,)
     loss: Loss = DPO(),  # noqa: B008 (frozen)
     labels: Tensor | None = None,  # (S,)
-    z0: Tensor | float | None = None,  # ()
+    z0: Tensor | float | Mismatched | None = None,  # ()
     num_items: int | Tensor | None = None,
     *,
     workspace: int | None = None,
@@ -116,13 +136,15 @@ def linear_preference_loss(
         ref = None if ref_logps is None else ref_logps[tokens if per_token else sequences]
         cu = cu_seqlens if sequences == slice(None) else cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
         desirable = None if labels is None else labels[sequences]
-        return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items)
+        return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items, impl)
 
     head = (hidden, weight, bias, targets, options, impl)
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
     groups = [] if vocab_group else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
         return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
+    if isinstance(z0, Mismatched):  # of all groups
+        z0 = kto_reference_point(*z0)
     logps, gradients = gradients_in_forward(groups, *head, lambda *group: loss_of(*group).loss)
     out = loss_of(logps)
     return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
@@ -179,20 +201,31 @@ def _preference_loss(
     counts: Tensor,  # (S,) tokens that count
     loss: Loss,
     labels: Tensor | None,
-    z0: Tensor | float | None,
+    z0: Tensor | float | Mismatched | None,
     num_items: int | Tensor | None,
+    impl: str = "auto",
 ) -> PreferenceOutput:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
     _check_loss(loss, len(counts), ref_logps, labels, z0)
+    _check_devices(logps, {"ref_logps": ref_logps, "cu_seqlens": cu_seqlens, "labels": labels})
+    if isinstance(z0, Mismatched):
+        _check_devices(logps, {f"z0.{name}": x for name, x in z0._asdict().items()})
     if isinstance(num_items, int) and num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}")
+    num_items = _items(loss, counts) if num_items is None else num_items
     ref_logps = None if ref_logps is None else ref_logps.detach()
+    if _resolve(impl, logps) == "triton" and type(loss) in TAILS:
+        return _tail(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)
-    if z0 is not None:
+    if isinstance(z0, Mismatched):
+        z0 = kto_reference_point(*z0)
+    elif z0 is not None:
         z0 = torch.as_tensor(z0, dtype=torch.float64, device=logps.device).detach()
     seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0)
-
     losses = loss.losses(seq)
-    total = (losses.sum() / (_items(loss, counts) if num_items is None else num_items)).float()
+    total = (losses.sum() / num_items).float()
 
     with torch.no_grad():
         sums = _sequence_sums(logps, cu_seqlens)
@@ -206,6 +239,31 @@ def _items(loss: Loss, counts: Tensor) -> int | Tensor:
     if loss.per == "token":
         return counts.sum().clamp_min(1)
     return max(len(counts) // (2 if loss.per == "pair" else 1), 1)
+
+
+def _tail(
+    logps: Tensor,
+    ref_logps: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    loss: DPO | IPO | KTO,
+    labels: Tensor | None,
+    z0: Tensor | float | Mismatched | None,
+    num_items: int | Tensor,
+) -> PreferenceOutput:
+    """`_preference_loss` in one launch each way."""
+    name, kl_per_token = TAILS[type(loss)], False
+    if isinstance(z0, Mismatched):
+        z0 = Mismatched(z0.logps.detach(), z0.ref_logps.detach(), z0.cu_seqlens)
+        kl_per_token = _is_per_token(z0.ref_logps, z0.logps, z0.cu_seqlens[1:])
+    elif isinstance(z0, Tensor):
+        z0 = z0.detach()
+    per_token = _is_per_token(ref_logps, logps, counts)
+    out = preference_tail(
+        name, logps, ref_logps, cu_seqlens, counts, labels, z0, num_items, per_token, kl_per_token, **asdict(loss)
+    )
+    metrics = dict(zip(METRICS[name], out.metrics.unbind(), strict=True))
+    return PreferenceOutput(out.loss, out.losses, out.logps, out.rewards, metrics)
 
 
 def _log_ratios(logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor) -> Tensor:
@@ -285,6 +343,12 @@ def _check_packed(logps: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to N = {len(logps)}, got {cu_seqlens.tolist()[:8]} ... {last}")
 
 
+def _check_devices(logps: Tensor, others: dict[str, Tensor | None]) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != logps.device:
+            raise TypeError(f"{name} is on {x.device} but logps is on {logps.device}; move one of them")
+
+
 def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
     name = type(loss).__name__
     if isinstance(loss, type) or not hasattr(loss, "losses"):
@@ -300,7 +364,9 @@ def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
             raise ValueError(f"{name} takes neither labels nor z0; they belong to KTO")
         return
     if labels is None or z0 is None:
-        raise ValueError("KTO needs labels (S,) bool and z0, from kto_reference_point (or a number)")
+        raise ValueError("KTO needs labels (S,) bool and z0, from kto_reference_point (or a number, or Mismatched)")
+    if isinstance(z0, Mismatched):
+        _check_packed(z0.logps, z0.cu_seqlens)
     if isinstance(z0, Tensor) and z0.dim():
         raise ValueError(f"z0 must be one number for all sequences, shape (), got {tuple(z0.shape)}")
     if labels.dtype != torch.bool:

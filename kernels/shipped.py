@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import triton_head, triton_kernels
+from . import triton_head, triton_kernels, triton_tail
 from .aot import Resources, compile_for, resources
 from .configs import Config, choose, fold_kernel
 
@@ -36,6 +36,16 @@ DLOGITS_VARIANTS = {
     "bias": {"HAS_BIAS": True},
     "entropy": {"ENTROPY": True},
     "softcap, entropy": {"SOFTCAP": True, "ENTROPY": True},
+}
+# The tail's: constants that differ from a plain DPO's.
+TAIL_VARIANTS = {
+    "tail, dpo": {},
+    "tail, dpo, smoothed": {"SMOOTHED": True, "ITEMS": True},
+    "tail, ipo": {"LOSS": "ipo", "PER_TOKEN": False},
+    "tail, ipo, average": {"LOSS": "ipo", "AVERAGE": True},
+    "tail, kto": {"LOSS": "kto", "Z0": "tensor", "ITEMS": True},
+    "tail, kto, mismatched": {"LOSS": "kto", "Z0": "mismatched", "KL_PER_TOKEN": True},
+    "tail, backward": None,
 }
 FOLD_FLAGS = ("HAS_BIAS", "SOFTCAP", "RESCUE", "PULL", "ENTROPY", "SQUARES", "MEAN", "TOP1")
 DLOGITS_FLAGS = ("HAS_BIAS", "SOFTCAP", "ENTROPY")
@@ -108,3 +118,25 @@ def _operands(config: Config, dtype: torch.dtype) -> dict[str, str]:
 
 def _loadable(config: Config, dtype: torch.dtype, rows: int, columns: int) -> str:
     return f"tensordesc<{TYPES[dtype]}[{rows}, {columns}]>" if config.descriptors else f"*{TYPES[dtype]}"
+
+
+def compile_tail(chip: int | str, name: str) -> Resources:
+    """What the compiler makes of one of TAIL_VARIANTS: no tile to choose, and no matrix product in it."""
+    flags = TAIL_VARIANTS[name]
+    if flags is None:
+        kernel, flags = triton_tail.backward_kernel, {"BLOCK": triton_tail.BLOCKS[False]["BLOCK"]}
+        signature = {"grad": "*fp32", "slopes": "*fp64", "cu_seqlens": "*i32", "out": "*fp32"}
+        signature |= dict.fromkeys(("N", "S", "STEPS"), "i32")
+    else:
+        kernel = triton_tail.forward_kernel
+        plain = {"LOSS": "dpo", "SMOOTHED": False, "AVERAGE": False, "Z0": "number", "ITEMS": False, "PER_TOKEN": True}
+        flags = {**plain, "KL_PER_TOKEN": False, **triton_tail.BLOCKS[False], **flags}
+        singles = ("logps", "ref_logps", "kl_logps", "kl_ref_logps", "total", "losses", "rewards")
+        doubles = ("z0_at", "items_at", "ratios", "sums", "metrics", "slopes")
+        integers = {"cu_seqlens": "*i32", "counts": "*i64", "labels": "*u8", "kl_cu_seqlens": "*i32", "arrived": "*i32"}
+        signature = dict.fromkeys(singles, "*fp32") | dict.fromkeys(doubles, "*fp64") | integers
+        signature |= dict.fromkeys(("N", "S", "kl_N", "K"), "i32")
+        signature |= {p.name: p.annotation_type for p in kernel.params if p.annotation_type}  # float64 if annotated so
+        assert signature["beta"] == "fp64", "a Python float is launched as a float32 unless its parameter is annotated"
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    return resources(compile_for(kernel, signature, flags, pointers, chip, **triton_tail.LAUNCH))

@@ -385,6 +385,40 @@ def test_reading_what_another_program_writes_is_a_race_in_any_order(seed):
 
 
 @triton.jit
+def _hand_over(x_ptr, counter_ptr, out_ptr, SEM: tl.constexpr, SCOPE: tl.constexpr, LATE: tl.constexpr):
+    """Every program stores its number; the last to arrive adds them up. LATE: stores it after it has arrived."""
+    if not LATE:
+        tl.store(x_ptr + tl.program_id(0), tl.program_id(0))
+    arrived = tl.atomic_add(counter_ptr, 1, sem=SEM, scope=SCOPE)
+    if LATE:
+        tl.store(x_ptr + tl.program_id(0), tl.program_id(0))
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, 8)), 0))
+
+
+def _handed_over(seed, *how):
+    x, counter, out = (torch.full((size,), value, dtype=torch.int32) for size, value in ((8, -1), (1, 0), (1, -1)))
+    with program_order(seed):
+        _hand_over[(8,)](x, counter, out, *how)
+    return out.item()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_what_is_released_before_it_is_acquired_is_no_race(seed):
+    assert _handed_over(seed, "acq_rel", "gpu", False) == 28
+    assert _handed_over(seed, "acq_rel", "sys", False) == 28
+
+
+@pytest.mark.parametrize(
+    "how", [("relaxed", "gpu", False), ("release", "gpu", False), ("acquire", "gpu", False), ("acq_rel", "cta", False),
+            ("acq_rel", "gpu", True)], ids=str,
+)  # fmt: skip
+def test_a_counter_that_does_not_order_or_comes_too_early_leaves_the_race(how):
+    with pytest.raises(Race, match="beside another's store"):
+        _handed_over(0, *how)
+
+
+@triton.jit
 def _scatter(value_ptr, where_ptr, out_ptr, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
     tl.store(out_ptr + tl.load(where_ptr + o), tl.load(value_ptr + o))

@@ -2,6 +2,9 @@
 
 Every load, store and atomic of a kernel is held against the tensors it was launched with. The stock
 interpreter reads and writes whatever address it is given, and runs programs in order, so no race can show.
+
+Programs are ordered by atomics alone: what one did before it releases at a place comes before what another does after
+it acquires there, as long as both are of scope "gpu" or wider.
 """
 
 import copy
@@ -113,13 +116,21 @@ class Region:
 # What an access may not meet at the same place from another program. Two loads are fine, and so are two
 # atomics; a plain access beside an atomic is not ordered with it.
 _CONFLICTS = {"load": ("store", "atomic"), "store": ("store", "load", "atomic"), "atomic": ("store", "load")}
-_NOBODY, _SEVERAL = 0, -1  # marks; any other is one program's number, from 1 up
+_NOBODY, _SEVERAL = 0, -1  # marks; any other is the number of one stretch of a program, from 1 up
 
 
 @dataclass
 class Program:
+    """The program that runs. A release ends a stretch of it: what it does later is not covered by that."""
+
     index: tuple[int, int, int]  # in the grid
-    number: int  # from 1 up
+    number: int  # of its present stretch
+    before: set[int]  # stretches that are over for it: its own, and those it has acquired
+
+    def may_follow(self, marks: np.ndarray) -> np.ndarray:
+        """Which marks are no other program's, or of a stretch known to be over."""
+        fine = (marks == _NOBODY) | (marks == self.number)
+        return fine if fine.all() or not self.before else fine | np.isin(marks, list(self.before))
 
 
 class LaunchMemory:
@@ -127,12 +138,33 @@ class LaunchMemory:
 
     def __init__(self, arguments: list[Argument]):
         self.arguments = arguments
+        self.running: Program | None = None
+        self.stretches = 0
+        self.released: dict[int, set[int]] = {}  # address -> the stretches that were over for those who released there
         self.regions = []
         for argument in sorted(arguments, key=lambda argument: argument.start):
             if self.regions and argument.start < self.regions[-1].stop:
                 self.regions[-1] = Region([*self.regions[-1].arguments, argument])
             else:
                 self.regions.append(Region([argument]))
+
+    def program(self, index: tuple[int, int, int]) -> Program:
+        if self.running is None or self.running.index != index:
+            self.stretches += 1
+            self.running = Program(index, self.stretches, set())
+        return self.running
+
+    def synchronize(self, addresses: np.ndarray, acquire: bool, release: bool):
+        """An atomic of the running program, as far as it orders other accesses."""
+        program = self.running
+        if acquire:
+            program.before.update(*(self.released.get(int(a), ()) for a in addresses))
+        if release:
+            program.before.add(program.number)
+            for a in addresses:
+                self.released.setdefault(int(a), set()).update(program.before)
+            self.stretches += 1
+            program.number = self.stretches
 
     def owner(self, tensor: torch.Tensor) -> Argument:
         view = (tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -161,15 +193,13 @@ class LaunchMemory:
         granules = region.granules(addresses, width)
         for other in _CONFLICTS[kind]:
             if other in region.marks:
-                theirs = region.marks[other][granules]
-                clash = (theirs != _NOBODY) & (theirs != program.number)
+                clash = ~program.may_follow(region.marks[other][granules])
                 if clash.any():
                     address = region.start + int(granules[clash][0]) * region.granule
                     where = self._place(address, width, region.arguments)
                     raise Race(f"{kind} of {where} by program {program.index}, beside another's {other}")
         mark = region.mark(kind)
-        mine = mark[granules]
-        mark[granules] = np.where((mine == _NOBODY) | (mine == program.number), program.number, _SEVERAL)
+        mark[granules] = np.where(program.may_follow(mark[granules]), program.number, _SEVERAL)
 
     def _place(self, address: int, width: int, candidates: list[Argument]) -> str:
         if not candidates:
@@ -217,11 +247,20 @@ def _implicit_cvt(stock, value):
 
 def _access(builder, kind, pointers, mask):
     lanes = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
-    x, y, z = builder.grid_idx
-    program = Program((x, y, z), 1 + (x * builder.grid_dim[1] + y) * builder.grid_dim[2] + z)
+    program = _launch.program(tuple(builder.grid_idx))
     width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     owner = getattr(pointers.dtype.scalar, "argument", None)
     _launch.access(kind, pointers.data[lanes], width, owner, program)
+
+
+def _synchronize(pointers, mask, semantic, scope):
+    if scope == interpreter._ir.MEM_SYNC_SCOPE.CTA:
+        return
+    lanes = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+    acquire, release, both = (
+        getattr(interpreter._ir.MEM_SEMANTIC, x) for x in ("ACQUIRE", "RELEASE", "ACQUIRE_RELEASE")
+    )
+    _launch.synchronize(pointers.data[lanes], semantic in (acquire, both), semantic in (release, both))
 
 
 @repair(Builder)
@@ -247,17 +286,20 @@ def create_masked_store(stock, self, pointers, value, mask, *policy, **named_pol
 
 
 @repair(Builder)
-def create_atomic_rmw(stock, self, operation, pointers, value, mask, *order):
+def create_atomic_rmw(stock, self, operation, pointers, value, mask, semantic, scope):
     if value.dtype.scalar == tl.bfloat16:
         raise NotImplementedError("bfloat16 atomics: the stock interpreter adds bit patterns")
     _access(self, "atomic", pointers, mask)
-    return stock(self, operation, pointers, value, mask, *order)
+    _synchronize(pointers, mask, semantic, scope)
+    return stock(self, operation, pointers, value, mask, semantic, scope)
 
 
 @repair(Builder)
-def create_atomic_cas(stock, self, pointers, expected, value, *order):
-    _access(self, "atomic", pointers, TensorHandle(np.ones_like(pointers.data, bool), tl.int1))
-    return stock(self, pointers, expected, value, *order)
+def create_atomic_cas(stock, self, pointers, expected, value, semantic, scope):
+    everyone = TensorHandle(np.ones_like(pointers.data, bool), tl.int1)
+    _access(self, "atomic", pointers, everyone)
+    _synchronize(pointers, everyone, semantic, scope)
+    return stock(self, pointers, expected, value, semantic, scope)
 
 
 @repair(Builder)

@@ -18,7 +18,8 @@ What the stock interpreter lets pass, and what becomes of it here. Tensors are o
 | device_assert, overflow of an int32 offset      | ignored                 | KernelAssertion               |
 | lane masked off by a load without `other`       | zero                    | NaN, or a far-out integer     |
 | access outside of the pointer's own tensor      | reads it, overwrites it | OutOfBounds                   |
-| two programs at one place, not both reading     | works, in rising order  | Race; the order is shuffled   |
+| two programs at one place, not both reading,    | works, in rising order  | Race; the order is shuffled   |
+| and no release and acquire between them         |                         |                               |
 | two lanes storing different values to one place | the last one wins       | Race                          |
 | grid y or z above 65535                         | runs                    | ValueError                    |
 
