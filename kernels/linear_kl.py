@@ -255,7 +255,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """What `linear_logprobs` asks of hidden, weight and bias; there are no targets here to be wrong."""
     targets = hidden
     if isinstance(hidden, Tensor):
-        targets = torch.empty(hidden.shape[:1], dtype=torch.int64, device=hidden.device)
+        targets = torch.zeros(hidden.shape[:1], dtype=torch.uint8, device=hidden.device)
     _check_tensors(hidden, weight, targets, bias)
 
 

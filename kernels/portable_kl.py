@@ -15,8 +15,8 @@ any partition of the vocabulary: with p_t, r_t the two masses of a tile and KL_t
 
 so that a tile needs nothing from the other tiles, one pass is enough, and folding adds numbers of one sign.
 
-Backward: dKL/dz_v = p_v (mean - (d_v - anchor)), where d = ref_z - z and mean = sum of p (d - anchor). The anchor is d of
-the policy's most likely token, the one whose p_v does not vanish while its factor may.
+Backward: dKL/dz_v = p_v (mean - (d_v - anchor)), where d = ref_z - z and mean = sum of p (d - anchor). The anchor is d
+of the policy's most likely token: where that has nearly all of p, its d and the mean of d agree in most of their digits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Forward(NamedTuple):
 
     kl: Tensor
     lse: Tensor  # logsumexp of the policy's logits
-    anchor: Tensor  # d of the policy's most likely token
+    anchor: Tensor  # d of the policy's most likely token, in the units of who made it
     mean: Tensor  # sum of p (d - anchor)
 
 
