@@ -16,7 +16,7 @@ any partition of the vocabulary: with p_t, r_t the two masses of a tile and KL_t
 so that a tile needs nothing from the other tiles, one pass is enough, and folding adds numbers of one sign.
 
 Backward: dKL/dz_v = p_v (mean - (d_v - anchor)), where d = ref_z - z and mean = sum of p (d - anchor). The anchor is d
-of the policy's most likely token: where that has nearly all of p, its d and the mean of d agree in most of their digits.
+of the policy's most likely token: where that has nearly all of p, its d and the mean of d agree in most digits.
 """
 
 from __future__ import annotations
