@@ -59,7 +59,7 @@ class KlConfig(Config):
 TILES = {
     (80, False): {"any": KlConfig(128, 64, 32, 8, 3, False, True)},
     (90, True): {"plain": KlConfig(128, 128, 64, 8, 3, True, True), "any": KlConfig(128, 64, 64, 8, 3, True, True)},
-    (100, False): {"any": KlConfig(128, 64, 64, 8, 3, False, True)},
+    (100, False): {"any": KlConfig(128, 64, 64, 8, 3, False, False)},
     (100, True): {"any": KlConfig(128, 64, 64, 8, 3, True, False)},
     (120, True): {"any": KlConfig(128, 64, 64, 8, 2, True, True)},
 }
