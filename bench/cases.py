@@ -20,6 +20,8 @@ from torch import Tensor
 import oracle
 import prefuse
 from head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
+from kl_cases import Models, check_kl, random_models
+from kl_cases import evaluate as evaluate_kl
 from prefuse.kernels.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
 from prefuse.losses import Loss
@@ -32,6 +34,7 @@ THREE = ("trainable", "kept", "frozen head")
 AMPLE = 16 << 30  # bytes of workspace: everything may be kept for the backward
 
 head = functools.partial(prefuse.linear_logprobs, impl="triton")
+divergence = functools.partial(prefuse.linear_kl, impl="triton")
 
 
 def keeping_head(
@@ -69,6 +72,9 @@ def checks(sizes: Sizes) -> Iterator[tuple[str, Check]]:
     yield from losses_agree(sizes)
     for loss in TAIL_LOSSES:
         yield f"{loss}: one launch each way equals torch", functools.partial(tail_agrees, sizes, loss)
+    yield from divergences_agree(sizes)
+    yield "KL: equal models have none, and no gradient", functools.partial(no_divergence, sizes)
+    yield "KL: the same bits in any batch", functools.partial(divergences_keep_their_bits, sizes)
     if sizes.device == "cuda":
         yield "offsets beyond 2^31", offsets
 
@@ -270,6 +276,57 @@ def tail_agrees(sizes: Sizes, loss: Loss) -> None:
         again = run("triton")
         for name, x in made.items():
             assert torch.equal(again[name], x), f"{name} differs in another run"
+
+
+def divergences_agree(sizes: Sizes) -> Iterator[tuple[str, Check]]:
+    """`linear_kl` and its gradients against float64."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    every = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}
+
+    def case(name: str, shape: tuple[int, int, int], dtype: torch.dtype = bf16, mode: str = "trainable", **how):
+        made = functools.partial(random_models, *shape, dtype, device=sizes.device, **how)
+        return f"KL, {name}", lambda: check_kl(divergence, made(), NEEDS[mode])
+
+    for mode in ("trainable", "frozen head"):
+        yield case(f"bf16, {mode}", sizes.whole, mode=mode)
+    yield case("bf16, a smaller reference", sizes.whole, ref_d=sizes.whole[1] // 2)
+    yield case("bf16, softcap", sizes.whole, options={"softcap": 3.0})
+    yield case("bf16, bias", sizes.whole, bias=True)
+    yield case("bf16, all options, the reference's own", sizes.whole, bias=True, options=every,
+               ref_options={"softcap": None, "temperature": 0.9})  # fmt: skip
+    yield case("bf16, odd sizes", sizes.odd, bias=True, options=every, ref_d=sizes.odd[1] + 8)
+    yield case("bf16, float32 weights", sizes.whole, weight_dtype=fp32)
+    yield case("bf16, a third of the rows masked", sizes.whole, masked=0.3)
+    yield case("bf16, logits of deviation 30", sizes.whole, spread=30.0)
+    for dtype in (fp16, fp32):
+        yield case(str(dtype)[6:], sizes.whole, dtype)
+    for apart in (1e-3, 1e-2, 0.1):
+        yield case(f"float32, a reference {apart:g} of the policy away", sizes.whole, fp32, apart=apart)
+
+
+def no_divergence(sizes: Sizes) -> None:
+    for shape, options in itertools.product((sizes.whole, sizes.odd), ({}, {"softcap": 3.0})):
+        models = random_models(*shape, torch.bfloat16, device=sizes.device, options=options)
+        models = models.but(ref_hidden=models.hidden.clone(), ref_weight=models.weight.clone())
+        grad = torch.ones(shape[0], device=sizes.device)
+        for name, x in evaluate_kl(divergence, models, NEEDS["trainable"], grad).tensors().items():
+            assert not x.any(), f"{name}: {x.abs().max().item():.2e}"
+
+
+def divergences_keep_their_bits(sizes: Sizes) -> None:
+    for shape in (sizes.whole, sizes.odd):
+        models = random_models(*shape, torch.bfloat16, device=sizes.device)
+        n = shape[0]
+
+        def kl(rows: Tensor, models: Models = models) -> Tensor:
+            return evaluate_kl(divergence, models.rows(rows)).kl
+
+        everything = torch.arange(n, device=sizes.device)
+        expected, order = kl(everything), torch.randperm(n).to(sizes.device)
+        assert torch.equal(kl(everything), expected), "a second run"
+        assert torch.equal(kl(order), expected[order]), "permuted"
+        parts = everything.split([1, n // 3, n - 1 - n // 3])
+        assert torch.equal(torch.cat([kl(part) for part in parts]), expected), "split"
 
 
 def offsets() -> None:

@@ -1,6 +1,7 @@
 """Preference optimization of language models, fused before the logits exist."""
 
-from .kernels import linear_logprobs
+from .kernels import linear_kl, linear_logprobs
+from .kl import kl_estimate
 from .losses import DPO, IPO, KTO, SFT
 from .preference import (
     Mismatched,
@@ -20,7 +21,9 @@ __all__ = [
     "SFT",
     "Mismatched",
     "PreferenceOutput",
+    "kl_estimate",
     "kto_reference_point",
+    "linear_kl",
     "linear_logprobs",
     "linear_preference_loss",
     "preference_loss",

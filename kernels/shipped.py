@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import triton_head, triton_kernels, triton_tail
+from . import triton_head, triton_kernels, triton_kl, triton_tail
 from .aot import Resources, compile_for, resources
 from .configs import Config, choose, fold_kernel
 
@@ -47,8 +47,16 @@ TAIL_VARIANTS = {
     "tail, kto, mismatched": {"LOSS": "kto", "Z0": "mismatched", "KL_PER_TOKEN": True},
     "tail, backward": None,
 }
+# Of both heads, the policy's and the reference's.
+KL_VARIANTS = {
+    "plain": {},
+    "softcap": {"SOFTCAP": True, "REF_SOFTCAP": True},
+    "bias": {"HAS_BIAS": True, "REF_HAS_BIAS": True},
+    "softcap, bias": {"SOFTCAP": True, "REF_SOFTCAP": True, "HAS_BIAS": True, "REF_HAS_BIAS": True},
+}
 FOLD_FLAGS = ("HAS_BIAS", "SOFTCAP", "RESCUE", "PULL", "ENTROPY", "SQUARES", "MEAN", "TOP1")
 DLOGITS_FLAGS = ("HAS_BIAS", "SOFTCAP", "ENTROPY")
+KL_FLAGS = ("HAS_BIAS", "SOFTCAP", "REF_HAS_BIAS", "REF_SOFTCAP")
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,16 @@ class Shipped:
 
 
 def shipped(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
-    """Fold and dlogits in every variant for `chip` (90 is sm_90), with operands by descriptor where it has them."""
+    """Every large kernel in every variant for `chip` (90 is sm_90), with operands by descriptor where it has them."""
     for variant, flags in FOLD_VARIANTS.items():
         kernel = fold_kernel(bool(ALL_OUTPUTS.keys() & flags.keys()), "PULL" in flags, "SOFTCAP" in flags)
         yield _fold(f"fold, {variant}", flags, choose(kernel, chip, dtype, descriptors), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
         yield _dlogits(f"dlogits, {variant}", flags, choose("dlogits", chip, dtype, descriptors), dtype)
+    for variant, flags in KL_VARIANTS.items():
+        config = triton_kl.choose_tile(chip, dtype, descriptors, plain=not flags)
+        yield _kl_fold(f"kl fold, {variant}", flags, config, dtype)
+        yield _kl_dlogits(f"kl dlogits, {variant}", flags, config, dtype)
 
 
 def compile_shipped(chip: int, dtype: torch.dtype, descriptors: bool, name: str) -> Resources:
@@ -99,6 +111,37 @@ def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     sizes = ("N", "C", "D", "first", "stride_hn", "stride_wv", "stride_dz")
     constants = dict.fromkeys(DLOGITS_FLAGS, False) | flags
     return _shipped(name, triton_kernels.dlogits_kernel, config, signature, sizes, constants, sizes)
+
+
+def _kl_fold(name: str, flags: dict[str, bool], config: triton_kl.KlConfig, dtype: torch.dtype) -> Shipped:
+    signature = {**_both_heads(config, dtype), "parts": "*fp32"}
+    aligned = ("N", "V", "D", "REF_D", "plane", "row", *KL_STRIDES)
+    sizes = ("first", "first_segment", "segments", *aligned)
+    constants = dict.fromkeys(KL_FLAGS, False) | flags | {"SEGMENTS": 33, "HALVES": config.halves}
+    return _kl_shipped(name, triton_kl.kl_fold_kernel, config, signature, sizes, constants, aligned)
+
+
+def _kl_dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+    vectors = {"y": "*i32", **dict.fromkeys(("lse", "anchor", "mean", "grad"), "*fp32")}
+    out = _loadable(config, dtype, config.block_n, config.block_v)
+    signature = {**_both_heads(config, dtype), **vectors, "dz": out}
+    sizes = ("N", "C", "D", "REF_D", *KL_STRIDES, "stride_dz")
+    constants = dict.fromkeys(KL_FLAGS, False) | flags
+    return _kl_shipped(name, triton_kl.kl_dlogits_kernel, config, signature, sizes, constants, sizes)
+
+
+KL_STRIDES = ("stride_hn", "stride_wv", "stride_ref_hn", "stride_ref_wv")
+
+
+def _both_heads(config: Config, dtype: torch.dtype) -> dict[str, str]:
+    own = {**_operands(config, dtype), "bias": f"*{TYPES[dtype]}"}
+    return own | {f"ref_{name}": kind for name, kind in own.items()}
+
+
+def _kl_shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
+    signature = {**signature, "ref_k_in": "fp32", "ref_k_out": "fp32"}
+    constants = {**constants, "stride_ref_hd": 1, "stride_ref_wd": 1}
+    return _shipped(name, kernel, config, signature, sizes, constants, aligned)
 
 
 def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from aot_worker import compiling_processes
-from prefuse.kernels.shipped import DLOGITS_VARIANTS, FOLD_VARIANTS, compile_shipped
+from prefuse.kernels.shipped import DLOGITS_VARIANTS, FOLD_VARIANTS, KL_VARIANTS, compile_shipped
 
 NAMES = [f"fold, {v}" for v in FOLD_VARIANTS] + [f"dlogits, {v}" for v in DLOGITS_VARIANTS]
+NAMES += [f"kl {kernel}, {v}" for v in KL_VARIANTS for kernel in ("fold", "dlogits")]
 # What runs most, and what has failed before: the rest of the table is compiled by the slow test.
-COMMON = ["fold, plain", "fold, softcap", "fold, pull", "dlogits, plain", "dlogits, softcap"]
+COMMON = ["fold, plain", "fold, softcap", "fold, pull", "dlogits, plain", "dlogits, softcap", "kl fold, plain"]
 # (chip, dtype, operands by descriptor): each chip's own path, then the paths it takes for other operands.
 OWN_PATH = [(80, torch.bfloat16, False), (90, torch.bfloat16, True), (100, torch.bfloat16, True)]
 OTHER_PATHS = [

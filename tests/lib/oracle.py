@@ -126,3 +126,35 @@ def assert_within(actual: Tensor, truth: Tensor, bound: float, what: str) -> Non
     assert not error.isnan().any(), f"{what}: NaN where the truth is a number"
     largest = error.max().item() if len(error) else 0.0
     assert largest <= bound, f"{what}: off by {largest:.3g}, allowed {bound:.3g}"
+
+
+# ---- the divergence from the reference -----------------------------------------------------------
+
+
+def logits(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # (N, V)
+    """What enters the softmax of one model, made in `dtype` of the operands that `hidden`'s dtype holds."""
+    z = hidden.to(dtype) @ weight.to(hidden.dtype).to(dtype).T
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def kl(z: Tensor, ref_z: Tensor) -> Tensor:  # (N, V) twice -> (N,)
+    """KL(p || r) = sum of p (log p - log r), with 0 log 0 = 0; r is a constant."""
+    log_p, log_r = torch.log_softmax(z, -1), torch.log_softmax(ref_z.detach(), -1)
+    # The inner `where` keeps what is not a number out of the gradient, which `where` multiplies by 0.
+    possible = log_p.detach() > -math.inf
+    log_p, log_r = torch.where(possible, log_p, -math.inf), torch.where(possible, log_r, 0.0)
+    return (log_p.exp() * (torch.where(possible, log_p, 0.0) - log_r)).sum(-1)
