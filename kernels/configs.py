@@ -1,5 +1,5 @@
-"""Tile shapes of the Triton kernels: chosen by chip, dtype, path, D and V, never by N, so that a row's bits do not depend
-on how many rows there are.
+"""Tile shapes of the Triton kernels: chosen by chip, dtype, path, D and V, never by N, so that a row's bits do not
+depend on how many rows there are.
 
 `tiles.toml` beside this file is the table, and says what its columns mean. The environment variable PREFUSE_TILES names
 a file of one's own, whose rows go before it; `python -m prefuse.kernels.tune` measures and writes such rows.
@@ -105,10 +105,9 @@ def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int,
     rows = by_descriptor if descriptors and by_descriptor else [row for row in rows if not row.config.descriptors]
     if not rows and chip != INTERPRETER:
         raise RuntimeError(
-            f"no tile for {kernel!r} on {chip_name(chip)} in {TABLE.name}; use impl=\"torch\", or name a table with "
+            f'no tile for {kernel!r} on {chip_name(chip)} in {TABLE.name}; use impl="torch", or name a table with '
             f"rows for it in {VARIABLE}"
         )
-
 
     def closeness(row: Row) -> tuple:
         return (row.chip == chip, row.chip, row.kernel == kernel, row.layer, row.min_d, row.min_v)
