@@ -38,6 +38,11 @@ class Config:
         # Fusing multiply and add is part of the numerics, so it does not follow Triton's changing default.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
+    def shared_bytes(self, width: int) -> int:
+        """Shared memory of the operands' pipeline, `width` bytes a number; a block may need more to store its tile."""
+        buffers = self.stages if self.descriptors else max(1, self.stages - 1)  # by pointer, one stage is in registers
+        return buffers * (self.block_n + self.block_v) * self.block_d * width
+
 
 @dataclass(frozen=True)
 class Row:
@@ -158,9 +163,13 @@ def table() -> tuple[Row, ...]:
 
 def read(path: Path, layer: int = OWN) -> tuple[Row, ...]:
     """The rows of one file; ValueError names the file and the row that is wrong."""
+    return rows_of(path.read_text(encoding="utf-8"), path, layer)
+
+
+def rows_of(text: str, path: Path, layer: int = OWN) -> tuple[Row, ...]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     if set(content) != {"rows"} or not isinstance(content["rows"], list):
         raise ValueError(f"{path}: expected one list `rows = [...]`, got {sorted(content)}")
@@ -169,7 +178,7 @@ def read(path: Path, layer: int = OWN) -> tuple[Row, ...]:
         try:
             row = parse(columns, layer)
             if row.key in rows:
-                raise ValueError("the same columns but the tile stand in an earlier row; keep one of the two")
+                raise ValueError("an earlier row holds for the same; keep one of the two")
         except ValueError as error:
             raise ValueError(f"{path}, row {number} ({_title(columns)}): {error}") from error
         rows[row.key] = row
