@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -253,7 +253,7 @@ _tried: tuple[Row, ...] = ()
 def trial(*rows: Row) -> Iterator[None]:
     """Rows that go before every table's for a while: the tuner's candidates."""
     global _tried
-    before, _tried = _tried, rows
+    before, _tried = _tried, tuple(replace(row, layer=TRIAL) for row in rows)
     find.cache_clear()
     try:
         yield

@@ -71,7 +71,8 @@ def shipped(
 def users(row: Row) -> list[Shipped]:
     """The kernels that run with this row where it holds: all of them must be clean."""
     dtype = next(dtype for dtype, name in DTYPES.items() if name == row.dtype)
-    made = shipped(row.chip, dtype, row.config.descriptors, row.min_d, row.min_v)
+    with trial(row):
+        made = list(shipped(row.chip, dtype, row.config.descriptors, row.min_d, row.min_v))
     return [kernel for kernel in made if kernel.config is row.config]
 
 

@@ -39,7 +39,6 @@ from .configs import (
     OWN,
     SAME_AS,
     TABLE,
-    TRIAL,
     VARIABLE,
     Chip,
     Config,
@@ -106,37 +105,30 @@ WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
 
 
 def candidates(chip: Chip, dtype: torch.dtype, descriptors: bool, shared_limit: float) -> list[Config]:
-    """Tiles worth a try: they fit shared memory, and leave registers beside their accumulators."""
-    depths = (16, 32) if dtype == torch.float32 else (32, 64, 128)
+    """Tiles worth a try, those that ask least of the memory first: they fit shared memory, and leave registers beside
+    their accumulators."""
+    full = dtype == torch.float32
     lanes = 64 if isinstance(chip, str) else 32
-    shapes = itertools.product((64, 128, 256), (64, 128, 256), depths, (4, 8), (2, 3, 4))
-    made = (Config(*shape, descriptors) for shape in shapes)
-    return [
+    shapes = itertools.product((64, 128, 256), (64, 128, 256), (16, 32) if full else (32, 64, 128), (4, 8), (2, 3, 4))
+    fit = [
         c
-        for c in made
-        if c.shared_bytes(dtype.itemsize) <= shared_limit and 16 <= c.block_n * c.block_v / (lanes * c.warps) <= 128
+        for c in (Config(*shape, descriptors) for shape in shapes)
+        if c.shared_bytes(dtype.itemsize) <= shared_limit
+        and 32 <= c.block_n * c.block_v / (lanes * c.warps) <= 128
+        and (full or c.block_n * c.block_v > 64 * 64)
     ]
+    return sorted(fit, key=lambda c: 1 / c.block_n + 1 / c.block_v)
 
 
 def problems(row: Row, dtype: torch.dtype, name: str) -> list[str]:
     """What the compiler says against one kernel with this row. Not beside the interpreter: see `compilers`."""
     from .shipped import compile_shipped
 
-    tried = (replace(row, layer=TRIAL),)
     try:
-        made = compile_shipped(row.chip, dtype, row.config.descriptors, name, row.min_d, row.min_v, tried)
+        made = compile_shipped(row.chip, dtype, row.config.descriptors, name, row.min_d, row.min_v, (row,))
     except Exception as error:  # shapes that the compiler or the assembler refuses
         return [f"{type(error).__name__}: {error}".splitlines()[0]]
     return made.problems(matrix_unit=dtype != torch.float32)
-
-
-def users_of(row: Row) -> list[str]:
-    """Names of the kernels that would run with this row."""
-    from .shipped import users
-
-    row = replace(row, layer=TRIAL)
-    with trial(row):
-        return [kernel.name for kernel in users(row)]
 
 
 def compiled_as(chip: Chip) -> Chip:
@@ -191,15 +183,17 @@ def cuda_timer(run: Callable[[], object]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def race(
-    entrants: list[Entrant], time_one: Callable[[Row], float], time_left: Callable[[], bool], rounds: int = ROUNDS
-) -> None:
-    """Times all that are still in, in turn, each round in the opposite order; the first is the present row."""
-    for turn in range(rounds):
+def race(entrants: list[Entrant], time_one: Callable[[Row], float], time_left: Callable[[float], bool]) -> None:
+    """Times all that are still in, in turn, each round in the opposite order; the first is the present row.
+
+    `time_left(share)` says whether that share of the time is not yet spent: the first round, which compiles, gets half.
+    """
+    for turn in range(ROUNDS):
         running = [x for x in entrants if not x.out]
         for x in running if turn % 2 == 0 else reversed(running):
-            if not time_left():
-                x.out = x.out or ("" if x.ms or x is entrants[0] else "not reached")
+            if not time_left(1.0 if turn else 0.5):
+                if not x.ms and x is not entrants[0]:
+                    x.out = "not reached"
                 continue
             try:
                 x.ms.append(time_one(x.row))
@@ -244,7 +238,7 @@ def tune_kernel(
     *,
     timer: Timer = cuda_timer,
     pool: Executor | None = None,  # None: nothing is compiled ahead of time
-    time_left: Callable[[], bool] = lambda: True,
+    time_left: Callable[[float], bool] = lambda share: True,
 ) -> Tuned:
     """Races `tiles` (default: `candidates`) against the present row."""
     (d, v), dtype, chip = head.size, head.hidden.dtype, capability(head.hidden.device)
@@ -260,7 +254,7 @@ def tune_kernel(
     expected = WORKLOADS[kernel](head)
 
     def time_one(row: Row) -> float:
-        with trial(replace(row, layer=TRIAL)):
+        with trial(row):
             if wrong := difference(WORKLOADS[kernel](head), expected, d):
                 raise ArithmeticError(wrong)
             return timer(lambda: WORKLOADS[kernel](head))
@@ -271,8 +265,10 @@ def tune_kernel(
 
 def _drop_unclean(entrants: list[Entrant], dtype: torch.dtype, pool: Executor) -> None:
     """Compiles the plainest kernel of each row; all others are the winner's to pass."""
+    from .shipped import users
+
     rows = [_ahead(x.row) for x in entrants]
-    jobs = [pool.submit(problems, row, dtype, users_of(row)[0]) for row in rows]
+    jobs = [pool.submit(problems, row, dtype, users(row)[0].name) for row in rows]
     for x, job in zip(entrants, jobs, strict=True):
         x.out = "; ".join(job.result())
 
@@ -291,8 +287,10 @@ def _winner(entrants: list[Entrant], dtype: torch.dtype, pool: Executor | None) 
 
 
 def _problems_of_all(row: Row, dtype: torch.dtype, pool: Executor) -> str:
+    from .shipped import users
+
     row = _ahead(row)
-    jobs = [pool.submit(problems, row, dtype, name) for name in users_of(row)]
+    jobs = [pool.submit(problems, row, dtype, kernel.name) for kernel in users(row)]
     return "; ".join(dict.fromkeys(found for job in jobs for found in job.result()))
 
 
@@ -371,11 +369,18 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         else:
             lines.insert(_place(row, keys, lines), line_of(row))
     text = "\n".join(lines) + "\n"
-    if {row.key: row for row in rows_of(text, path)} != expected:
+    if not _holds_exactly(text, expected, path):
         raise ValueError(f"{path}: rows can only be put in where each one, and the last bracket, has a line of its own")
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)  # whole or not at all
+
+
+def _holds_exactly(text: str, expected: dict[tuple, Row], path: Path) -> bool:
+    try:
+        return {row.key: row for row in rows_of(text, path)} == expected
+    except ValueError:
+        return False
 
 
 def _key(line: str) -> tuple | None:
@@ -443,9 +448,8 @@ def tune(head: Head, args: argparse.Namespace, where: str, pool: Executor | None
     kernels = args.kernels or own_kernels(chip, head.hidden.dtype, descriptors, *head.size)
     unmeasured = []
     for i, kernel in enumerate(kernels):
-        until = time.monotonic() + (end - time.monotonic()) / (len(kernels) - i)
-        left = lambda until=until: time.monotonic() < until  # noqa: E731
-        tuned = tune_kernel(kernel, head, timer=timer, pool=pool, time_left=left)
+        seconds = (end - time.monotonic()) / (len(kernels) - i)
+        tuned = tune_kernel(kernel, head, timer=timer, pool=pool, time_left=_clock(seconds))
         print(describe(tuned), flush=True)
         row = measured(tuned, args.any_size, where)
         if row is None:
@@ -456,6 +460,11 @@ def tune(head: Head, args: argparse.Namespace, where: str, pool: Executor | None
     if unmeasured:
         print(f"no time for {', '.join(unmeasured)}: give more --minutes, or fewer --kernels", file=sys.stderr)
     return int(bool(unmeasured))
+
+
+def _clock(seconds: float) -> Callable[[float], bool]:
+    start = time.monotonic()
+    return lambda share: time.monotonic() < start + share * seconds
 
 
 if __name__ == "__main__":
