@@ -51,6 +51,19 @@ def test_spills_are_reported(compiler):
     assert local_ops == f"{report.local_ops} operations on local memory"
 
 
+def test_spills_to_scratch_are_reported_on_amd(compiler):
+    report = compiler(aot_kernels.fold_resources, "gfx942", 256, 256, num_warps=4, num_stages=2)
+    assert report.spill_bytes > 100
+    assert report.local_ops > 10
+    assert report.problems()[0] == f"spills {report.spill_bytes} bytes per thread at {report.registers} registers"
+
+
+def test_copies_are_counted_by_the_way_they_go(compiler):
+    report = {arch: compiler(aot_kernels.row_dot_resources, arch).copies for arch in (80, "gfx942")}
+    assert set(report[80]) == {"LDG", "STG"}
+    assert set(report["gfx942"]) == {"global_load", "global_store"}
+
+
 def test_serialized_wgmmas_are_reported(compiler):
     report = compiler(aot_kernels.fold_resources, 90, flat=True)
     assert report.problems() == ["every wgmma is serialized (ptxas C7514)"]
