@@ -7,12 +7,19 @@ INSTALLED := .venv/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: help demo test test-slow test-all gpu lint format clean
+# Another Triton than constraints.txt's, beside the same torch: what the kernels are tested on with it.
+TRITON ?= 3.9.0
+OTHER_TRITON = .venv/triton-$(TRITON)
+KERNEL_TESTS ?= $(addprefix tests/test_,triton_head.py contract.py linear_logprobs.py strict_interpreter.py ops.py \
+    preference.py tiles.py aot_tool.py aot_shipped.py)
+
+.PHONY: help demo test test-slow test-all test-triton gpu lint format clean
 
 help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
 	@echo "make test      every test but the slow ones: under ten minutes on two cores"
 	@echo "make test-all  those and the slow ones"
+	@echo "make test-triton TRITON=3.9.0   the kernels' tests, slow ones too, with another Triton"
 	@echo "make gpu       check and time the kernels on this machine's GPU, with its own python3"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    ruff's fixes, written"
@@ -27,6 +34,10 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+test-triton: $(INSTALLED)
+	test -d $(OTHER_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(PYTEST) $(KERNEL_TESTS)
 
 gpu:  # no .venv: on a GPU machine torch and triton are already there
 	python3 bench/gpu_suite.py

@@ -40,8 +40,15 @@ CHIPS = {
     90: Chip(GPUTarget("cuda", 90, 32), 232448, "HGMMA"),
     100: Chip(GPUTarget("cuda", 100, 32), 232448, "UTCHMMA", tensor_memory_limit=512),
     120: Chip(GPUTarget("cuda", 120, 32), 101376, "HMMA"),
+    "gfx90a": Chip(GPUTarget("hip", "gfx90a", 64), 65536, "v_mfma"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, "v_mfma"),
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 163840, "v_mfma"),
 }
+
+
+# By tensor descriptor (TMA), asynchronously past the registers (cp.async), and plainly.
+CUDA_COPIES = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG")
+HIP_COPIES = r"(?:global|buffer)_(?:load|store)"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,12 @@ class Resources:
 
     arch: int | str
     registers: int  # per thread
-    spill_bytes: int  # per thread: stores and loads of registers that did not fit
+    spill_bytes: int  # per thread: stores and loads of registers that did not fit, on AMD the memory set aside for them
     local_ops: int  # instructions on thread-private memory: spills, and arrays indexed by a variable
     shared: int  # bytes per block
     tensor_memory: int  # columns per block, Blackwell
     matrix_ops: Mapping[str, int]  # instructions of the matrix unit, by name
-    tma_loads: int
-    tma_stores: int
+    copies: Mapping[str, int]  # instructions that move blocks between global and shared memory, or registers
     wgmma_serialized: bool  # ptxas waits after every wgmma (its warning C7514): correct, and slow
 
     def problems(self, *, matrix_unit: bool = True) -> list[str]:
@@ -146,8 +152,7 @@ def _cuda_resources(compiled: Compiled) -> Resources:
         shared=compiled.kernel.metadata.shared,
         tensor_memory=compiled.kernel.metadata.tmem_size or 0,
         matrix_ops={name: count for name, count in ops.items() if name.endswith("MMA")},
-        tma_loads=ops["UTMALDG"],
-        tma_stores=ops["UTMASTG"],
+        copies={name: ops[name] for name in CUDA_COPIES if ops[name]},
         wgmma_serialized="C7514" in compiled.log,
     )
 
@@ -166,18 +171,17 @@ def _hip_resources(compiled: Compiled) -> Resources:
     def metadata(name):
         return int(re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.MULTILINE)[1])
 
-    ops = Counter(re.findall(r"^\t(v_mfma|scratch_\w+)", assembly, re.MULTILINE))
-    matrix = ops.pop("v_mfma", 0)
+    matrix = len(re.findall(r"^\tv_mfma", assembly, re.MULTILINE))
+    copies = Counter(re.findall(rf"^\t({HIP_COPIES})", assembly, re.MULTILINE))
     return Resources(
         arch=compiled.arch,
         registers=metadata("vgpr_count"),
         # Spilled scalar registers go to lanes of vector registers, not to memory: they do not count.
-        spill_bytes=4 * metadata("vgpr_spill_count"),
-        local_ops=ops.total(),
+        spill_bytes=max(4 * metadata("vgpr_spill_count"), metadata("private_segment_fixed_size")),
+        local_ops=len(re.findall(r"^\tscratch_", assembly, re.MULTILINE)),
         shared=compiled.kernel.metadata.shared,
         tensor_memory=0,
         matrix_ops={"v_mfma": matrix} if matrix else {},
-        tma_loads=0,
-        tma_stores=0,
+        copies=dict(copies),
         wgmma_serialized=False,
     )

@@ -1,23 +1,40 @@
 """What the compiler makes of every large kernel, for chips that are not here, and what the head must cost there.
 
-    python -m prefuse.kernels.report --chips 80 90 100
+    python -m prefuse.kernels.report --chips sm_90 gfx942
 
-No GPU, no driver: the kernels are compiled ahead of time. Times are a floor by arithmetic (products at the chip's dense
-bf16 rate, nothing else), not measurements.
+No GPU, no driver: the kernels are compiled ahead of time, with the tiles of the table. Times are a roofline by
+arithmetic (products at the chip's dense bf16 rate or operands at its memory's, whichever takes longer, and nothing
+else), not measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 import torch
 
-from .aot import CHIPS
-from .shipped import compile_shipped, shipped
+from .aot import CHIPS, Resources
+from .configs import OPERANDS, Chip, Config, chip_name, parse_chip
+from .shipped import Shipped, compile_shipped, shipped
 
-# Dense bf16 TFLOP/s of the data sheets: A100, L40S, H100/H200 SXM, B200, RTX 5090.
-PEAK_TFLOPS = {80: 312, 89: 362, 90: 989, 100: 2250, 120: 210}
+
+@dataclass(frozen=True)
+class DataSheet:
+    gpu: str
+    tflops: float  # dense bf16
+    tb_per_s: float  # memory
+
+
+DATA_SHEETS: dict[Chip, DataSheet] = {
+    80: DataSheet("A100 80 GB SXM", 312, 2.04),
+    89: DataSheet("L40S", 362, 0.864),
+    90: DataSheet("H100 SXM", 989, 3.35),
+    100: DataSheet("B200", 2250, 8.0),
+    120: DataSheet("RTX 5090", 210, 1.79),
+    "gfx942": DataSheet("MI300X", 1307, 5.3),
+}
 # (hidden size, vocabulary) of heads people train.
 HEADS = {
     "Llama-3-8B": (4096, 128256),
@@ -31,47 +48,78 @@ TOKENS = 8192
 UNITS = {"no grad": 1, "frozen": 2, "stash": 3, "lean": 4}
 
 
-def kernel_rows(chip: int) -> tuple[list[str], bool]:
+def kernel_rows(chip: Chip) -> tuple[list[str], bool]:
     """One line for each kernel on `chip`, on its own path for operands, and whether all of them may ship."""
-    descriptors = chip >= 90
     lines, clean = [], True
-    for kernel in shipped(chip, torch.bfloat16, descriptors):
-        made, c = compile_shipped(chip, torch.bfloat16, descriptors, kernel.name), kernel.config
-        problems = made.problems()
-        clean = clean and not problems
-        limit = CHIPS[chip].shared_limit
-        tile = f"{c.block_n}x{c.block_v}x{c.block_d} w{c.warps} s{c.stages}"
-        lines.append(
-            f"{kernel.name:28} {tile:21} registers {made.registers:3}  spills {made.spill_bytes or 0}  "
-            f"shared {made.shared / 1024:.0f} of {limit / 1024:.0f} KiB  {dict(made.matrix_ops)}  "
-            f"tensor copies {made.tma_loads}/{made.tma_stores}  {'; '.join(problems) or 'clean'}"
-        )
+    for kernel in shipped(chip):
+        made = compile_shipped(chip, torch.bfloat16, True, kernel.name)
+        lines.append(_kernel_row(kernel, made))
+        clean = clean and not made.problems()
     return lines, clean
 
 
-def floor_rows(chip: int) -> list[str]:
-    """Milliseconds that the products of each mode take at the chip's peak."""
+def _kernel_row(kernel: Shipped, made: Resources) -> str:
+    c: Config = kernel.config
+    tile = f"{c.block_n}x{c.block_v}x{c.block_d} w{c.warps} s{c.stages} {OPERANDS[c.descriptors]}"
+    shared = f"{made.shared / 1024:.0f} of {CHIPS[made.arch].shared_limit / 1024:.0f} KiB"
+    instructions = ", ".join(f"{count} {name}" for name, count in {**made.matrix_ops, **made.copies}.items())
+    return (
+        f"{kernel.name:28} {tile:33} registers {made.registers:3}  spills {made.spill_bytes}  shared {shared}  "
+        f"{instructions}  {'; '.join(made.problems()) or 'clean'}"
+    )
+
+
+def floor_rows(chip: Chip) -> list[str]:
+    """Milliseconds that each mode takes at least, by the chip's data sheet."""
     lines = []
-    for name, (depth, vocabulary) in HEADS.items():
-        unit = 2 * TOKENS * depth * vocabulary / (PEAK_TFLOPS[chip] * 1e12) * 1e3
-        costs = "  ".join(f"{mode} {units * unit:.1f} ms" for mode, units in UNITS.items())
+    for name, (d, v) in HEADS.items():
+        costs = "  ".join(f"{mode} {floor(chip, mode, TOKENS, d, v):.1f} ms" for mode in UNITS)
         lines.append(f"{name:14} {costs}")
     return lines
 
 
-def main() -> int:
+def floor(chip: Chip, mode: str, n: int, d: int, v: int) -> float:
+    """Milliseconds: max(operations / rate, bytes / bandwidth), in bf16."""
+    sheet = DATA_SHEETS[chip]
+    operations = UNITS[mode] * 2 * n * d * v
+    # Every product reads its operands once; a stash is written once and read twice.
+    moved = UNITS[mode] * 2 * d * (n + v) + (3 * 2 * n * v if mode == "stash" else 0)
+    return 1e3 * max(operations / (sheet.tflops * 1e12), moved / (sheet.tb_per_s * 1e12))
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m prefuse.kernels.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", type=int, nargs="+", default=sorted(PEAK_TFLOPS), choices=sorted(PEAK_TFLOPS))
+    parser.add_argument(
+        "--chips",
+        type=_chip,
+        nargs="+",
+        default=list(DATA_SHEETS),
+        metavar="CHIP",
+        help=f"of {', '.join(map(chip_name, DATA_SHEETS))} (default: all)",
+    )
     clean = True
-    for chip in parser.parse_args().chips:
+    for chip in parser.parse_args(arguments).chips:
         lines, may_ship = kernel_rows(chip)
         clean = clean and may_ship
-        print(f"\nsm_{chip}\n" + "\n".join(lines))
+        sheet = DATA_SHEETS[chip]
+        print(f"\n{chip_name(chip)}\n" + "\n".join(lines))
         print(
-            f"\n  floor at {PEAK_TFLOPS[chip]} TFLOP/s, {TOKENS} tokens:\n  " + "\n  ".join(floor_rows(chip)),
+            f"\n  floor of {TOKENS} tokens on {sheet.gpu} ({sheet.tflops} TFLOP/s, {sheet.tb_per_s} TB/s):\n  "
+            + "\n  ".join(floor_rows(chip)),
             flush=True,
         )
     return 0 if clean else 1
+
+
+def _chip(name: str) -> Chip:
+    """ "sm_90", "90" or "gfx942"."""
+    try:
+        chip = parse_chip(f"sm_{name}" if name.isdigit() else name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if chip not in DATA_SHEETS:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(map(chip_name, DATA_SHEETS))}")
+    return chip
 
 
 if __name__ == "__main__":

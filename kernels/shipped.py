@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from . import triton_head, triton_kernels, triton_kl, triton_tail
 from .aot import Resources, compile_for, resources
-from .configs import Config, choose, fold_kernel
+from .configs import DTYPES, Chip, Config, Row, choose, fold_kernel, trial
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ALL_OUTPUTS = {"ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True}
@@ -71,22 +72,50 @@ class Shipped:
     aligned: tuple[str, ...]
 
 
-def shipped(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
-    """Every large kernel in every variant for `chip` (90 is sm_90), with operands by descriptor where it has them."""
+def shipped(
+    chip: Chip, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True, d: int = 4096, v: int = 128256
+) -> Iterator[Shipped]:
+    """Every kernel in every variant for a (V, D) head on `chip`, with operands by descriptor where it has them."""
+
+    def config(kernel: str) -> Config:
+        return choose(kernel, chip, dtype, descriptors, d, v)
+
     for variant, flags in FOLD_VARIANTS.items():
         kernel = fold_kernel(bool(ALL_OUTPUTS.keys() & flags.keys()), "PULL" in flags, "SOFTCAP" in flags)
-        yield _fold(f"fold, {variant}", flags, choose(kernel, chip, dtype, descriptors), dtype)
+        yield _fold(f"fold, {variant}", flags, config(kernel), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
-        yield _dlogits(f"dlogits, {variant}", flags, choose("dlogits", chip, dtype, descriptors), dtype)
+        yield _dlogits(f"dlogits, {variant}", flags, config("dlogits"), dtype)
+
+
+def shipped_kl(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
+    """The kernels of `linear_kl`, which have a table of their own."""
     for variant, flags in KL_VARIANTS.items():
         config = triton_kl.choose_tile(chip, dtype, descriptors, plain=not flags)
         yield _kl_fold(f"kl fold, {variant}", flags, config, dtype)
         yield _kl_dlogits(f"kl dlogits, {variant}", flags, config, dtype)
 
 
-def compile_shipped(chip: int, dtype: torch.dtype, descriptors: bool, name: str) -> Resources:
+def users(row: Row) -> list[Shipped]:
+    """The kernels that run with this row where it holds: all of them must be clean."""
+    dtype = next(dtype for dtype, name in DTYPES.items() if name == row.dtype)
+    with trial(row):
+        made = list(shipped(row.chip, dtype, row.config.descriptors, row.min_d, row.min_v))
+    return [kernel for kernel in made if kernel.config is row.config]
+
+
+def compile_shipped(
+    chip: Chip,
+    dtype: torch.dtype,
+    descriptors: bool,
+    name: str,
+    d: int = 4096,
+    v: int = 128256,
+    tried: tuple[Row, ...] = (),
+) -> Resources:
     """What the compiler makes of one of them. (By name, so that a worker process can be told which.)"""
-    kernel = next(k for k in shipped(chip, dtype, descriptors) if k.name == name)
+    with trial(*tried):
+        every = chain(shipped(chip, dtype, descriptors, d, v), shipped_kl(chip, dtype, descriptors))
+        kernel = next(k for k in every if k.name == name)
     compiled = compile_for(
         kernel.kernel, kernel.signature, kernel.constants, kernel.aligned, chip, **kernel.config.launch
     )

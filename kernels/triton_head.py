@@ -93,8 +93,9 @@ class Operands:
             w = w.to(self.dtype, memory_format=torch.contiguous_format)
         return w, self.hidden if self.bias is None else self.bias[first:last]
 
-    def config(self, kernel: str, w: Tensor) -> Config:
-        return choose(kernel, self.chip, self.dtype, allow_descriptors(self.hidden, w))
+    def config(self, kernel: str, w: Tensor, h: Tensor | None = None) -> Config:
+        descriptors = allow_descriptors(self.hidden if h is None else h, w)
+        return choose(kernel, self.chip, self.dtype, descriptors, self.hidden.shape[1], len(self.weight))
 
     def flags(self) -> dict[str, bool]:
         return {"HAS_BIAS": self.bias is not None, "SOFTCAP": self.softcap}
@@ -459,7 +460,7 @@ def _dlogits(
     """dz (rows of `part`, C) in the operands' dtype, a view of `buffer`."""
     h, n, c = op.hidden[part], part.stop - part.start, len(w)
     dz = buffer[:n, :c]
-    config = op.config("dlogits", w) if allow_descriptors(h) else choose("dlogits", op.chip, op.dtype, False)
+    config = op.config("dlogits", w, h)
     has_entropy = grad_entropy is not None
     cost.report("dlogits", 2 * h.numel() * c, cost.size(h, w), cost.size(dz))
     device.dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](

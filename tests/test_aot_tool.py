@@ -38,7 +38,7 @@ def test_a_good_configuration_has_no_problems(compiler, arch, shape, matrix_op):
 def test_a_host_descriptor_becomes_tma_loads_where_the_chip_has_them(compiler):
     # Of sm_120 no more is asked: triton 3.6 leaves a few local-memory operations beside its descriptors.
     reports = {arch: compiler(aot_kernels.fold_resources, arch, 64, 128) for arch in (80, 90, 120)}
-    assert {arch: report.tma_loads > 0 for arch, report in reports.items()} == {80: False, 90: True, 120: True}
+    assert {arch: "UTMALDG" in report.copies for arch, report in reports.items()} == {80: False, 90: True, 120: True}
     assert list(reports[120].matrix_ops) == ["HMMA"]
 
 
@@ -49,6 +49,19 @@ def test_spills_are_reported(compiler):
     spills, local_ops = report.problems()
     assert spills == f"spills {report.spill_bytes} bytes per thread at 255 registers"
     assert local_ops == f"{report.local_ops} operations on local memory"
+
+
+def test_spills_to_scratch_are_reported_on_amd(compiler):
+    report = compiler(aot_kernels.fold_resources, "gfx942", 256, 256, num_warps=4, num_stages=2)
+    assert report.spill_bytes > 100
+    assert report.local_ops > 10
+    assert report.problems()[0] == f"spills {report.spill_bytes} bytes per thread at {report.registers} registers"
+
+
+def test_copies_are_counted_by_the_way_they_go(compiler):
+    report = {arch: compiler(aot_kernels.row_dot_resources, arch).copies for arch in (80, "gfx942")}
+    assert set(report[80]) == {"LDG", "STG"}
+    assert set(report["gfx942"]) == {"global_load", "global_store"}
 
 
 def test_serialized_wgmmas_are_reported(compiler):

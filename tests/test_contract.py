@@ -217,7 +217,7 @@ def test_a_log_ratio_of_1024_tokens_is_right_to_1e_4_nats(impl, d, v, device, mo
     """bf16 inputs, a policy a little off its reference; rounding logits to bf16 would cost some 0.2 nats."""
     if device.type == "cpu":  # interpreted with the tile of a GPU, which at this size is faster than many small ones
 
-        def tile(kernel, chip, dtype, descriptors):
+        def tile(kernel, chip, dtype, descriptors, d, v):
             return configs.Config(128, 256, 64, 8, 3, descriptors)
 
         monkeypatch.setattr(triton_head, "choose", tile)

@@ -179,7 +179,7 @@ def test_triton_on_cpu_tensors_without_the_interpreter(monkeypatch):
 
 def test_a_chip_too_old_for_the_kernels():
     with pytest.raises(RuntimeError, match=r"need compute capability 8\.0, this device has 7\.5"):
-        configs.choose("fold", 75, torch.bfloat16, descriptors=False)
+        configs.choose("fold", 75, torch.bfloat16, descriptors=False, d=64, v=1000)
 
 
 # ---- losses --------------------------------------------------------------------------------------

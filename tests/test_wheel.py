@@ -52,7 +52,7 @@ def environment(wheel, tmp_path_factory):
     return home
 
 
-def test_the_wheel_has_every_module_its_type_marker_and_its_license(wheel):
+def test_the_wheel_has_every_module_its_tiles_its_type_marker_and_its_license(wheel):
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     in_repository = {
         f"{package}/{file.relative_to(ROOT / folder).as_posix()}"
@@ -60,7 +60,7 @@ def test_the_wheel_has_every_module_its_type_marker_and_its_license(wheel):
         for file in (ROOT / folder).rglob("*.py")
     }
     assert {name for name in in_wheel if name.endswith(".py")} == in_repository
-    assert "prefuse/py.typed" in in_wheel
+    assert {"prefuse/py.typed", "prefuse/kernels/tiles.toml"} <= in_wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in in_wheel)
 
 
