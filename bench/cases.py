@@ -22,8 +22,10 @@ import prefuse
 from head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
 from kl_cases import Models, check_kl, random_models
 from kl_cases import evaluate as evaluate_kl
+from prefuse.kernels.cost import count_cost
 from prefuse.kernels.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
+from prefuse.kernels.portable import row_tile, stash_size
 from prefuse.losses import Loss
 
 Check = Callable[[], None]  # raises AssertionError
@@ -204,27 +206,48 @@ def losses_agree(sizes: Sizes) -> Iterator[tuple[str, Check]]:
         for mode in THREE:
             name = f"{type(loss).__name__} through linear_preference_loss, {mode}"
             yield name, functools.partial(loss_agrees, sizes, loss, mode)
+    for loss in (prefuse.DPO(), prefuse.KTO()):
+        yield f"{type(loss).__name__} in groups of whole pairs", functools.partial(groups_agree, sizes, loss)
+
+
+def groups_agree(sizes: Sizes, loss: Loss) -> None:
+    """Three units within a workspace that holds half of the rows: the truth's gradients, and no room taken beyond."""
+    tile = row_tile(torch.empty(0, device=sizes.device))
+    n, (_, d, v) = 4 * tile, sizes.whole
+    inputs = random_inputs(n, d, v, torch.bfloat16, device=sizes.device)
+    cu_seqlens = torch.arange(0, n + 1, tile // 4, dtype=torch.int32, device=sizes.device)
+    half = stash_size(2 * tile, v, inputs.hidden) * 2 + 4 * v * d
+    with count_cost() as cost:
+        check_loss(inputs, cu_seqlens, loss, MODES["trainable"], half)
+    units = cost.flops / (2 * n * d * v) - loss.uses_reference  # whose log-probabilities are one
+    assert units == 3, f"{units:.2f} units, expected 3"
 
 
 def loss_agrees(sizes: Sizes, loss: Loss, mode: str) -> None:
     inputs, cu_seqlens = _pairs(sizes)
+    check_loss(inputs, cu_seqlens, loss, MODES[mode], AMPLE if mode == "kept" else 0)
+
+
+def check_loss(inputs: Inputs, cu_seqlens: Tensor, loss: Loss, needs: tuple[str, ...], workspace: int) -> None:
+    """`linear_preference_loss` and its gradients against the materializing implementation."""
     ref_logps = None if isinstance(loss, prefuse.SFT) else evaluate(head, inputs).logps - 0.1
     unpaired = isinstance(loss, prefuse.KTO)
-    labels = torch.arange(len(cu_seqlens) - 1, device=sizes.device) % 3 > 0
+    labels = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device) % 3 > 0
     extra = {"labels": labels, "z0": 0.05} if unpaired else {}
 
     def run(x: Inputs, **implementation):
-        return prefuse.linear_preference_loss(
+        out = prefuse.linear_preference_loss(
             x.hidden, x.weight, x.targets, cu_seqlens, ref_logps, loss, **extra, **implementation
         )
+        out.loss.backward()
+        return out
 
-    made, true = inputs.leaves(MODES[mode]), inputs.exact().leaves(MODES[mode])
-    workspace = AMPLE if mode == "kept" else 0
-    out, truth = run(made, impl="triton", workspace=workspace), run(true, impl="reference")
-    out.loss.backward()
-    truth.loss.backward()
-    oracle.assert_within(out.losses, truth.losses.double(), 1e-4, "losses")
-    for name in MODES[mode]:
+    made = inputs.leaves(needs)
+    out = run(made, impl="triton", workspace=workspace)
+    true = inputs.exact().leaves(needs)
+    expected_losses = run(true, impl="reference").losses
+    oracle.assert_within(out.losses, expected_losses.double(), 1e-4, "losses")
+    for name in needs:
         if (expected := getattr(true, name)) is None:
             continue
         error = (getattr(made, name).grad.double() - expected.grad).norm() / expected.grad.norm()
