@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import prefuse
 from head_cases import NEEDS, evaluate, random_inputs
+from largest_tensor import LargestTensor
 from prefuse.kernels import portable
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.portable import RowGrads
@@ -273,19 +273,6 @@ def test_the_reference_has_second_derivatives():
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.nbytes)
-        return result
 
 
 @pytest.mark.parametrize("impl", IMPLS)
