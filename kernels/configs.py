@@ -38,11 +38,6 @@ class Config:
         # Fusing multiply and add is part of the numerics, so it does not follow Triton's changing default.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
-    def shared_bytes(self, width: int) -> int:
-        """Shared memory of the operands' pipeline, `width` bytes a number; a block may need more to store its tile."""
-        buffers = self.stages if self.descriptors else max(1, self.stages - 1)  # by pointer, one stage is in registers
-        return buffers * (self.block_n + self.block_v) * self.block_d * width
-
 
 @dataclass(frozen=True)
 class Row:
@@ -56,6 +51,15 @@ class Row:
     min_d: int = 0
     min_v: int = 0
     layer: int = 0  # among tables: SHIPPED, OWN or TRIAL
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that the operands' pipeline takes at least; storing the tile may need more."""
+        c, width = self.config, 4 if self.dtype == "float32" else 2
+        # What the matrix unit reads as it runs needs a buffer for each stage; else one stage is in registers.
+        asynchronous = c.descriptors and isinstance(self.chip, int) and 90 <= self.chip < 120
+        buffers = c.stages if asynchronous else max(1, c.stages - 1)
+        return buffers * (c.block_n + c.block_v) * c.block_d * width
 
     @property
     def key(self) -> tuple:

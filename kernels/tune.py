@@ -104,20 +104,19 @@ WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
 # ----------------------------------------------------------------------------------------------- candidates
 
 
-def candidates(chip: Chip, dtype: torch.dtype, descriptors: bool, shared_limit: float) -> list[Config]:
-    """Tiles worth a try, those that ask least of the memory first: they fit shared memory, and leave registers beside
-    their accumulators."""
-    full = dtype == torch.float32
-    lanes = 64 if isinstance(chip, str) else 32
+def candidates(present: Row, shared_limit: float) -> list[Row]:
+    """Rows like this one with tiles worth a try, those that ask least of the memory first: they fit shared memory, and
+    leave registers beside their accumulators."""
+    full = present.dtype == "float32"
+    lanes = 64 if isinstance(present.chip, str) else 32
     shapes = itertools.product((64, 128, 256), (64, 128, 256), (16, 32) if full else (32, 64, 128), (4, 8), (2, 3, 4))
-    fit = [
+    tiles = [
         c
-        for c in (Config(*shape, descriptors) for shape in shapes)
-        if c.shared_bytes(dtype.itemsize) <= shared_limit
-        and 32 <= c.block_n * c.block_v / (lanes * c.warps) <= 128
-        and (full or c.block_n * c.block_v > 64 * 64)
+        for c in (Config(*shape, present.config.descriptors) for shape in shapes)
+        if 32 <= c.block_n * c.block_v / (lanes * c.warps) <= 128 and (full or c.block_n * c.block_v > 64 * 64)
     ]
-    return sorted(fit, key=lambda c: 1 / c.block_n + 1 / c.block_v)
+    rows = [replace(present, config=c) for c in sorted(tiles, key=lambda c: 1 / c.block_n + 1 / c.block_v)]
+    return [row for row in rows if row.shared_bytes <= shared_limit]
 
 
 def problems(row: Row, dtype: torch.dtype, name: str) -> list[str]:
@@ -243,11 +242,12 @@ def tune_kernel(
     """Races `tiles` (default: `candidates`) against the present row."""
     (d, v), dtype, chip = head.size, head.hidden.dtype, capability(head.hidden.device)
     descriptors = allow_descriptors(head.hidden, head.weight)
-    present = choose(kernel, chip, dtype, descriptors, d, v)
+    present = Row(chip, DTYPES[dtype], kernel, choose(kernel, chip, dtype, descriptors, d, v), "compiled", d, v)
     if tiles is None:
-        tiles = candidates(chip, dtype, present.descriptors, _shared_limit(chip))
-    rows = [Row(chip, DTYPES[dtype], kernel, tile, "compiled", d, v) for tile in (present, *tiles)]
-    entrants = [Entrant(row, []) for row in dict.fromkeys(rows)]
+        rows = candidates(present, _shared_limit(chip))
+    else:
+        rows = [replace(present, config=tile) for tile in tiles]
+    entrants = [Entrant(row, []) for row in dict.fromkeys([present, *rows])]
     if pool is not None:
         _drop_unclean(entrants[1:], dtype, pool)
 

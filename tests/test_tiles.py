@@ -74,8 +74,7 @@ def own_table(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("row", SHIPPED, ids=str)
 def test_a_shipped_row_fits_its_chip_and_serves_a_kernel(row):
-    width = 4 if row.dtype == "float32" else 2
-    assert 0 < row.config.shared_bytes(width) <= CHIPS[row.chip].shared_limit
+    assert 0 < row.shared_bytes <= CHIPS[row.chip].shared_limit
     # A row that no kernel runs with would be a mistake in its columns, and the compiler would never see it.
     assert users(row)
 
@@ -452,15 +451,29 @@ def test_every_kernel_of_the_table_has_something_to_be_timed_on():
     ],
 )
 def test_candidates_are_rows_that_fit(chip, dtype, descriptors):
+    present = Row(
+        chip, configs.DTYPES[dtype], "fold", choose("fold", chip, dtype, descriptors, 4096, 128256), "compiled"
+    )
     limit = tune._shared_limit(chip)
-    made = tune.candidates(chip, dtype, descriptors, limit)
-    assert 8 < len(set(made)) == len(made) < 100
-    assert all(c.shared_bytes(dtype.itemsize) <= limit and c.descriptors == descriptors for c in made)
-    rows = [Row(chip, configs.DTYPES[dtype], "fold", c, "compiled") for c in made]
-    assert read_back(rows) == rows
-    if dtype.itemsize == 2:  # what is shipped was once a candidate
-        assert choose("fold", chip, dtype, descriptors, 4096, 128256) in made
-    assert tune.candidates(chip, dtype, descriptors, 1024) == []
+    made = tune.candidates(present, limit)
+    assert 8 < len(set(made)) == len(made) < 110
+    assert all(row.shared_bytes <= limit and row.config.descriptors == descriptors for row in made)
+    assert read_back(made) == made
+    assert present in made  # what is shipped was once a candidate
+    assert tune.candidates(present, 1024) == []
+
+
+def test_a_row_takes_shared_memory_as_the_matrix_unit_reads_it():
+    """Bytes that the compiler reports of these (the slow tests compare every row)."""
+
+    def shared(chip, dtype, tile, stages, descriptors):
+        return Row(chip, dtype, "fold", Config(*tile, 8, stages, descriptors), "compiled").shared_bytes
+
+    assert shared(90, "half", (128, 256, 64), 3, True) == 144 * 1024  # as it runs: a buffer for each stage
+    assert shared(80, "half", (128, 128, 64), 3, False) == 64 * 1024  # from registers: one less
+    assert shared(120, "half", (128, 128, 64), 3, True) == 64 * 1024
+    assert shared("gfx942", "half", (256, 128, 64), 2, False) == 48 * 1024
+    assert shared(80, "float32", (64, 64, 16), 1, False) == 8 * 1024
 
 
 def test_a_chip_that_the_compiler_does_not_know_is_compiled_as_its_nearest():
@@ -607,7 +620,7 @@ def test_a_tile_that_makes_other_numbers_is_out(monkeypatch):
 
 @interpreted
 def test_what_the_command_writes_is_what_runs_next(tmp_path, monkeypatch, own_table, capsys):
-    monkeypatch.setattr(tune, "candidates", lambda *_: SMALL_TILES)
+    monkeypatch.setattr(tune, "candidates", lambda row, _: [replace(row, config=tile) for tile in SMALL_TILES])
     path = tmp_path / "made.toml"
     args = tune.arguments_of(["--head-dims", "24", "41", "--out", str(path), "--kernels", "outputs", "dlogits"])
     head = tune.Head.random(9, 24, 41, torch.float32, torch.device("cpu"))
