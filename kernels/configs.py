@@ -32,6 +32,7 @@ class Config:
     warps: int
     stages: int
     descriptors: bool  # operands by tensor descriptor (TMA), else by pointer
+    halves: bool = False  # kl: the fold works on half a tile at a time, where this is what fits the registers
 
     @property
     def launch(self) -> dict[str, int | bool]:
@@ -73,8 +74,8 @@ class Row:
 
 
 INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
-KERNELS = ("fold", "outputs", "pull softcap", "dlogits")
-STAND_INS = {"pull softcap": "fold"}  # a kernel without a row takes that of another
+KERNELS = ("fold", "outputs", "pull softcap", "dlogits", "kl", "kl plain")
+STAND_INS = {"pull softcap": "fold", "kl plain": "kl"}  # a kernel without a row takes that of another
 DTYPES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "float32"}
 OPERANDS = ("pointers", "descriptors")
 # AMD's chips are not ordered by their names. These have the matrix unit of gfx942, and as much of all else.
@@ -195,7 +196,7 @@ def _title(columns: object) -> str:
 
 
 REQUIRED = ("chip", "dtype", "operands", "kernel", "tile", "warps", "stages", "source")
-OPTIONAL = ("min_d", "min_v")
+OPTIONAL = ("min_d", "min_v", "halves")
 
 
 def parse(columns: dict[str, object], layer: int) -> Row:
@@ -223,7 +224,10 @@ def parse(columns: dict[str, object], layer: int) -> Row:
     source = columns["source"]
     if not isinstance(source, str) or not (source == "compiled" or source.startswith("measured on ")):
         raise ValueError(f'source must be "compiled" or "measured on <gpu>, ...", got {source!r}')
-    config = Config(*tile, columns["warps"], columns["stages"], descriptors)
+    halves = columns.get("halves", False)
+    if type(halves) is not bool:
+        raise ValueError(f"halves must be true or false, got {halves!r}")
+    config = Config(*tile, columns["warps"], columns["stages"], descriptors, halves)
     bounds = (columns.get("min_d", 0), columns.get("min_v", 0))
     return Row(chip, columns["dtype"], columns["kernel"], config, source, *bounds, layer)
 

@@ -6,8 +6,7 @@ For compiling ahead of time: the tests hold each of these to no spills, and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +69,7 @@ class Shipped:
     signature: dict[str, str]
     constants: dict[str, object]
     aligned: tuple[str, ...]
+    launch: dict[str, object]
 
 
 def shipped(
@@ -85,14 +85,10 @@ def shipped(
         yield _fold(f"fold, {variant}", flags, config(kernel), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
         yield _dlogits(f"dlogits, {variant}", flags, config("dlogits"), dtype)
-
-
-def shipped_kl(chip: int, dtype: torch.dtype = torch.bfloat16, descriptors: bool = True) -> Iterator[Shipped]:
-    """The kernels of `linear_kl`, which have a table of their own."""
     for variant, flags in KL_VARIANTS.items():
-        config = triton_kl.choose_tile(chip, dtype, descriptors, plain=not flags)
-        yield _kl_fold(f"kl fold, {variant}", flags, config, dtype)
-        yield _kl_dlogits(f"kl dlogits, {variant}", flags, config, dtype)
+        kernel = "kl" if flags else "kl plain"
+        yield _kl_fold(f"kl fold, {variant}", flags, config(kernel), dtype)
+        yield _kl_dlogits(f"kl dlogits, {variant}", flags, config(kernel), dtype)
 
 
 def users(row: Row) -> list[Shipped]:
@@ -114,12 +110,10 @@ def compile_shipped(
 ) -> Resources:
     """What the compiler makes of one of them. (By name, so that a worker process can be told which.)"""
     with trial(*tried):
-        every = chain(shipped(chip, dtype, descriptors, d, v), shipped_kl(chip, dtype, descriptors))
-        kernel = next(k for k in every if k.name == name)
-    compiled = compile_for(
-        kernel.kernel, kernel.signature, kernel.constants, kernel.aligned, chip, **kernel.config.launch
+        kernel = next(k for k in shipped(chip, dtype, descriptors, d, v) if k.name == name)
+    return resources(
+        compile_for(kernel.kernel, kernel.signature, kernel.constants, kernel.aligned, chip, **kernel.launch)
     )
-    return resources(compiled)
 
 
 def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
@@ -142,7 +136,7 @@ def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     return _shipped(name, triton_kernels.dlogits_kernel, config, signature, sizes, constants, sizes)
 
 
-def _kl_fold(name: str, flags: dict[str, bool], config: triton_kl.KlConfig, dtype: torch.dtype) -> Shipped:
+def _kl_fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
     signature = {**_both_heads(config, dtype), "parts": "*fp32"}
     aligned = ("N", "V", "D", "REF_D", "plane", "row", *KL_STRIDES)
     sizes = ("first", "first_segment", "segments", *aligned)
@@ -170,7 +164,8 @@ def _both_heads(config: Config, dtype: torch.dtype) -> dict[str, str]:
 def _kl_shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
     signature = {**signature, "ref_k_in": "fp32", "ref_k_out": "fp32"}
     constants = {**constants, "stride_ref_hd": 1, "stride_ref_wd": 1}
-    return _shipped(name, kernel, config, signature, sizes, constants, aligned)
+    made = _shipped(name, kernel, config, signature, sizes, constants, aligned)
+    return replace(made, launch={k: v for k, v in triton_kl.launch_args(config).items() if k in config.launch})
 
 
 def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
@@ -178,7 +173,7 @@ def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned)
     tile = {k: v for k, v in triton_head.tile_args(config).items() if k not in config.launch}
     pointers = tuple(n for n, t in signature.items() if t.startswith("*"))
     constants = {**constants, "stride_hd": 1, "stride_wd": 1, **tile}  # the JIT makes constants of unit strides
-    return Shipped(name, kernel, config, signature, constants, (*pointers, *aligned))
+    return Shipped(name, kernel, config, signature, constants, (*pointers, *aligned), config.launch)
 
 
 def _operands(config: Config, dtype: torch.dtype) -> dict[str, str]:

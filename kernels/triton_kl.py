@@ -12,14 +12,14 @@ recomputes both tiles and writes dz in the operands' dtype, matrix products make
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETER, Config, allow_descriptors, segments
+from . import cost
+from .configs import INTERPRETER, Config, allow_descriptors, choose, segments
 from .gemm import addmm_
 from .portable_kl import Forward, Side
 from .triton_head import CAST_BYTES, Operands, _loadable, tile_args
@@ -41,46 +41,14 @@ MEAN = tl.constexpr(6)
 PLANES = 7
 
 
-@dataclass(frozen=True)
-class KlConfig(Config):
-    """A tile of two accumulators."""
-
-    halves: bool  # whether the fold works on half a tile at a time, where this is what fits the registers
-
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        # A fused ref_acc * k - z would not be 0 where both models are equal, for only one of its products is rounded.
-        return super().launch | {"enable_fp_fusion": False}
-
-
-# bf16 and fp16: (capability from, operands by descriptor) -> head -> tile. "plain" is for two heads without softcap and
-# bias, "any" for all others, and for those too where it has no tile of its own. One for fold and dlogits: the logits
-# that the backward recomputes are then the forward's to the last bit.
-TILES = {
-    (80, False): {"any": KlConfig(128, 64, 32, 8, 3, False, True)},
-    (90, True): {"plain": KlConfig(128, 128, 64, 8, 3, True, True), "any": KlConfig(128, 64, 64, 8, 3, True, True)},
-    (100, False): {"any": KlConfig(128, 64, 64, 8, 3, False, False)},
-    (100, True): {"any": KlConfig(128, 64, 64, 8, 3, True, False)},
-    (120, True): {"any": KlConfig(128, 64, 64, 8, 2, True, True)},
-}
-FULL_PRECISION = KlConfig(64, 64, 16, 8, 2, False, True)
-
 # dlogits buffer and vocabulary slice of the backward.
 BUFFER_BYTES = 64 << 20
 SLICE = 4096
 
 
-def choose_tile(chip: int, dtype: torch.dtype, descriptors: bool, plain: bool) -> KlConfig:
-    """The tile on `chip`; `descriptors` says whether the operands of both models allow them. Never by N."""
-    if chip == INTERPRETER:
-        return KlConfig(16, 32, 16, 4, 1, descriptors, halves=descriptors)
-    if dtype == torch.float32:
-        return FULL_PRECISION
-    if chip < 80:
-        raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
-    descriptors = descriptors and chip >= 90
-    table = TILES[max(key for key in TILES if key[0] <= chip and key[1] == descriptors)]
-    return table["plain"] if plain and "plain" in table else table["any"]
+def launch_args(config: Config) -> dict:
+    """As the head's, but a fused ref_acc * k - z would not be 0 where both models are equal: it rounds one product."""
+    return tile_args(config) | {"enable_fp_fusion": False}
 
 
 # ------------------------------------------------------------------------------------------- device helpers
@@ -357,7 +325,11 @@ class Pair:
         self.policy, self.y = self.sides[0], self.sides[0].y
         operands = [x for side in self.sides for x in (side.hidden, side.part(0, 1)[0])]
         plain = not any(self.flags().values())
-        self.config = choose_tile(self.policy.chip, self.policy.dtype, allow_descriptors(*operands), plain)
+        chip, dtype, (v, d) = self.policy.chip, self.policy.dtype, self.policy.weight.shape
+        # One row for fold and dlogits: the logits that the backward recomputes are the forward's to the last bit.
+        self.config = choose("kl plain" if plain else "kl", chip, dtype, allow_descriptors(*operands), d, v)
+        # Interpreted, both ways of folding have a test.
+        self.halves = self.config.halves or (chip == INTERPRETER and self.config.descriptors)
         self.segments = segments(hidden.device, self.tiles)
 
     @property
@@ -389,6 +361,12 @@ class Pair:
         """Weight rows and bias of the columns `first ... last - 1`, of each."""
         return [side.part(first, last) for side in self.sides]
 
+    def report(self, kind: str, n: int, weights: list[tuple[Tensor, Tensor]], made: Tensor) -> None:
+        """Both products of n rows with these weights."""
+        flops = sum(2 * n * w.numel() for w, _ in weights)
+        read = sum(n * side.hidden.shape[1] * side.hidden.element_size() for side in self.sides)
+        cost.report(kind, flops, read + cost.size(*(w for w, _ in weights)), cost.size(made))
+
     def group(self) -> int:
         """Segments at once: all, or as many as the cast of a weight of another dtype may hold."""
         width = triton.cdiv(self.tiles, self.segments) * self.config.block_v
@@ -407,10 +385,11 @@ def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
         first, last = s0 * tiles // pair.segments * config.block_v, s1 * tiles // pair.segments * config.block_v
         weights = pair.parts(first, min(last, v))
         part = parts[:, s0:]
+        pair.report("kl fold", n, weights, part[:, : s1 - s0])
         kl_fold_kernel[(triton.cdiv(n, config.block_n) * (s1 - s0),)](
             *pair.operands(weights), part, n, v, *pair.depths(), first, s0, s1 - s0, *part.stride()[:2],
-            *pair.strides(weights), *pair.constants(), **pair.flags(), SEGMENTS=pair.segments, HALVES=config.halves,
-            **tile_args(config),
+            *pair.strides(weights), *pair.constants(), **pair.flags(), SEGMENTS=pair.segments, HALVES=pair.halves,
+            **launch_args(config),
         )  # fmt: skip
     made = Forward(*(policy.hidden.new_empty(n, dtype=torch.float32) for _ in range(4)))
     kl_finish_kernel[(triton.cdiv(n, 128),)](parts, pair.y, *made, n, SEGMENTS=pair.segments, BLOCK=128)
@@ -465,9 +444,10 @@ def _dlogits(
 ) -> Tensor:
     """dz (rows, C) in the operands' dtype, written into `dz`."""
     config, (n, c) = pair.config, dz.shape
+    pair.report("kl dlogits", n, weights, dz)
     kl_dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
         *pair.operands(weights, rows), pair.y[rows], made.lse[rows], made.anchor[rows], made.mean[rows], grad[rows],
         _loadable(dz, config.block_n, config.block_v, config), n, c, *pair.depths(), *pair.strides(weights),
-        dz.stride(0), *pair.constants(), **pair.flags(), **tile_args(config),
+        dz.stride(0), *pair.constants(), **pair.flags(), **launch_args(config),
     )  # fmt: skip
     return dz

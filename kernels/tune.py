@@ -52,6 +52,7 @@ from .configs import (
     rows_of,
     trial,
 )
+from .linear_kl import linear_kl
 from .linear_logprobs import linear_logprobs
 from .options import OUTPUTS
 
@@ -91,6 +92,12 @@ class Head:
         grads = torch.autograd.grad(logps, [leaves[name] for name in needs], self.grad) if needs else ()
         return [x.detach() for x in (logps, *outputs.values(), *grads)]
 
+    def divergence(self, **options) -> list[Tensor]:
+        """`linear_kl` from a reference nearby, and its backward."""
+        hidden, weight = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
+        kl = linear_kl(hidden, weight, self.hidden * 1.01, self.weight, impl="triton", **options)
+        return [kl.detach(), *torch.autograd.grad(kl, (hidden, weight), self.grad)]
+
 
 # What a kernel's tile is timed on: passes that spend their time in it.
 WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
@@ -98,6 +105,8 @@ WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
     "outputs": lambda head: head.run(outputs=OUTPUTS),
     "pull softcap": lambda head: head.run(("hidden",), softcap=30.0),
     "dlogits": lambda head: head.run(("hidden", "weight")),
+    "kl": lambda head: head.divergence(softcap=30.0),
+    "kl plain": lambda head: head.divergence(),
 }
 
 
@@ -110,10 +119,13 @@ def candidates(present: Row, shared_limit: float) -> list[Row]:
     full = present.dtype == "float32"
     lanes = 64 if isinstance(present.chip, str) else 32
     shapes = itertools.product((64, 128, 256), (64, 128, 256), (16, 32) if full else (32, 64, 128), (4, 8), (2, 3, 4))
+    divergence = present.kernel in ("kl", "kl plain")  # two accumulators
     tiles = [
         c
-        for c in (Config(*shape, present.config.descriptors) for shape in shapes)
-        if 32 <= c.block_n * c.block_v / (lanes * c.warps) <= 128 and (full or c.block_n * c.block_v > 64 * 64)
+        for shape in shapes
+        for c in (Config(*shape, present.config.descriptors, halves) for halves in (False, True)[: 1 + divergence])
+        if 32 <= (1 + divergence) * c.block_n * c.block_v / (lanes * c.warps) <= 128
+        and (full or c.block_n * c.block_v > 64 * 64)
     ]
     rows = [replace(present, config=c) for c in sorted(tiles, key=lambda c: 1 / c.block_n + 1 / c.block_v)]
     return [row for row in rows if row.shared_bytes <= shared_limit]
@@ -352,7 +364,7 @@ def line_of(row: Row) -> str:
     return (
         f"  {{ chip = {quoted(chip_name(row.chip)) + ',':9} dtype = {quoted(row.dtype) + ',':10} "
         f"operands = {quoted(OPERANDS[c.descriptors]) + ',':14} kernel = {quoted(row.kernel) + ',':15} "
-        f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {bounds}source = {quoted(row.source)} }},"
+        f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {'halves = true, ' * c.halves}{bounds}source = {quoted(row.source)} }},"
     )
 
 

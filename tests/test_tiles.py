@@ -24,7 +24,7 @@ from prefuse.kernels.configs import Config, Row, choose, read, trial
 
 pytest.importorskip("triton")
 
-from prefuse.kernels import triton_head
+from prefuse.kernels import triton_head, triton_kl
 from prefuse.kernels.aot import CHIPS
 from prefuse.kernels.shipped import users
 
@@ -594,7 +594,8 @@ def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
         assert len(mine) == 1
         return {SMALL_TILES[0]: 2.0, SMALL_TILES[1]: 1.0}.get(mine.pop(), 3.0)
 
-    monkeypatch.setattr(triton_head, "choose", spy)
+    for module in (triton_head, triton_kl):
+        monkeypatch.setattr(module, "choose", spy)
     tuned = tune.tune_kernel(kernel, head, SMALL_TILES, timer=timer)
     assert [x.out for x in tuned.entrants] == ["", "", ""]
     assert [x.ms[0] for x in tuned.entrants] == [3.0, 2.0, 1.0]
