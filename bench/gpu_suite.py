@@ -5,8 +5,8 @@
 
 In order: the environment and the chip's own ceilings; every kernel, mode and option against float64; compute-sanitizer
 where it is on the PATH; the loss behind the log-probabilities in one launch and in torch; then timings of the head, the
-most telling first, until the minutes are spent. What was measured so far is
-in results/<gpu>-<torch>-<triton>.json and .md after every row. Exits 1 if a check failed or prefuse could not be timed.
+most telling first, until the minutes are spent. What was measured so far is in results/<gpu>-<torch>-<triton>.json and
+.md after every row. Exits 1 if a check failed or prefuse could not be timed.
 
 Times are medians of CUDA events after warm-up, with the L2 cache flushed and two sets of random inputs taken in turn.
 TFLOP/s count 2NDV operations without gradients, 4NDV with a frozen head and 8NDV with a trainable one, for everybody;
@@ -179,9 +179,13 @@ def run_tail(suite: Suite, device: str = "cuda") -> None:
             def step(impl: str = impl, arguments: dict[str, Any] = arguments) -> None:
                 torch.autograd.grad(prefuse.preference_loss(**arguments, impl=impl).loss, arguments["logps"])
 
-            row |= measure(step)
+            try:
+                row |= measure(step)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                suite.failed = True
             suite.result["tail"].append(row)
-            print(f"tail, {row['loss']}, {sequences} x {tokens}, {impl}: {row['ms']:.3f} ms", flush=True)
+            print(f"tail, {row['loss']}, {sequences} x {tokens}, {impl}: {_ms_or_error(row)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- timings
@@ -318,7 +322,7 @@ def report(result: dict[str, Any]) -> str:
     if result["tail"]:
         lines += [
             "",
-            "## Behind the log-probabilities: loss, metrics and gradient (ms)",
+            "## Behind the log-probabilities: loss, metrics and gradient",
             "",
             tail_table(result["tail"]),
         ]
@@ -331,13 +335,12 @@ def report(result: dict[str, Any]) -> str:
 
 
 def tail_table(rows: list[dict[str, Any]]) -> str:
-    ms = {(row["loss"], row["sequences"], row["tokens"], row["impl"]): row["ms"] for row in rows}
-    cases_of = dict.fromkeys(key[:3] for key in ms)
-    lines = [
-        [loss, f"{s} x {n}", f"{ms[loss, s, n, 'triton']:.3f}", f"{ms[loss, s, n, 'torch']:.3f}"]
-        for loss, s, n in cases_of
-    ]
-    return markdown(["loss", "sequences x tokens", "one launch each way", "torch"], lines)
+    lines = [[row["loss"], f"{row['sequences']} x {row['tokens']}", row["impl"], _ms_or_error(row)] for row in rows]
+    return markdown(["loss", "sequences x tokens", "impl", "time"], lines)
+
+
+def _ms_or_error(row: dict[str, Any]) -> str:
+    return row.get("error") or f"{row['ms']:.3f} ms ({row['ms_low']:.3f}-{row['ms_high']:.3f})"
 
 
 def timing_table(rows: list[dict[str, Any]]) -> str:

@@ -43,7 +43,8 @@ TAIL_VARIANTS = {
     "tail, dpo, smoothed": {"SMOOTHED": True, "ITEMS": True},
     "tail, ipo": {"LOSS": "ipo", "PER_TOKEN": False},
     "tail, ipo, average": {"LOSS": "ipo", "AVERAGE": True},
-    "tail, kto": {"LOSS": "kto", "Z0": "tensor", "ITEMS": True},
+    "tail, kto": {"LOSS": "kto"},
+    "tail, kto, tensors": {"LOSS": "kto", "Z0": "tensor", "ITEMS": True},
     "tail, kto, mismatched": {"LOSS": "kto", "Z0": "mismatched", "KL_PER_TOKEN": True},
     "tail, backward": None,
 }

@@ -25,7 +25,7 @@ from .triton_kernels import _log1p
 
 # Tokens and sequences in one step of a program; under the interpreter few, so that small tests have many steps.
 BLOCKS = {True: {"BLOCK": 16, "BLOCK_S": 4}, False: {"BLOCK": 1024, "BLOCK_S": 256}}
-# A product that is not rounded before it is subtracted makes a margin of two equal rewards.
+# Fused into one rounding, beta r_c - beta r_r of two equal log-ratios would not be 0.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 

@@ -43,7 +43,7 @@ LENGTHS = {
     "steps": [16, 17, 15, 32],
     "unequal": [3, 0, 40, 17, 0, 0, 33, 1],
     "many": [(7 * s) % 19 for s in range(26)],
-    "long": [700, 90],
+    "long": [300, 90],
 }
 LOSSES = [DPO(), DPO(0.3, 0.2), IPO(), IPO(0.2, average=False), KTO(), KTO(0.3, 1.3, 0.7)]
 
@@ -451,15 +451,21 @@ def launches(monkeypatch):
     """Names of the Triton kernels launched."""
     names = []
     if torch.cuda.is_available():
-        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda x: names.append(x.get()["name"]))
-        return names
+
+        def record(metadata):
+            names.append(metadata.get()["name"])
+
+        triton.knobs.runtime.launch_enter_hook.add(record)
+        yield names
+        triton.knobs.runtime.launch_enter_hook.remove(record)
+        return
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
     monkeypatch.setattr(
         GridExecutor, "__call__", lambda self, *a, **k: names.append(self.fn.__name__) or launch(self, *a, **k)
     )
-    return names
+    yield names
 
 
 @pytest.mark.parametrize("loss", [DPO(0.1, 0.1), IPO(), KTO()], ids=repr)
@@ -489,7 +495,7 @@ def test_any_order_of_arrival_has_the_same_bits(loss, device):
     if isinstance(loss, KTO):
         arguments["z0"] = mismatched(LENGTHS["unequal"], device)
     runs = []
-    for seed in (None, 1, 2, 3, 4):
+    for seed in (None, 1, 2):
         with program_order(seed):
             runs.append(evaluate("triton", arguments))
     for other in runs[1:]:
@@ -519,7 +525,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(loss, device):
 
 def test_a_large_batch_in_the_real_kernels_steps(device, monkeypatch):
     monkeypatch.setitem(triton_tail.BLOCKS, True, triton_tail.BLOCKS[False])
-    count = 4096 if torch.cuda.is_available() else 1030  # five steps of pairs, or two and a rest
+    count = 4096 if torch.cuda.is_available() else 530  # several steps of pairs, or one and a rest
     lengths = [s % 3 for s in range(count)]
     arguments = batch(IPO(), lengths, device)
     made, expected = evaluate("triton", arguments), evaluate("torch", arguments)
