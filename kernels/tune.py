@@ -93,9 +93,9 @@ class Head:
         return [x.detach() for x in (logps, *outputs.values(), *grads)]
 
     def divergence(self, **options) -> list[Tensor]:
-        """`linear_kl` from a reference nearby, and its backward."""
+        """`linear_kl` from what the same head says after other rows, and its backward."""
         hidden, weight = (x.detach().requires_grad_() for x in (self.hidden, self.weight))
-        kl = linear_kl(hidden, weight, self.hidden * 1.01, self.weight, impl="triton", **options)
+        kl = linear_kl(hidden, weight, self.hidden.flip(0), self.weight, impl="triton", **options)
         return [kl.detach(), *torch.autograd.grad(kl, (hidden, weight), self.grad)]
 
 
@@ -360,11 +360,12 @@ def line_of(row: Row) -> str:
     """The row as a line of a table."""
     c, quoted = row.config, json.dumps
     tile = f"[{c.block_n}, {c.block_v}, {c.block_d}],"
-    bounds = "".join(f"{name} = {x}, " for name, x in (("min_d", row.min_d), ("min_v", row.min_v)) if x)
+    rest = "halves = true, " * c.halves
+    rest += "".join(f"{name} = {x}, " for name, x in (("min_d", row.min_d), ("min_v", row.min_v)) if x)
     return (
         f"  {{ chip = {quoted(chip_name(row.chip)) + ',':9} dtype = {quoted(row.dtype) + ',':10} "
         f"operands = {quoted(OPERANDS[c.descriptors]) + ',':14} kernel = {quoted(row.kernel) + ',':15} "
-        f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {'halves = true, ' * c.halves}{bounds}source = {quoted(row.source)} }},"
+        f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {rest}source = {quoted(row.source)} }},"
     )
 
 
