@@ -382,14 +382,21 @@ def test_who_fails_is_out_with_its_reason():
 
 
 def test_out_of_time_keeps_what_was_measured():
-    budget = iter([True] * 5 + [False] * 100)
-    racing, winner = winner_of({A: 10.0, B: 9.0, C: 2.0, D: 1.0}, lambda share: next(budget))
-    assert [len(x.ms) for x in racing] == [1, 1, 1, 2]  # the fifth turn is the second round's first
-    assert winner.row.config == D
-    budget = iter([True] * 2 + [False] * 100)
+    budget = iter([True] * 9 + [False] * 100)
+    racing, winner = winner_of({A: 10.0, B: 9.0, C: 8.0, D: 8.5}, lambda share: next(budget))
+    assert [len(x.ms) for x in racing] == [3, 2, 2, 2]
+    assert winner.row.config == C
+    budget = iter([True, True, False, True, True] + [False] * 100)  # the third is not reached in the first round
     racing, winner = winner_of({A: 10.0, B: 9.0, C: 1.0}, lambda share: next(budget))
     assert racing[2].out == "not reached"
     assert winner.row.config == B
+
+
+def test_one_round_is_too_little_to_choose_by():
+    budget = iter([True] * 3 + [False] * 100)
+    racing, winner = winner_of({A: 10.0, B: 9.0}, lambda share: next(budget))
+    assert [len(x.ms) for x in racing] == [1, 2]
+    assert winner is None
 
 
 def test_the_first_round_may_take_half_of_the_time():
@@ -420,7 +427,7 @@ class FakePool(Executor):
 def test_what_spills_never_runs_and_a_winner_is_clean_in_every_variant():
     racing = entrants(A, B, C, D)
     pool = FakePool({(B, "fold, plain"): ["spills 8 bytes"], (C, "fold, pull"): ["spills 4 bytes"]})
-    tune._drop_unclean(racing[1:], torch.bfloat16, pool)
+    tune._drop_unclean(racing[1:], torch.bfloat16, pool, always)
     assert [x.out for x in racing] == ["", "spills 8 bytes", "", ""]
     tune.race(racing, fake_time({A: 10.0, B: 1.0, C: 8.0, D: 9.0}), always)
     assert not racing[1].ms
@@ -430,6 +437,17 @@ def test_what_spills_never_runs_and_a_winner_is_clean_in_every_variant():
     assert {name for tile, name in pool.asked if tile == D} == {
         "fold, plain", "fold, softcap", "fold, bias", "fold, rescue", "fold, pull", "fold, pull, bias",
     }  # fmt: skip
+
+
+def test_compiling_may_take_a_quarter_of_the_time():
+    """What is compiled by then may race; what is not yet begun may not."""
+    racing, pool = entrants(A, B, C), FakePool({})
+    waiting, asked = Future(), []
+    submit = pool.submit
+    pool.submit = lambda function, row, *args: waiting if row.config == C else submit(function, row, *args)
+    tune._drop_unclean(racing[1:], torch.bfloat16, pool, lambda share: bool(asked.append(share)))
+    assert [x.out for x in racing] == ["", "", "not reached"]
+    assert asked == [0.25, 0.25]
 
 
 def test_a_kernel_without_a_row_of_its_own_is_not_tuned_by_itself():
@@ -478,6 +496,8 @@ def test_a_row_takes_shared_memory_as_the_matrix_unit_reads_it():
 
 def test_a_chip_that_the_compiler_does_not_know_is_compiled_as_its_nearest():
     assert [tune.compiled_as(chip) for chip in (90, 87, 103, 121, "gfx942")] == [90, 86, 100, 120, "gfx942"]
+    with pytest.raises(RuntimeError, match="cannot tune for gfx1100: its resources are not known"):
+        tune.compiled_as("gfx1100")
 
 
 @pytest.mark.slow
@@ -579,7 +599,7 @@ SMALL_TILES = [Config(32, 32, 16, 4, 1, True), Config(16, 16, 32, 4, 1, True)]
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
     """The launching is real, on the interpreter: each candidate's tile is the one that is launched."""
-    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(tune, "ROUNDS", tune.SCREENING)
     head = tune.Head.random(9, 24, 41, torch.bfloat16, torch.device("cpu"))
     launched = []
 
@@ -592,13 +612,13 @@ def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
         run()
         mine = {tile for asked, tile in launched if asked == kernel}
         assert len(mine) == 1
-        return {SMALL_TILES[0]: 2.0, SMALL_TILES[1]: 1.0}.get(mine.pop(), 3.0)
+        return {SMALL_TILES[0]: 1.1, SMALL_TILES[1]: 1.0}.get(mine.pop(), 1.2)
 
     for module in (triton_head, triton_kl):
         monkeypatch.setattr(module, "choose", spy)
     tuned = tune.tune_kernel(kernel, head, SMALL_TILES, timer=timer)
     assert [x.out for x in tuned.entrants] == ["", "", ""]
-    assert [x.ms[0] for x in tuned.entrants] == [3.0, 2.0, 1.0]
+    assert [x.ms for x in tuned.entrants] == [[1.2] * 2, [1.1] * 2, [1.0] * 2]
     assert tuned.winner.row.config == SMALL_TILES[1]
 
 
