@@ -572,5 +572,6 @@ def _difference(model: PreTrainedModel) -> tuple[float, float]:
             alone.append(hidden[len(prompt) - 1 : -1].float())
     expected = torch.cat(alone)
     # A wrong mask moves a state by some tenth of its size; rounding by some eps, which add up over the layers.
-    bound = max(1e-4, 16 * torch.finfo(next(model.parameters()).dtype).eps)
+    dtype = _compute_dtype(packed.input_ids, next(model.parameters()))
+    bound = max(1e-4, 16 * torch.finfo(dtype).eps)
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item(), bound
