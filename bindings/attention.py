@@ -12,8 +12,10 @@ generation and padded batches stay what they were, bit by bit, and gradient chec
 the backward, finds the same function there. `check_packing` compares the two on the model itself, since no list of
 architectures is complete.
 
-What a token's hidden state does not depend on is its mates in the batch, in exact arithmetic. In its last bits it does:
-matrix products of another number of rows round otherwise (as padded batches of another size do).
+In exact arithmetic a token's hidden state does not depend on the other groups of its batch, nor on its siblings. Its
+last bits may: matrix products over another number of rows round otherwise, as in padded batches of another size. The
+same flat batch gives the same bits; torch's variable-length kernel does in its backward only under
+`torch.use_deterministic_algorithms`.
 
 H query heads, K key and value heads, d per head; T tokens of a flat batch.
 """
@@ -240,7 +242,6 @@ def _flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, softcap) 
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, softcap) -> Tensor:
-    """Its backward is deterministic under torch.use_deterministic_algorithms."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert softcap is None
@@ -380,8 +381,7 @@ def packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (N, D)
 
 
 def _predictors(segments: Segments, device: torch.device) -> Gather:
-    places = [(s.prompt[-1], *s.own[:-1]) for s in segments.all if len(s.prompt)]
-    return Gather.of(torch.tensor([place for group in places for place in group]), device)
+    return Gather.of(torch.tensor(segments.predictors), device)
 
 
 def flat_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (T, D)
@@ -470,7 +470,11 @@ def _is_causal_window(mask_function: Callable, window: int | None) -> bool:
     k = (q - behind).clamp(min=0)
     zero = torch.zeros_like(k)
     seen = (k <= q) if window is None else (k <= q) & (q - k < window)
-    return torch.equal(mask_function(zero, zero, q, k).expand_as(seen).bool(), seen)
+    try:
+        asked = mask_function(zero, zero, q, k)
+    except (RuntimeError, IndexError):  # a rule made of tensors, on another device or of this batch's size
+        return False
+    return torch.equal(asked.expand_as(seen).bool(), seen)
 
 
 def _attention(

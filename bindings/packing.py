@@ -39,6 +39,8 @@ class Segments:
         self.lengths = [list(group) for group in lengths]
         self.all = list(_segments(self.lengths))
         self.num_tokens = sum(map(sum, self.lengths))
+        # The position before each completion token, in the order of the completions.
+        self.predictors = [place for s in self.all if s.prompt for place in (s.prompt[-1], *s.own[:-1])]
         self._made: dict[tuple, object] = {}
 
     def once(self, make, *key):
@@ -86,26 +88,25 @@ def pack(groups: Sequence[Group]) -> Packed:
     Raises ValueError for an empty prompt (nothing would predict the first token), and for an empty completion.
     """
     _check(groups)
-    ids, positions, predictors, targets, lengths = [], [], [], [], []
+    ids, positions, targets, lengths = [], [], [], []
     for prompt, completions in groups:
-        last = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
         for completion in completions:
-            predictors += [last, *range(len(ids), len(ids) + len(completion) - 1)]
             positions += range(len(prompt), len(prompt) + len(completion))
             ids += completion
             targets += completion
         lengths.append([len(prompt), *map(len, completions)])
+    segments = Segments(lengths)
     sequences = [prompt + completion for prompt, *completions in lengths for completion in completions]
     counts = [0] + [completion for _, *completions in lengths for completion in completions]
     return Packed(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
-        predictors=torch.tensor(predictors),
+        predictors=torch.tensor(segments.predictors),
         targets=torch.tensor(targets),
         cu_seqlens=torch.tensor(counts).cumsum(0).int(),
-        segments=Segments(lengths),
+        segments=segments,
         unshared_tokens=sum(sequences),
         padded_tokens=len(sequences) * max(sequences),
     )

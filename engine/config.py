@@ -60,7 +60,8 @@ class Config:
     undesirable_weight: float = 1.0
     """KTO: weight of the undesirable completions."""
     z0_scope: Literal["step", "microbatch"] = "step"
-    """KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit)."""
+    """KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A microbatch
+    then is per_device_train_batch_size rows, in flat batches too."""
     reference_cache: str | None = None
     """Folder that keeps reference log-probabilities between runs; None keeps them in memory."""
 

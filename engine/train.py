@@ -101,10 +101,11 @@ def optimizer_step(
     run.optimizer.zero_grad()
     run.window.watch([row for batch in batches for row in batch.rows], norm)
     for batch in batches:
-        run.window.count(batch.num_tokens, batch.num_items, training_flops(lm, batch))
+        flops = 0 if run.window.peak_flops is None else training_flops(lm, batch)
+        run.window.count(batch.num_tokens, batch.num_items, flops)
     padded = padded_tokens(batches, run.config.per_device_train_batch_size)
     saved = [padded - sum(batch.tokens.num_tokens for batch in batches), padded]
-    saved = torch.stack([torch.full_like(norm, tokens) for tokens in saved])
+    saved = torch.stack([torch.full_like(norm, tokens, dtype=torch.float64) for tokens in saved])
     return totals | {"grad_norm": torch.stack([norm, torch.ones_like(norm)]), "tokens_saved": saved}
 
 

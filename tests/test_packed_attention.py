@@ -123,6 +123,29 @@ def test_the_scale_is_that_of_torch_unless_given(backend):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize("name", ["flash_attn", "varlen", "flex"])
+def test_gpu_kernels_are_as_near_the_truth_as_torchs_attention(name, window, softcap, device):
+    """Yardstick: the same inputs, in the same dtype, one segment at a time."""
+    lengths = [[70, 30, 60], [5, 130], [1, 1, 1], [200, 64, 1, 9]]
+    x = [t.detach().to(device, torch.bfloat16).requires_grad_() for t in inputs((8, 2), d=64, lengths=lengths)]
+    problem = attention._why_not(name, x[0], x[2], softcap)
+    if problem is not None:
+        pytest.skip(problem)
+    segments, weights = Segments(lengths), torch.randn(x[0].shape, device=device)
+
+    def run(backend, tensors):
+        out = shared_prefix_attention(*tensors, segments, window=window, softcap=softcap, backend=backend)
+        return [t.double() for t in (out.detach(), *torch.autograd.grad((out * weights).sum(), tensors))]
+
+    truth = run("sdpa", [t.detach().double().requires_grad_() for t in x])
+    for got, yardstick, wanted in zip(run(name, x), run("sdpa", x), truth, strict=True):
+        floor = torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+        assert (got - wanted).abs().max() <= 2 * (yardstick - wanted).abs().max() + floor
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", WINDOWS)
@@ -180,6 +203,24 @@ def test_autocast_is_followed_as_torchs_attention_does():
         expected = duplicated(*rounded, LENGTHS, scale=8**-0.5, window=None, softcap=softcap)
         # values near 2 and weights, each rounded to 8 bits
         torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.03 if softcap is None else 0.2)
+
+
+def test_kernels_that_know_nothing_of_autocast_get_its_dtype(monkeypatch):
+    seen = []
+
+    def attend(q, k, v, *rest):
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return reference_varlen(q, k, v, *rest)
+
+    monkeypatch.setitem(attention._BACKENDS, "varlen", functools.partial(attention._varlen, attend=attend))
+    monkeypatch.setattr(attention, "_why_not", lambda *args: None)
+    x = inputs((4, 2), dtype=torch.float32, requires_grad=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared_prefix_attention(*x, Segments(LENGTHS), backend="varlen")
+    shared_prefix_attention(*x, Segments(LENGTHS), backend="varlen")
+    mixed = [x[0], x[1], x[2].bfloat16()]  # float32 norms of queries and keys, in a bfloat16 model
+    shared_prefix_attention(*mixed, Segments(LENGTHS), backend="varlen")
+    assert seen == [(torch.bfloat16,) * 3, (torch.float32,) * 3, (torch.bfloat16,) * 3]
 
 
 class LargestTensor(TorchDispatchMode):
