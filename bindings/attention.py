@@ -111,6 +111,8 @@ def _why_not(name: str, query: Tensor, value: Tensor, softcap: float | None) -> 
         return None
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16 on CUDA, got {query.dtype} on {query.device.type}"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or above"
     if head != value.shape[-1] or head > 256 or head % 8:
         return f"it takes one head size, a multiple of 8 up to 256, got {head} and {value.shape[-1]}"
     if name == "varlen":

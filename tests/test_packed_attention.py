@@ -1,7 +1,10 @@
 """Attention over shared prompts equals attention over each sequence alone: the function, whole models, and refusals."""
 
 import functools
+import inspect
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -98,6 +101,69 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(attention._BACKENDS, "varlen", emulated)
         monkeypatch.setattr(attention, "_why_not", lambda *args: None)
     return request.param
+
+
+def documented_flash_attn(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    """The signature of flash-attn 2.8; causal makes of the right end of the window 0."""
+    assert causal
+    assert deterministic
+    assert (dropout_p, alibi_slopes, return_attn_probs, block_table) == (0.0, None, False, None)
+    rest = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, (window_size[0], 0))
+    return reference_varlen(q, k, v, *rest, softcap or None)
+
+
+def documented_torch_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """What torch's checks before it calls its kernel; causal only where the right end of the window says so."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert (return_aux, seqused_k, block_table, num_splits) == (None, None, None, None)
+    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, None)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("name", "softcap"), [("flash_attn", None), ("flash_attn", 1.5), ("varlen", None)])
+def test_gpu_kernels_are_called_as_their_documentation_says(name, softcap, heads, window, monkeypatch):
+    from torch.nn.attention import varlen
+
+    used = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa"}
+    assert used <= inspect.signature(varlen.varlen_attn).parameters.keys()  # of the torch that is installed
+    assert attention._torch_varlen_parameters()
+    stand_in = types.SimpleNamespace(flash_attn_varlen_func=documented_flash_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    monkeypatch.setattr(varlen, "varlen_attn", documented_torch_varlen)
+    monkeypatch.setattr(attention, "_why_not", lambda *args: None)
+    x = inputs(heads, requires_grad=False)
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    got = shared_prefix_attention(*x, Segments(LENGTHS), **options, backend=name)
+    torch.testing.assert_close(got, duplicated(*x, LENGTHS, **options), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "head", "capability", "softcap", "installed"),
+    [
+        ("flash_attn", torch.bfloat16, 64, (9, 0), None, True),
+        ("flash_attn", torch.float16, 64, (8, 0), 50.0, True),
+        ("varlen", torch.bfloat16, 64, (9, 0), None, False),
+        ("flex", torch.bfloat16, 64, (9, 0), 50.0, False),  # Gemma 2
+        ("flex", torch.float32, 64, (9, 0), None, True),
+        ("flex", torch.bfloat16, 320, (9, 0), None, True),
+        ("flex", torch.bfloat16, 64, (7, 5), None, True),
+        ("sdpa", torch.float64, 64, (9, 0), None, True),
+        ("sdpa", torch.bfloat16, 8, (7, 0), None, True),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(chosen, dtype, head, capability, softcap, installed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed or None)
+    tensor = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 9, head))
+    assert attention._choose(tensor, tensor, softcap) == chosen
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
