@@ -60,7 +60,8 @@ class Config:
     undesirable_weight: float = 1.0
     """KTO: weight of the undesirable completions."""
     z0_scope: Literal["step", "microbatch"] = "step"
-    """KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit)."""
+    """KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A microbatch
+    then is per_device_train_batch_size rows, in flat batches too."""
     reference_cache: str | None = None
     """Folder that keeps reference log-probabilities between runs; None keeps them in memory."""
 
@@ -74,9 +75,16 @@ class Config:
     warmup_steps: int = 0
     """Warm-up steps; if not 0, wins over warmup_ratio."""
     per_device_train_batch_size: int = 8
-    """Pairs (dpo, ipo) or sequences (kto, sft) in one forward and backward pass."""
+    """Pairs (dpo, ipo) or sequences (kto, sft) in one forward and backward pass. Without padding it is their number
+    times gradient_accumulation_steps that counts: passes are cut by tokens."""
     gradient_accumulation_steps: int = 1
     """Passes summed into one optimizer step. The loss is divided by the step's true count of items."""
+    padding_free: bool | None = None
+    """Run flat batches: sequences end to end, a prompt once for all of its completions. None: where the model takes
+    them, which is tried out; false: padded batches."""
+    max_tokens_per_batch: int | None = None
+    """Most tokens of a flat batch; a pair that has more is one of its own. None: as many as a padded batch of
+    per_device_train_batch_size (in evaluation, per_device_eval_batch_size) can have at max_length."""
     num_train_epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int = -1
@@ -119,6 +127,10 @@ class Config:
     """`generate`: most tokens of an answer."""
     temperature: float = 0.0
     """`generate`: 0 takes the most likely token; above it, samples from the whole distribution."""
+
+    def token_budget(self, batch_size: int, sequences: int) -> int:
+        """Tokens of a flat batch that stands for a padded one of `batch_size` examples of so many sequences."""
+        return self.max_tokens_per_batch or batch_size * sequences * self.max_length
 
     def loss(self) -> prefuse.DPO | prefuse.IPO | prefuse.KTO:
         """The preference loss these settings name."""
@@ -185,6 +197,10 @@ def validate(config: Config, command: str) -> Config:
     else:
         _require(config, ("eval_fraction",), "in (0, 1]", lambda value: 0 < value <= 1)
     _require(config, ("warmup_ratio",), "in [0, 1]", lambda value: 0 <= value <= 1)
+    if config.max_tokens_per_batch is not None:
+        _require(config, ("max_tokens_per_batch",), "at least 1", lambda value: value >= 1)
+        if config.padding_free is False:
+            raise UserError("max_tokens_per_batch is about flat batches: drop it, or padding_free false")
     for name, loss_type in _UNLIKE_DPO.items():
         if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type != loss_type:
             raise UserError(

@@ -22,7 +22,14 @@ from prefuse.engine.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.config import Config
 from prefuse.engine.dataset import KIND_OF, read_evaluation_data
 from prefuse.engine.forward import LanguageModel, completion_hidden, count_items, fused_loss, reference_point
-from prefuse.engine.model import check_model, check_same_vocabulary, device_of, load_model, load_tokenizer
+from prefuse.engine.model import (
+    check_model,
+    check_same_vocabulary,
+    device_of,
+    load_model,
+    load_tokenizer,
+    without_padding,
+)
 from prefuse.engine.order import draw_mismatches, plan_evaluation
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import add_metrics, table
@@ -51,7 +58,9 @@ class HeldOut:
 
 def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config) -> HeldOut:
     """Everything about the held-out rows that needs the reference, computed while it is here."""
-    batches = plan_evaluation(examples.lengths, config.per_device_eval_batch_size)
+    size = config.per_device_eval_batch_size
+    bins = examples.bins(config.token_budget(size, len(examples.sequences[0]))) if examples.padding_free else None
+    batches = plan_evaluation(examples.lengths, size, bins)
     if ref is None:
         return HeldOut(examples, batches)
     mismatches = mismatch_logps = None
@@ -112,6 +121,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     for model in lm, ref:
         check_model(model, examples)
     check_same_vocabulary(lm, ref)
+    examples = without_padding(examples, (lm, ref), config)
     metrics = compare(lm, ref, examples, config)
     title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import prefuse
+from prefuse.attention import packed_hidden
 from prefuse.engine.batches import Batch
+from prefuse.packing import Packed
 from prefuse.transformers import Head, trunk_hidden
 
 
@@ -29,8 +31,10 @@ class LanguageModel:
 
 def completion_hidden(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
     """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
-    hidden = trunk_hidden(lm.model, batch.input_ids, batch.attention_mask)  # (B, T, D)
-    return hidden.flatten(0, 1).index_select(0, batch.predictors)
+    if isinstance(batch.tokens, Packed):
+        return packed_hidden(lm.model, batch.tokens)
+    hidden = trunk_hidden(lm.model, batch.tokens.input_ids, batch.tokens.attention_mask)  # (B, T, D)
+    return hidden.flatten(0, 1).index_select(0, batch.tokens.predictors)
 
 
 def count_items(batch: Batch, loss) -> int:

@@ -1,11 +1,15 @@
 """Load and save a causal LM with its tokenizer; where and in which precision it computes."""
 
+import dataclasses
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from prefuse.attention import check_packing
 from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
@@ -14,6 +18,8 @@ from prefuse.transformers import UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -93,6 +99,22 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
         check_head(lm.model, probe, impl=lm.impl)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+
+
+def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
+    """`examples` for flat batches, if all models take them (each compared with itself), else as they are."""
+    if config.padding_free is False:
+        return examples
+    for lm in models:
+        try:
+            with lm.autocast():
+                check_packing(lm.model)
+        except UnsupportedModel as error:
+            if config.padding_free:
+                raise UserError(f"{error}; set padding_free to false") from None
+            logger.warning("%s. Batches are padded, and prompts run once for each completion", error)
+            return examples
+    return dataclasses.replace(examples, padding_free=True)
 
 
 def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:

@@ -4,7 +4,7 @@ Each is a function of its arguments and the seed alone, so a resumed run, or one
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -42,19 +42,33 @@ def hold_out(
     return sides
 
 
-def plan_epoch(lengths: Sequence[int], microbatch: int, accumulation: int, seed: int, epoch: int) -> Plan:
+Bins = Callable[[Sequence[int]], list[list[int]]]  # indices -> microbatches of them
+
+
+def plan_epoch(
+    lengths: Sequence[int], microbatch: int, accumulation: int, seed: int, epoch: int, bins: Bins | None = None
+) -> Plan:
     """A new order each epoch, cut into optimizer steps and those into microbatches; the last of each may be smaller.
 
-    Inside a step the microbatches are filled longest first, which cuts padding and changes the update by rounding only.
+    A step has `microbatch * accumulation` examples. Its microbatches are what `bins` makes of them, without it so many
+    examples, longest first, which cuts padding. Either changes the update by rounding only.
     """
     order = torch.randperm(len(lengths), generator=generator("order", seed, epoch)).tolist()
     steps = _cut(order, microbatch * accumulation)
-    return [_cut(sorted(step, key=lambda i: (-lengths[i], i)), microbatch) for step in steps]
+    return [_microbatches(step, lengths, microbatch, bins) for step in steps]
 
 
-def plan_evaluation(lengths: Sequence[int], microbatch: int) -> list[list[int]]:
+def plan_evaluation(lengths: Sequence[int], microbatch: int, bins: Bins | None = None) -> list[list[int]]:
     """All examples once, longest first."""
-    return _cut(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), microbatch)
+    return _microbatches(range(len(lengths)), lengths, microbatch, bins)
+
+
+def _microbatches(
+    indices: Sequence[int], lengths: Sequence[int], microbatch: int, bins: Bins | None
+) -> list[list[int]]:
+    if bins is not None:
+        return bins(indices)
+    return _cut(sorted(indices, key=lambda i: (-lengths[i], i)), microbatch)
 
 
 def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:

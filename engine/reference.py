@@ -59,6 +59,7 @@ def cache_key(lm: LanguageModel, examples: Examples) -> dict[str, str | int]:
         "tokens": examples.fingerprint(),
         "dtype": str(lm.compute_dtype),
         "impl": lm.impl,
+        "padding_free": examples.padding_free,
     }
 
 

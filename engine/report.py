@@ -28,6 +28,9 @@ SHOWN = (  # on the screen, as far as a run has them
     "grad_norm",
     "learning_rate",
     "tokens_per_second",
+    "samples_per_second",
+    "tokens_saved",
+    "mfu",
 )
 
 
@@ -40,13 +43,14 @@ def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
 class Window:
     """Sums since the last log line. They stay on the device until `means` waits for it, once."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops  # of the device, per second, if it is known
         self.clear()
 
     def clear(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.trail: list[tuple[list[str], Tensor]] = []  # rows, and a number of theirs that must be finite
-        self.tokens = 0
+        self.tokens = self.samples = self.flops = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -61,6 +65,12 @@ class Window:
     def add(self, metrics: dict[str, Tensor]) -> None:
         add_metrics(self.totals, metrics)
 
+    def count(self, tokens: int, samples: int, flops: float) -> None:
+        """What was done since the last log line, for the rates."""
+        self.tokens += tokens
+        self.samples += samples
+        self.flops += flops
+
     def watch(self, rows: list[str], value: Tensor) -> None:
         self.trail.append((rows, value))
 
@@ -69,7 +79,11 @@ class Window:
         means = prefuse.reduce_metrics(self.totals)
         if not all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "grad_norm")):
             self._stop()
-        return means | {"tokens_per_second": self.tokens / (time.perf_counter() - self.started)}
+        seconds = time.perf_counter() - self.started
+        rates = {"tokens_per_second": self.tokens / seconds, "samples_per_second": self.samples / seconds}
+        if self.peak_flops is not None:
+            rates["mfu"] = self.flops / seconds / self.peak_flops
+        return means | rates
 
     def check_finite(self) -> None:
         self.means()

@@ -17,8 +17,16 @@ from prefuse.engine.config import Config, write_yaml
 from prefuse.engine.dataset import KIND_OF, read_training_data, write_skipped
 from prefuse.engine.errors import UserError
 from prefuse.engine.eval import HeldOut, hold
+from prefuse.engine.flops import peak_flops
 from prefuse.engine.forward import LanguageModel
-from prefuse.engine.model import check_model, check_same_vocabulary, device_of, load_model, load_tokenizer
+from prefuse.engine.model import (
+    check_model,
+    check_same_vocabulary,
+    device_of,
+    load_model,
+    load_tokenizer,
+    without_padding,
+)
 from prefuse.engine.optimizer import make_optimizer
 from prefuse.engine.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.reference import reference_logps
@@ -101,7 +109,7 @@ def prepare(config: Config, command: str) -> Run:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
     identity = {"command": command, "tokens": examples.fingerprint(), **settings}
 
-    optimizer, window, start = make_optimizer(lm.model, config), Window(), 0
+    optimizer, window, start = make_optimizer(lm.model, config), Window(peak_flops(lm)), 0
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_same(state["identity"], identity)
@@ -136,19 +144,24 @@ def _meet_reference(
 ) -> tuple[TrainingSet, HeldOut | None]:
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards."""
-    cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
-    plans = [plan_epoch(examples.lengths, *cut, config.seed, epoch=0)]
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(plans[0]))
-    for epoch in range(1, math.ceil(total / len(plans[0]))):
-        plans.append(plan_epoch(examples.lengths, *cut, config.seed, epoch))
-
-    if not loss.uses_reference:
-        return TrainingSet(examples, plans, total), held and hold(held, None, loss, config)
     ref = lm
-    if config.ref_model_name_or_path is not None:
+    if loss.uses_reference and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device)
         check_model(ref, examples)
         check_same_vocabulary(lm, ref)
+    examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
+    held = held and dataclasses.replace(held, padding_free=examples.padding_free)
+
+    cut, bins = (config.per_device_train_batch_size, config.gradient_accumulation_steps), None
+    if examples.padding_free and config.z0_scope == "step":  # else a microbatch is what it says, so many examples
+        bins = examples.bins(config.token_budget(config.per_device_train_batch_size, len(examples.sequences[0])))
+    plans = [plan_epoch(examples.lengths, *cut, config.seed, 0, bins)]
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(plans[0]))
+    for epoch in range(1, math.ceil(total / len(plans[0]))):
+        plans.append(plan_epoch(examples.lengths, *cut, config.seed, epoch, bins))
+
+    if not loss.uses_reference:
+        return TrainingSet(examples, plans, total), held and hold(held, None, loss, config)
     say(f"reference log-probabilities of {len(examples)} examples ...")
     batches = [[indices for step in plan for indices in step] for plan in plans]  # as the policy will meet them
     logps = reference_logps(ref, examples, batches[0], config.reference_cache)

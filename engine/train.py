@@ -1,4 +1,4 @@
-"""The training run: rows -> examples -> padded batch -> trunk -> fused loss -> step -> metrics -> checkpoint.
+"""The training run: rows -> examples -> flat batch -> trunk -> fused loss -> step -> metrics -> checkpoint.
 
     prefuse sft   --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
     prefuse train --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.batches import Batch
+from prefuse.engine.batches import Batch, padded_tokens
 from prefuse.engine.checkpoint import save_checkpoint
 from prefuse.engine.config import Config
 from prefuse.engine.eval import evaluate
+from prefuse.engine.flops import training_flops
 from prefuse.engine.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model import save_model
 from prefuse.engine.optimizer import learning_rate
@@ -99,8 +100,13 @@ def optimizer_step(
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.window.watch([row for batch in batches for row in batch.rows], norm)
-    run.window.tokens += sum(batch.num_tokens for batch in batches)
-    return totals | {"grad_norm": torch.stack([norm, torch.ones_like(norm)])}
+    for batch in batches:
+        flops = 0 if run.window.peak_flops is None else training_flops(lm, batch)
+        run.window.count(batch.num_tokens, batch.num_items, flops)
+    padded = padded_tokens(batches, run.config.per_device_train_batch_size)
+    saved = [padded - sum(batch.tokens.num_tokens for batch in batches), padded]
+    saved = torch.stack([torch.full_like(norm, tokens, dtype=torch.float64) for tokens in saved])
+    return totals | {"grad_norm": torch.stack([norm, torch.ones_like(norm)]), "tokens_saved": saved}
 
 
 def evaluate_and_log(run: Run, step: int) -> dict[str, float]:

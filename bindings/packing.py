@@ -1,0 +1,155 @@
+"""Flat batches: sequences end to end in one row, no padding, and a prompt that several completions share only once.
+
+    packed = pack([([5, 6, 7], [[8, 9], [10]])])        # one group: [prompt | chosen | rejected]
+    hidden = prefuse.attention.packed_hidden(model, packed)               # (N, D)
+    prefuse.linear_preference_loss(hidden, weight, packed.targets, packed.cu_seqlens, ...)
+
+A group is a prompt with its completions: one for a demonstration or a labelled row, two for a pair, K for K answers.
+T tokens of a flat batch, N completion tokens of S completions in G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its completions
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that attend alike, as ranges of the flat batch: causally to themselves, and to all of their prompt."""
+
+    prompt: range  # empty for a prompt itself
+    own: range
+
+
+class Segments:
+    """Who attends to whom in a flat batch, and what attention kernels want to know of it.
+
+    `lengths` has for each group its prompt's length, then that of each completion. Whatever is derived from them is
+    made once per batch, not once per layer.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]]):  # (G,) of (1 + completions of the group,)
+        self.lengths = [list(group) for group in lengths]
+        self.all = list(_segments(self.lengths))
+        self.num_tokens = sum(map(sum, self.lengths))
+        # The position before each completion token, in the order of the completions.
+        self.predictors = [place for s in self.all if s.prompt for place in (s.prompt[-1], *s.own[:-1])]
+        self._made: dict[tuple, object] = {}
+
+    def once(self, make, *key):
+        """`make(self, *key)`, computed at the first call with this key."""
+        if (make, *key) not in self._made:
+            self._made[make, *key] = make(self, *key)
+        return self._made[make, *key]
+
+
+def _segments(lengths: list[list[int]]) -> Iterator[Segment]:
+    start = 0
+    for prompt, *completions in lengths:
+        yield Segment(range(start, start), range(start, start + prompt))
+        ends = accumulate(completions, initial=start + prompt)
+        yield from (Segment(range(start, start + prompt), range(*own)) for own in pairwise(ends))
+        start += prompt + sum(completions)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A flat batch: what a trunk needs to run it, and what `linear_preference_loss` needs beside the hidden states."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T) from 0 in every prompt; each completion goes on where its prompt ends
+    predictors: Tensor  # (N,) in the T: the position before each completion token
+    targets: Tensor  # (N,) the completion tokens, end to end
+    cu_seqlens: Tensor  # (S + 1,) int32, where each completion starts in the N
+    segments: Segments
+    unshared_tokens: int = field(default=0)  # what the same sequences have when each brings its own prompt
+    padded_tokens: int = field(default=0)  # and when they are padded to the longest of them besides
+
+    @property
+    def num_tokens(self) -> int:
+        """T: the tokens that run."""
+        return self.segments.num_tokens
+
+    def to(self, device: torch.device | str) -> Packed:
+        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+
+def pack(groups: Sequence[Group]) -> Packed:
+    """One flat batch of `groups`, in their order: `[prompt | completion | completion ...]` for each.
+
+    Raises ValueError for an empty prompt (nothing would predict the first token), and for an empty completion.
+    """
+    _check(groups)
+    ids, positions, targets, lengths = [], [], [], []
+    for prompt, completions in groups:
+        ids += prompt
+        positions += range(len(prompt))
+        for completion in completions:
+            positions += range(len(prompt), len(prompt) + len(completion))
+            ids += completion
+            targets += completion
+        lengths.append([len(prompt), *map(len, completions)])
+    segments = Segments(lengths)
+    sequences = [prompt + completion for prompt, *completions in lengths for completion in completions]
+    counts = [0] + [completion for _, *completions in lengths for completion in completions]
+    return Packed(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        predictors=torch.tensor(segments.predictors),
+        targets=torch.tensor(targets),
+        cu_seqlens=torch.tensor(counts).cumsum(0).int(),
+        segments=segments,
+        unshared_tokens=sum(sequences),
+        padded_tokens=len(sequences) * max(sequences),
+    )
+
+
+def _check(groups: Sequence[Group]) -> None:
+    if not groups:
+        raise ValueError("pack() got no groups: expected at least one (prompt ids, [completion ids, ...])")
+    for number, (prompt, completions) in enumerate(groups):
+        if len(prompt) == 0:
+            raise ValueError(
+                f"the prompt of group {number} is empty: expected at least one token, since the last one predicts the "
+                "first of every completion; put the tokenizer's BOS there"
+            )
+        if len(completions) == 0 or not all(len(completion) for completion in completions):
+            raise ValueError(
+                f"group {number} has completions of {[len(completion) for completion in completions]} tokens: expected "
+                "one completion or more, none of them empty; leave such rows out"
+            )
+
+
+def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Items of these lengths in bins of at most `budget`, by first-fit-decreasing: lists of indices into `lengths`.
+
+    The longest item first (of equals, the earlier one), each into the first bin with room for it. An item is never
+    split; one longer than the budget has a bin of its own. At most 11/9 of the least number of bins, and one
+    (Dosa 2007, "The Tight Bound of First Fit Decreasing Bin-Packing Algorithm"). O(n log n).
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}: expected the tokens of a bin, at least 1")
+    bins: list[list[int]] = []
+    width = 1 << max(0, len(lengths) - 1).bit_length()  # leaves of a tree: the room in each bin that may come to be
+    room = [budget] * (2 * width)  # a node has the most room of its leaves
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        size = min(lengths[item], budget)
+        node = 1
+        while node < width:
+            node = 2 * node if room[2 * node] >= size else 2 * node + 1
+        if node - width == len(bins):
+            bins.append([])
+        bins[node - width].append(item)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins
