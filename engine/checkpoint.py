@@ -123,9 +123,10 @@ def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimi
 
     random = load_file(path / "rng.safetensors")
     if ranks.rank < len(random["cpu"]):
-        torch.set_rng_state(random["cpu"][ranks.rank])
-        if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"][ranks.rank])
+        own = {name: state[ranks.rank].clone() for name, state in random.items()}  # of a view torch reads elsewhere
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
 
 
 def check_same(before: dict, now: dict) -> None:

@@ -80,6 +80,11 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return bool(self.sum_(torch.tensor([int(flag)])).item())
 
+    def wait(self) -> None:
+        """For all the others, before the end: a rank that just exits may reset a connection another still reads on."""
+        if self.size > 1:
+            dist.barrier()
+
     def together(self, function: Callable[[], object]) -> object:
         """`function()` on every rank, which talks to none of the others; where it fails on one it fails on all."""
         result, error = None, None
@@ -145,11 +150,6 @@ def join(config: Config) -> Ranks:
         console.quiet = True
         logging.getLogger("prefuse").setLevel(logging.ERROR)
     return Ranks(rank, size, sharded, config.fsdp_cpu_offload)
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -337,7 +337,12 @@ def where_weights_are(function: Callable) -> Callable:
             result = function(lm, *args, **kwargs)
             return getattr(result, "loss", None), result  # the loss in sight, for the hooks of the backward
 
-        return lm.model.with_weights(call)[1]
+        loss, result = lm.model.with_weights(call)
+        if loss is None or not loss.requires_grad:
+            # The root keeps its weights gathered for a backward that does not come. Left so, `parameters()` would
+            # give an optimizer those copies to update, and the next forward would not see what it did to the shards.
+            lm.model.reshard()
+        return result
 
     return inside
 

@@ -41,6 +41,7 @@ def train(config: Config, command: str) -> dict[str, float]:
     if run.ranks.main:
         plot_curves(run.log.path, run.folder / "curves.png")
     say(f"{run.data.total_steps} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
+    run.ranks.wait()
     return metrics
 
 
@@ -88,6 +89,7 @@ def train_loop(run: Run) -> dict[str, float]:
             if done > saved:
                 save(run, done, evaluates)
             where = f"checkpoint-{done} is whole" if done else "no step was done yet"
+            ranks.wait()
             raise Stopped(stop.signal, f"{stop} after step {done}; {where}, --resume goes on from there") from None
     return last
 

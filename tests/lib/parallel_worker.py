@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from prefuse.engine import run as run_module
 from prefuse.engine import train as train_module
-from prefuse.engine.parallel import leave, whole
+from prefuse.engine.parallel import whole
 from prefuse.engine.train import train
 from tiny_run import read_log, settings
 
@@ -64,7 +65,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         run_case(case, out)
         gc.collect()
-    leave()
+    dist.destroy_process_group() if dist.is_initialized() else None
 
 
 if __name__ == "__main__":
