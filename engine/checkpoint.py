@@ -80,6 +80,8 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose every hash holds; says which ones it passed over, and sets them aside."""
+    for half in folder.glob("checkpoint-*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
     for _, path in _checkpoints(folder):
         fault = _fault(path)
         if fault is None:
