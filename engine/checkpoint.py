@@ -1,54 +1,96 @@
 """Checkpoints: a folder that appears whole, proves itself by its hashes, and holds no pickle.
 
 checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads
-                 optimizer.safetensors                        <state>.<parameter name>, and rng.<device>
+                 optimizer-00001.safetensors ...              <state>.<parameter name>
+                 rng.safetensors                              the random state of every rank
                  trainer_state.json                           step, settings, metrics since the last log line
                  manifest.json                                sha256 of every file above
+
+Tensors are whole, whatever the ranks held of them, so a run goes on with any number of ranks, sharded or not. Every
+rank takes part in saving; the main one gathers the weights at once and the optimizer's states file by file, on the CPU.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prefuse.engine.errors import UserError
-from prefuse.engine.files import published_folder, sha256_of
+from prefuse.engine.files import published_folder, require_space, sha256_of
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.model import save_model
+from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, class_of, fill_, whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
+FILE_BYTES = 4 << 30  # of optimizer states in a file
+
 
 def save_checkpoint(
-    folder: Path, lm: LanguageModel, tokenizer, optimizer: torch.optim.Optimizer, state: dict, keep: int
+    folder: Path,
+    lm: LanguageModel,
+    tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write `checkpoint-<step>` aside, publish it, and only then delete all but the newest `keep` (0: none)."""
     from safetensors.torch import save_file
 
     final = folder / f"checkpoint-{state['step']}"
-    with published_folder(final) as aside:
-        save_model(lm.model, tokenizer, aside)
-        save_file(_optimizer_tensors(lm, optimizer) | _rng_states(), aside / "optimizer.safetensors")
-        (aside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        manifest = {path.relative_to(aside).as_posix(): sha256_of(path) for path in files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if keep:
-        for _, old in _checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+    check_same_weights(lm.model, ranks)
+    size = sum(p.numel() * (p.element_size() + 2 * p.element_size() * p.requires_grad) for p in lm.model.parameters())
+    ranks.from_main(lambda: require_space(folder, size + (size >> 5) + (1 << 20), final.name))
+    weights = whole_weights(lm.model, ranks)
+    random = _gather_rng(ranks)
+    optimizer_files = _optimizer_files(lm, optimizer, ranks)
+
+    def write() -> None:
+        try:
+            with published_folder(final) as aside:
+                save_model(lm.model, tokenizer, aside, weights)
+                for number, tensors in enumerate(optimizer_files, 1):
+                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors")
+                save_file(random, aside / "rng.safetensors")
+                (aside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+                files = sorted(path for path in aside.rglob("*") if path.is_file())
+                manifest = {path.relative_to(aside).as_posix(): sha256_of(path) for path in files}
+                (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if keep:
+                older = [path for step, path in _checkpoints(folder) if step < state["step"]]
+                for path in older[keep - 1 :]:
+                    shutil.rmtree(path)
+        finally:
+            drain()  # where writing failed, the others still wait to be asked for their parts
+
+    def drain() -> None:
+        for _ in optimizer_files:
+            pass
+
+    ranks.from_main(write, meanwhile=drain)
     return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every hash holds; says which ones it passed over."""
+    """The newest checkpoint whose every hash holds; says which ones it passed over, and sets them aside."""
+    for half in folder.glob("checkpoint-*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
     for _, path in _checkpoints(folder):
         fault = _fault(path)
         if fault is None:
             return path
         logger.warning("%s is damaged (%s): trying an older one", path, fault)
+        damaged = path.with_name(path.name + ".damaged")  # else it would count among the newest that are kept
+        shutil.rmtree(damaged, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rename(damaged)
     return None
 
 
@@ -56,20 +98,37 @@ def read_state(path: Path) -> dict:
     return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
 
 
-def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
     """Weights, optimizer and random state as they were. The model and the optimizer must already be built."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    saved = type(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype)
-    lm.model.load_state_dict(saved.state_dict())
-    tensors = load_file(path / "optimizer.safetensors")
-    for name, parameter in _trainable(lm).items():
-        if f"step.{name}" in tensors:  # absent for a parameter that never had a gradient
-            moments = {part: tensors[f"{part}.{name}"].to(parameter.device) for part in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+    with torch.no_grad():
+        for name, value in lm.model.state_dict().items():
+            fill_(value, saved[name])
+
+    states: dict[str, dict[str, Tensor]] = {}
+    trainable = _trainable(lm)
+    for file in sorted(path.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                part, name = key.split(".", 1)
+                value = tensors.get_tensor(key)
+                if part != "step":
+                    state = torch.zeros_like(trainable[name].detach())
+                    fill_(state, value)
+                    value = state
+                states.setdefault(name, {})[part] = value
+    for name, state in states.items():  # without a parameter that never had a gradient
+        optimizer.state[trainable[name]] = state
+
+    random = load_file(path / "rng.safetensors")
+    if ranks.rank < len(random["cpu"]):
+        own = {name: state[ranks.rank].clone() for name, state in random.items()}  # of a view torch reads elsewhere
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
 
 
 def check_same(before: dict, now: dict) -> None:
@@ -92,31 +151,42 @@ def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name in ("config.json", "trainer_state.json", "rng.safetensors"):
+            if name not in manifest:
+                return f"manifest.json does not list {name}"
         for name, expected in manifest.items():
             if sha256_of(path / name) != expected:
                 return f"{name} does not have the hash that was written down"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None
 
 
-def _trainable(lm: LanguageModel) -> dict[str, torch.Tensor]:
+def _trainable(lm: LanguageModel) -> dict[str, Tensor]:
     """A tied parameter appears once."""
     return {name: parameter for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer_tensors(lm: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{name}": value.contiguous()
-        for name, parameter in _trainable(lm).items()
-        for part, value in optimizer.state[parameter].items()
-    }
+def _optimizer_files(lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Iterator[dict[str, Tensor]]:
+    """The states of the optimizer as whole tensors, a file's worth at a time; on other ranks than the main, empty."""
+    tensors, size = {}, 0
+    for name, parameter in _trainable(lm).items():
+        for part, value in optimizer.state[parameter].items():
+            full = whole(value)
+            size += full.numel() * full.element_size()
+            if ranks.main:
+                tensors[f"{part}.{name}"] = full.cpu().contiguous()
+        if size > FILE_BYTES:
+            yield tensors
+            tensors, size = {}, 0
+    if size:
+        yield tensors
 
 
-def _rng_states() -> dict[str, torch.Tensor]:
-    states = {"rng.cpu": torch.get_rng_state()}
+def _gather_rng(ranks: Ranks) -> dict[str, Tensor]:  # (ranks, bytes)
+    states = {"cpu": ranks.gather(torch.get_rng_state())}
     if torch.cuda.is_available():
-        states["rng.cuda"] = torch.cuda.get_rng_state()
-    return states
+        states["cuda"] = ranks.gather(torch.cuda.get_rng_state())
+    return {name: state.contiguous() for name, state in states.items()}

@@ -2,19 +2,23 @@
 
     prefuse train --config run.yaml --beta 0.2        # the file's settings, with this one changed
 
-Every setting of `Config` is a flag of the same name. Exit codes: 0 done, 2 something the user can fix (one line says
-what), 130 interrupted; anything else is a bug and shows its traceback.
+Every setting of `Config` is a flag of the same name. Exit codes: 0 done; 2 something the user can fix, and one line
+says what; 128 + n stopped by signal n, with a checkpoint; 75 another rank is gone; anything else is a bug and shows
+its traceback.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import tyro
 
-from prefuse.engine.config import Config, read_yaml, validate
-from prefuse.engine.errors import UserError
+from prefuse.engine.config import TRAINING_COMMANDS, Config, read_yaml, validate
+from prefuse.engine.errors import OtherRankFailed, UserError
+from prefuse.engine.launch import launch
+from prefuse.engine.signals import Stopped
 
 COMMANDS = {
     "sft": "Fine-tune a causal LM on completions, or on the chosen side of pairs.",
@@ -27,16 +31,43 @@ ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAN
 
 def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", 0))
     try:
-        command, config = parse(list(sys.argv[1:] if argv is None else argv))
-        run(command, validate(config, command))
+        command, config = parse(argv)
+        config = validate(config, command)
+        if command in TRAINING_COMMANDS and "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
+            return launch(argv, config.nproc, config.max_restarts)
+        run(command, config)
     except (UserError, OSError) as error:
-        print(f"prefuse: error: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRankFailed):
+            print(f"prefuse: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        if rank == 0:
+            print(f"prefuse: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("prefuse: interrupted; the last checkpoint is whole, --resume goes on from it", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        print(
+            f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
+            "the last checkpoint is whole, --resume goes on from it", file=sys.stderr,
+        )  # fmt: skip
+        return 75
     return 0
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed. Gloo raises a plain RuntimeError, known by where it comes from."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(
+        words in str(error) for words in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:

@@ -128,6 +128,32 @@ class Config:
     temperature: float = 0.0
     """`generate`: 0 takes the most likely token; above it, samples from the whole distribution."""
 
+    # Many processes (`train` and `sft`)
+    nproc: int = 1
+    """Processes to start on this machine, one for each GPU. Under torchrun or Slurm leave it: they start them."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds the whole model. fsdp: weights, gradients and optimizer states are spread over all."""
+    fsdp_cpu_offload: bool = False
+    """fsdp: shards and the optimizer's step stay in the CPU's memory."""
+    ddp_timeout: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
+    max_restarts: int = 0
+    """How often a run whose processes died starts again by itself, from its last checkpoint."""
+
+    # Guards (docs/guards.md)
+    guard_action: Literal["warn", "stop"] = "warn"
+    """What a guard does besides saying what it saw. stop: end the run there, with a checkpoint and the model."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
+    max_loss_ratio: float = 5.0
+    """Guard: a step's loss over the median of those before it."""
+    max_chosen_drop: float = 0.5
+    """Guard: how far the chosen completions' log-probability may fall below the reference's, as a share of it."""
+    max_accuracy_drop: float = 0.02
+    """Guard: how far held-out accuracy may fall from its best while it is above 0.99 in training."""
+    max_kl: float | None = None
+    """Guard: nats per token that the policy may move away from the reference on held-out rows. None: no limit."""
+
     def token_budget(self, batch_size: int, sequences: int) -> int:
         """Tokens of a flat batch that stands for a padded one of `batch_size` examples of so many sequences."""
         return self.max_tokens_per_batch or batch_size * sequences * self.max_length
@@ -156,6 +182,8 @@ _AT_LEAST_ONE = (
     "logging_steps",
     "eval_steps",
     "max_new_tokens",
+    "nproc",
+    "ddp_timeout",
 )
 _AT_LEAST_ZERO = (
     "warmup_steps",
@@ -165,8 +193,11 @@ _AT_LEAST_ZERO = (
     "num_prompts",
     "temperature",
     "seed",
+    "max_restarts",
+    "max_skipped_steps",
+    "max_accuracy_drop",
 )
-_ABOVE_ZERO = ("num_train_epochs", "max_grad_norm", "adam_epsilon")
+_ABOVE_ZERO = ("num_train_epochs", "max_grad_norm", "adam_epsilon", "max_chosen_drop")
 _UNLIKE_DPO = {"label_smoothing": "dpo", "desirable_weight": "kto", "undesirable_weight": "kto", "z0_scope": "kto"}
 
 
@@ -201,6 +232,10 @@ def validate(config: Config, command: str) -> Config:
         _require(config, ("max_tokens_per_batch",), "at least 1", lambda value: value >= 1)
         if config.padding_free is False:
             raise UserError("max_tokens_per_batch is about flat batches: drop it, or padding_free false")
+    _require(config, ("max_loss_ratio",), "above 1", lambda value: value > 1)
+    _require(config, ("max_kl",), "above 0, or null for no limit", lambda value: value is None or value > 0)
+    if config.fsdp_cpu_offload and config.parallel != "fsdp":
+        raise UserError("fsdp_cpu_offload has a meaning only with parallel fsdp: set parallel to fsdp, or drop it")
     for name, loss_type in _UNLIKE_DPO.items():
         if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type != loss_type:
             raise UserError(

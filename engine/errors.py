@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user can fix: the message says what was expected, what was found and the fix."""
+
+
+class OtherRankFailed(UserError):
+    """Another rank has said what is wrong."""

@@ -10,7 +10,7 @@ kept (at most 64 MiB), so no second model stays in memory.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from prefuse.engine.model import (
     without_padding,
 )
 from prefuse.engine.order import draw_mismatches, plan_evaluation
+from prefuse.engine.parallel import ALONE, Ranks, where_weights_are
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import add_metrics, table
 
@@ -53,24 +54,25 @@ class HeldOut:
     ref_logps: list[Tensor] | None = None  # (E,), None for a loss without reference
     mismatches: Examples | None = None  # KTO
     mismatch_ref_logps: list[Tensor] | None = None
-    kl_samples: list[KLSample | None] | None = None  # one per batch
+    kl_samples: list[KLSample] | None = None  # one per batch
 
 
-def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config) -> HeldOut:
+def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config, ranks: Ranks = ALONE) -> HeldOut:
     """Everything about the held-out rows that needs the reference, computed while it is here."""
     size = config.per_device_eval_batch_size
     bins = examples.bins(config.token_budget(size, len(examples.sequences[0]))) if examples.padding_free else None
     batches = plan_evaluation(examples.lengths, size, bins)
     if ref is None:
         return HeldOut(examples, batches)
+    own = batches[ranks.rank :: ranks.size]
     mismatches = mismatch_logps = None
     if isinstance(loss, prefuse.KTO):
         mismatches = mismatched(examples, draw_mismatches(examples.prompts, config.seed, -1), config.max_length)
-        mismatch_logps = reference_logps(ref, mismatches, batches, config.reference_cache)
+        mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
     return HeldOut(
         examples,
         batches,
-        reference_logps(ref, examples, batches, config.reference_cache),
+        reference_logps(ref, examples, own, config.reference_cache, ranks),
         mismatches,
         mismatch_logps,
         _sample_reference(ref, examples, batches),
@@ -78,22 +80,28 @@ def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config) ->
 
 
 @torch.no_grad()
-def evaluate(lm: LanguageModel, held: HeldOut, loss) -> dict[str, float]:
-    """Means over all held-out rows: loss, TRL's metrics and, where there is a reference, kl_to_ref."""
+def evaluate(
+    lm: LanguageModel, held: HeldOut, loss, ranks: Ranks = ALONE, between: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Means over all held-out rows: loss, TRL's metrics and, where there is a reference, kl_to_ref.
+
+    Each rank takes some of the batches; `between` is called before each."""
+    own = list(ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True))
     z0 = None
     if held.mismatches is not None:
-        batches = [collate(held.mismatches, b, held.mismatch_ref_logps).to(lm.device) for b in held.batches]
-        z0 = reference_point(lm, batches)
+        batches = {n: collate(held.mismatches, held.batches[n], held.mismatch_ref_logps).to(lm.device) for n, _ in own}
+        spare = [batches[n] for n, counts in own if not counts]
+        z0 = reference_point(lm, [batches[n] for n, counts in own if counts], ranks, spare)
     totals: dict[str, Tensor] = {}
-    for number, indices in enumerate(held.batches):
-        batch = collate(held.examples, indices, held.ref_logps).to(lm.device)
+    for number, counts in own:
+        between()
+        batch = collate(held.examples, held.batches[number], held.ref_logps).to(lm.device)
         out = fused_loss(lm, batch, loss, num_items=1, z0=z0)
-        add_metrics(totals, {"loss": torch.stack([out.loss, out.loss.new_tensor(count_items(batch, loss))])})
-        add_metrics(totals, out.metrics)
-        sample = held.kl_samples and held.kl_samples[number]
-        if sample:
-            add_metrics(totals, {"kl_to_ref": _kl_at(lm, batch, sample)})
-    return prefuse.reduce_metrics(totals)
+        metrics = {"loss": torch.stack([out.loss, out.loss.new_tensor(count_items(batch, loss))]), **out.metrics}
+        if held.kl_samples is not None:  # an empty sample too: all ranks make the same calls and the same names
+            metrics["kl_to_ref"] = _kl_at(lm, batch, held.kl_samples[number])
+        add_metrics(totals, {name: value if counts else 0 * value for name, value in metrics.items()})
+    return prefuse.reduce_metrics(totals, ranks.group)
 
 
 @torch.no_grad()
@@ -130,7 +138,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     return metrics
 
 
-def _sample_reference(ref: LanguageModel, examples: Examples, batches: Sequence[list[int]]) -> list[KLSample | None]:
+def _sample_reference(ref: LanguageModel, examples: Examples, batches: Sequence[list[int]]) -> list[KLSample]:
     """Evenly spaced over all completion positions, as many as fit."""
     vocabulary = ref.head.weight.shape[0]
     counts = [sum(len(y) for i in indices for _, y in examples.sequences[i]) for indices in batches]
@@ -140,19 +148,21 @@ def _sample_reference(ref: LanguageModel, examples: Examples, batches: Sequence[
 
 
 @torch.no_grad()
-def _samples(ref, examples, batches, counts, chosen: Tensor) -> Iterator[KLSample | None]:
+def _samples(ref, examples, batches, counts, chosen: Tensor) -> Iterator[KLSample]:
     start = 0
     for indices, count in zip(batches, counts, strict=True):
         positions = chosen[(chosen >= start) & (chosen < start + count)] - start
         start += count
-        if len(positions) == 0:
-            yield None
-            continue
         batch = collate(examples, indices).to(ref.device)
-        hidden = _hidden(ref, batch)[positions.to(ref.device)]
-        yield KLSample(positions, torch.log_softmax(ref.head.logits(hidden), -1).cpu())
+        yield KLSample(positions, _logprobs_at(ref, batch, positions).cpu())
 
 
+@where_weights_are
+def _logprobs_at(lm: LanguageModel, batch: Batch, positions: Tensor) -> Tensor:  # (K, V)
+    return torch.log_softmax(lm.head.logits(_hidden(lm, batch)[positions.to(lm.device)]), -1)
+
+
+@where_weights_are
 def _kl_at(lm: LanguageModel, batch: Batch, sample: KLSample) -> Tensor:  # (2,)
     hidden = _hidden(lm, batch)[sample.positions.to(lm.device)]
     return _kl_sum(lm.head.logits(hidden), sample.ref_logprobs.to(lm.device))

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefuse.engine.errors import UserError
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
@@ -24,10 +26,13 @@ def published_folder(final: Path) -> Iterator[Path]:
         for path in aside.rglob("*"):
             flush(path)
         flush(aside)
+        before = final.with_name(final.name + ".old")
+        shutil.rmtree(before, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(before)
         aside.rename(final)
         flush(final.parent)
+        shutil.rmtree(before, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -38,6 +43,16 @@ def write_whole(path: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     flush(aside)
     aside.replace(path)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Before anything is written: a disk that fills up half-way through is found too late."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} takes about {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB free; nothing "
+            "was written and what was there before is whole. Free some space, or lower save_total_limit"
+        )
 
 
 def flush(path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 import prefuse
 from prefuse.attention import packed_hidden
 from prefuse.engine.batches import Batch
+from prefuse.engine.parallel import ALONE, Ranks, where_weights_are
 from prefuse.packing import Packed
 from prefuse.transformers import Head, trunk_hidden
 
@@ -42,6 +43,7 @@ def count_items(batch: Batch, loss) -> int:
     return len(batch.targets) if loss.per == "token" else batch.num_items
 
 
+@where_weights_are
 def fused_loss(
     lm: LanguageModel,
     batch: Batch,
@@ -67,6 +69,7 @@ def fused_loss(
 
 
 @torch.no_grad()
+@where_weights_are
 def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
     with lm.autocast():
         hidden = completion_hidden(lm, batch)
@@ -74,10 +77,15 @@ def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
 
 
 @torch.no_grad()
-def reference_point(lm: LanguageModel, batches: Sequence[Batch]) -> Tensor:  # () >= 0
-    """KTO's z0 over the mismatched completions of all `batches`."""
-    logps = torch.cat([token_logps(lm, batch) for batch in batches])
-    ref_logps = torch.cat([batch.ref_logps for batch in batches])
-    counts = torch.cat([batch.cu_seqlens.diff() for batch in batches])
+def reference_point(
+    lm: LanguageModel, batches: Sequence[Batch], ranks: Ranks = ALONE, spare: Sequence[Batch] = ()
+) -> Tensor:  # () >= 0
+    """KTO's z0 over the mismatched completions of all `batches`, of all ranks; `spare` see `Ranks.in_step`."""
+    none = torch.empty(0, device=lm.device)
+    logps = torch.cat([none, *(token_logps(lm, batch) for batch in batches)])
+    for batch in spare:
+        token_logps(lm, batch)
+    ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)])
+    counts = torch.cat([none.int(), *(batch.cu_seqlens.diff() for batch in batches)])
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    return prefuse.kto_reference_point(logps, ref_logps, cu_seqlens)
+    return prefuse.kto_reference_point(logps, ref_logps, cu_seqlens, group=ranks.group)

@@ -1,7 +1,9 @@
 """Load and save a causal LM with its tokenizer; where and in which precision it computes."""
 
+import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.forward import LanguageModel
+from prefuse.engine.parallel import ALONE, Ranks, ShardedHead, shard, where_weights_are
 from prefuse.transformers import UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+SHARD_SIZE = "5GB"  # of a file of weights
 WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -29,9 +33,13 @@ def device_of(config: Config) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL and fully_shard look
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -55,7 +63,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 
-def load_model(path: str, config: Config, device: torch.device) -> LanguageModel:
+def load_model(path: str, config: Config, device: torch.device, ranks: Ranks = ALONE) -> LanguageModel:
     """The model, ready to train.
 
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
@@ -76,12 +84,16 @@ def load_model(path: str, config: Config, device: torch.device) -> LanguageModel
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
-    model = model.to(device).eval()
+    model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
         head = head_of(model)
     except UnsupportedModel as error:
         raise UserError(str(error)) from None
-    return LanguageModel(model, head, device, compute_dtype(config, device), config.impl)
+    dtype = compute_dtype(config, device)
+    if ranks.sharded:
+        model = shard(model, ranks, device, dtype)
+        head = ShardedHead(model.get_output_embeddings(), head)
+    return LanguageModel(model, head, device, dtype, config.impl)
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
@@ -96,7 +108,9 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
         )
     probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
     try:
-        check_head(lm.model, probe, impl=lm.impl)
+        # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
+        with lm.autocast() if hasattr(lm.model, "with_weights") else contextlib.nullcontext():
+            where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
 
@@ -108,7 +122,7 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
     for lm in models:
         try:
             with lm.autocast():
-                check_packing(lm.model)
+                where_weights_are(lambda lm: check_packing(lm.model))(lm)
         except UnsupportedModel as error:
             if config.padding_free:
                 raise UserError(f"{error}; set padding_free to false") from None
@@ -125,9 +139,11 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
         )
 
 
-def save_model(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads."""
-    model.save_pretrained(folder)
+def save_model(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads. `state`: of a sharded model."""
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
 
 

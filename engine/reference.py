@@ -17,6 +17,7 @@ from torch import Tensor
 from prefuse.engine.batches import Examples, collate
 from prefuse.engine.files import published_folder, sha256_of
 from prefuse.engine.forward import LanguageModel, token_logps
+from prefuse.engine.parallel import ALONE, Ranks, whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +29,24 @@ def reference_logps(
     examples: Examples,
     batches: Iterable[Sequence[int]],
     cache: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Tensor]:  # (E,) of (completion tokens of the example,) float32, on the CPU
     """The log-probability of each completion token of each example.
 
     Give the batches that the policy will meet them in: a trunk's last bits depend on what shares a batch, and with the
-    same batches a policy equal to its reference has log-ratios of exactly 0.
+    same batches a policy equal to its reference has log-ratios of exactly 0. With several ranks each gives its own
+    batches and gets the numbers of all; the main one reads and writes the cache.
     """
     if cache is None:
-        return _compute(lm, examples, batches)
+        return _compute(lm, examples, batches, ranks)
     key = cache_key(lm, examples)
     entry = Path(cache) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    stored = _read(entry, key)
-    if stored is not None:
+    stored = _read(entry, key) if ranks.main else None
+    if ranks.any(stored is not None):
         logger.info("reference log-probabilities of %d examples read from %s", len(examples), entry)
-        return stored
-    logps = _compute(lm, examples, batches)
-    _write(entry, key, logps)
+        return _for_all(stored or [None] * len(examples), examples, ranks)
+    logps = _compute(lm, examples, batches, ranks)
+    ranks.from_main(lambda: _write(entry, key, logps))
     return logps
 
 
@@ -63,21 +66,37 @@ def cache_key(lm: LanguageModel, examples: Examples) -> dict[str, str | int]:
     }
 
 
-def _compute(lm: LanguageModel, examples: Examples, batches: Iterable[Sequence[int]]) -> list[Tensor]:
-    logps: list[Tensor] = [torch.empty(0)] * len(examples)
-    for indices in batches:
+def _compute(
+    lm: LanguageModel, examples: Examples, batches: Iterable[Sequence[int]], ranks: Ranks = ALONE
+) -> list[Tensor]:
+    logps: list[Tensor | None] = [None] * len(examples)
+    for indices, counts_here in ranks.in_step(list(batches), [0]):
         packed = token_logps(lm, collate(examples, indices).to(lm.device)).float().cpu()
-        counts = [sum(len(completion) for _, completion in examples.sequences[i]) for i in indices]
+        counts = [_count(examples, i) for i in indices]
         for index, values in zip(indices, packed.split(counts), strict=True):
-            logps[index] = values.clone()  # not a view that keeps the whole batch alive
-    return logps
+            if counts_here:
+                logps[index] = values.clone()  # not a view that keeps the whole batch alive
+    return _for_all(logps, examples, ranks)
+
+
+def _count(examples: Examples, index: int) -> int:
+    return sum(len(completion) for _, completion in examples.sequences[index])
+
+
+def _for_all(logps: list[Tensor | None], examples: Examples, ranks: Ranks) -> list[Tensor]:
+    """Each example's numbers from the one rank that has them."""
+    if ranks.size == 1:
+        return logps
+    counts = [_count(examples, i) for i in range(len(examples))]
+    mine = [torch.zeros(count) if x is None else x for x, count in zip(logps, counts, strict=True)]
+    return list(ranks.sum_(torch.cat(mine)).split(counts))
 
 
 def _weights_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

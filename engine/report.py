@@ -1,7 +1,6 @@
 """What a run tells: a line per log step on the screen, the same as JSON in metrics.jsonl, a summary at the end."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.errors import UserError
+from prefuse.engine.files import write_whole
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -49,7 +48,6 @@ class Window:
 
     def clear(self) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.trail: list[tuple[list[str], Tensor]] = []  # rows, and a number of theirs that must be finite
         self.tokens = self.samples = self.flops = 0
         self.restart_clock()
 
@@ -66,37 +64,18 @@ class Window:
         add_metrics(self.totals, metrics)
 
     def count(self, tokens: int, samples: int, flops: float) -> None:
-        """What was done since the last log line, for the rates."""
+        """What all ranks have done since the last log line, for the rates."""
         self.tokens += tokens
         self.samples += samples
         self.flops += flops
 
-    def watch(self, rows: list[str], value: Tensor) -> None:
-        self.trail.append((rows, value))
-
     def means(self) -> dict[str, float]:
-        """The mean of each metric; stops the run where the loss or the gradient is no number."""
-        means = prefuse.reduce_metrics(self.totals)
-        if not all(math.isfinite(means.get(name, 0.0)) for name in ("loss", "grad_norm")):
-            self._stop()
+        """The mean of each metric, and rates since the last log line."""
         seconds = time.perf_counter() - self.started
         rates = {"tokens_per_second": self.tokens / seconds, "samples_per_second": self.samples / seconds}
         if self.peak_flops is not None:
             rates["mfu"] = self.flops / seconds / self.peak_flops
-        return means | rates
-
-    def check_finite(self) -> None:
-        self.means()
-
-    def _stop(self) -> None:
-        for rows, value in self.trail:
-            if not torch.isfinite(value):
-                more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-                raise UserError(
-                    f"the loss or its gradient is not finite ({value.item()}) at rows {', '.join(rows[:8])}{more}: "
-                    "nothing was saved since; look at these rows, or lower learning_rate"
-                )
-        raise AssertionError("a sum is not finite, though everything summed is")
+        return prefuse.reduce_metrics(self.totals) | rates
 
     def state(self) -> dict[str, list[float]]:
         return {name: value.tolist() for name, value in self.totals.items()}
@@ -106,14 +85,21 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line. A resumed run first drops the lines it is about to repeat."""
+    """metrics.jsonl: one JSON object a line. A resumed run keeps the `lines` that its checkpoint knew, and writes the
+    others again. Of several ranks only the main one `writes`."""
 
-    def __init__(self, path: Path, resumed_at: int | None = None):
+    def __init__(self, path: Path, lines: int = 0, writes: bool = True):
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= resumed_at] if resumed_at is not None else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.lines = lines
+        self.writes = writes
+        if writes:
+            kept = read_metrics(path)[:lines]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        self.lines += 1
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
 

@@ -3,10 +3,11 @@
     prefuse sft   --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
     prefuse train --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
 
-An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items, and its loss is their sum
-divided by their true number, so how they are cut into microbatches does not matter. The last step of an epoch is
-smaller; no row is dropped. KTO's z0 is one number per optimizer step, from a pass over all its mismatches before the
-update, where the paper and TRL take one per microbatch (`z0_scope`).
+An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items of every rank, and its loss is
+their sum divided by their true number, so how they are cut into microbatches does not matter, nor who works on them
+(engine/parallel.py). The last step of an epoch is smaller; no row is dropped. KTO's z0 is one number per optimizer
+step, from a pass over all its mismatches before the update, where the paper and TRL take one per microbatch
+(`z0_scope`).
 """
 
 import logging
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.batches import Batch, padded_tokens
+from prefuse.engine.batches import padded_tokens
 from prefuse.engine.checkpoint import save_checkpoint
 from prefuse.engine.config import Config
 from prefuse.engine.eval import evaluate
@@ -25,9 +26,11 @@ from prefuse.engine.flops import training_flops
 from prefuse.engine.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model import save_model
 from prefuse.engine.optimizer import learning_rate
+from prefuse.engine.parallel import clip_gradients, reduce_in_backward, sum_gradients, whole_weights
 from prefuse.engine.plots import plot_curves
 from prefuse.engine.report import add_metrics, progress_bar, say, say_metrics
-from prefuse.engine.run import Run, prepare
+from prefuse.engine.run import Run, Share, prepare, state_of
+from prefuse.engine.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -37,112 +40,189 @@ def train(config: Config, command: str) -> dict[str, float]:
     run = prepare(config, command)
     metrics = train_loop(run)
     publish_model(run)
-    plot_curves(run.log.path, run.folder / "curves.png")
+    if run.ranks.main:
+        plot_curves(run.log.path, run.folder / "curves.png")
     say(f"{run.data.total_steps} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
+    run.ranks.wait()
     return metrics
 
 
 def train_loop(run: Run) -> dict[str, float]:
-    config, data, window, total = run.config, run.data, run.window, run.data.total_steps
-    last = evaluate_and_log(run, 0) if run.start == 0 else {}
-    with progress_bar() as bar:
-        task = bar.add_task("training", total=total, completed=run.start)
-        window.restart_clock()
-        for step, batches, mismatches in data.steps_from(run.start):
-            rate = learning_rate(step, total, config)
-            window.add(optimizer_step(run, batches, mismatches, rate))
-            done = step + 1
-            bar.update(task, completed=done)
-
-            if done == 1 or done % config.logging_steps == 0 or done == total:
-                means = window.means() | {"learning_rate": rate}
-                if done == 1:
-                    check_first_loss(run, batches, means["loss"])
-                run.log.write(done, done / data.steps_per_epoch, means)
-                say_metrics(done, total, means)
-                last |= means
-                window.clear()
-            evaluates = done % config.eval_steps == 0 or done == total
-            saves = config.save_steps and done % config.save_steps == 0
-            if evaluates or saves:
-                window.check_finite()
+    config, data, window, ranks, total = run.config, run.data, run.window, run.ranks, run.data.total_steps
+    done = saved = run.start
+    last, evaluates = {}, run.evaluate_first
+    with StopSignals() as signals, progress_bar() as bar:
+        task = bar.add_task("training", total=total, completed=done)
+        try:
             if evaluates:
-                last |= evaluate_and_log(run, done)
-            if saves:
-                state = {"step": done, "identity": run.identity, "window": window.state()}
-                save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, config.save_total_limit)
+                last |= evaluate_and_log(run, done, signals)
+            evaluates = False
+            window.restart_clock()
+            for share in data.steps_from(run.start):
+                num_items, *done_by_all = agree(run, share, signals)
+                rate = learning_rate(share.step, total, config)
+                metrics = optimizer_step(run, share, num_items, rate)
+                window.add(metrics)
+                window.count(*done_by_all)
+                done = share.step + 1
+                bar.update(task, completed=done)
+
+                if done == 1 or done % config.logging_steps == 0 or done == total:
+                    means = window.means() | {"learning_rate": rate}
+                    if done == 1:
+                        check_first_loss(run, share, num_items, means)
+                    run.log.write(done, done / data.steps_per_epoch, means)
+                    run.guards.on_log(done, means)
+                    if ranks.main:
+                        say_metrics(done, total, means)
+                    last |= means
+                    window.clear()
+                evaluates = done % config.eval_steps == 0 or done == total
+                if evaluates:
+                    last |= evaluate_and_log(run, done, signals)
+                evaluates = False
+                if run.guards.stop or (config.save_steps and done % config.save_steps == 0):
+                    save(run, done, evaluate=False)
+                    saved = done
+                if run.guards.stop:
+                    say(f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}")
+                    break
+        except Stopped as stop:
+            if done > saved:
+                save(run, done, evaluates)
+            where = f"checkpoint-{done} is whole" if done else "no step was done yet"
+            ranks.wait()
+            raise Stopped(stop.signal, f"{stop} after step {done}; {where}, --resume goes on from there") from None
     return last
 
 
-def optimizer_step(
-    run: Run, batches: list[Batch], mismatches: list[Batch], rate: float
-) -> dict[str, Tensor]:  # {name: (2,) [sum, count]}
-    """One update from all `batches`. Nothing in here waits for the device."""
-    lm, loss = run.lm, run.loss
-    num_items = sum(count_items(batch, loss) for batch in batches)
-    mismatches = [batch.to(lm.device) for batch in mismatches]
+def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, float]:
+    """Items that the loss is a mean over, tokens, examples and operations of the step over all ranks; Stopped if any
+    rank has got a signal.
+
+    The numbers lie in the CPU's memory: nothing here waits for the device."""
+    mine = [0.0] * 4
+    if share.counts:
+        flops = 0 if run.window.peak_flops is None else sum(training_flops(run.lm, batch) for batch in share.batches)
+        mine = [
+            sum(count_items(batch, run.loss) for batch in share.batches),
+            sum(batch.num_tokens for batch in share.batches),
+            sum(batch.num_items for batch in share.batches),
+            flops,
+        ]
+    *agreed, stop = run.ranks.sum_(torch.tensor([*mine, bool(signals.received)], dtype=torch.float64)).tolist()
+    if stop:
+        signals.stop()
+    return *(int(count) for count in agreed[:3]), agreed[3]
+
+
+def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[str, Tensor]:
+    """One update from the microbatches of all ranks, unless something in it is no number: {name: (2,) [sum, count]}."""
+    totals, suspects = accumulate(run, share, num_items)
+    norm = clip_gradients(run.lm.model, run.config.max_grad_norm)
+    # The one wait for the device in a step: an update that must not be made cannot be taken back.
+    loss = totals["loss"][0].item() / num_items
+    rows = [row for part in share.rows for microbatch in part for row in microbatch]
+    if run.guards.on_step(share.step + 1, loss, norm.item(), suspects or rows):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        totals |= {"grad_norm": torch.stack([norm, torch.ones_like(norm)])}
+    else:
+        totals = {"skipped_steps": torch.ones(2, device=run.lm.device, dtype=torch.float64)}
+    run.optimizer.zero_grad()
+    return totals
+
+
+def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor], list[str]]:
+    """The step's gradients in the parameters, summed over microbatches and ranks, with its metrics, and the rows of the
+    microbatches whose loss is no number. One small reduction carries all that is not a gradient."""
+    lm, loss, ranks = run.lm, run.loss, run.ranks
+    mismatches = [batch.to(lm.device) for batch in share.mismatches]
     one_z0 = run.config.z0_scope == "step"
-    z0 = reference_point(lm, mismatches) if mismatches and one_z0 else None
+    z0 = None
+    if mismatches and one_z0:
+        own, spare = (mismatches, []) if share.counts else ([], mismatches)
+        z0 = reference_point(lm, own, ranks, spare)
     totals: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches):
+    finite = torch.ones(ranks.size, len(share.batches), device=lm.device, dtype=torch.float64)
+    for number, batch in enumerate(share.batches):
         if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
+        reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
-        out.loss.backward()
+        (out.loss if share.counts else 0.0 * out.loss).backward()
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
-        add_metrics(totals, out.metrics | {"loss": torch.stack([summed, count])})
-        run.window.watch(batch.rows, summed)
+        metrics = out.metrics | {"loss": torch.stack([summed, count])}
+        add_metrics(totals, metrics if share.counts else {name: 0.0 * value for name, value in metrics.items()})
+        finite[ranks.rank, number] = torch.isfinite(summed)
+    sum_gradients(lm.model, ranks)
+    padded = padded_tokens(share.batches, run.config.per_device_train_batch_size)
+    saved = [padded - sum(batch.tokens.num_tokens for batch in share.batches), padded]
+    totals["tokens_saved"] = torch.tensor(saved if share.counts else [0, 0], device=lm.device, dtype=torch.float64)
 
-    norm = torch.nn.utils.clip_grad_norm_(run.lm.model.parameters(), run.config.max_grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.window.watch([row for batch in batches for row in batch.rows], norm)
-    for batch in batches:
-        flops = 0 if run.window.peak_flops is None else training_flops(lm, batch)
-        run.window.count(batch.num_tokens, batch.num_items, flops)
-    padded = padded_tokens(batches, run.config.per_device_train_batch_size)
-    saved = [padded - sum(batch.tokens.num_tokens for batch in batches), padded]
-    saved = torch.stack([torch.full_like(norm, tokens, dtype=torch.float64) for tokens in saved])
-    return totals | {"grad_norm": torch.stack([norm, torch.ones_like(norm)]), "tokens_saved": saved}
+    packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), finite.reshape(-1, 1).expand(-1, 2)]))
+    totals = dict(zip(totals, packed, strict=False))
+    suspects = []
+    if not torch.isfinite(totals["loss"][0]):
+        flags = packed[len(totals) :, 0].reshape(ranks.size, -1).tolist()  # ranks.size where every loss is a number
+        for part, part_flags in zip(share.rows, flags, strict=True):
+            suspects += [row for rows, flag in zip(part, part_flags, strict=False) if flag < ranks.size for row in rows]
+    return totals, suspects
 
 
-def evaluate_and_log(run: Run, step: int) -> dict[str, float]:
+def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:
     if run.held is None:
         return {}
+
+    def between() -> None:
+        if run.ranks.any(bool(signals.received)):
+            signals.stop()
+
     with run.window.clock_stopped():
-        metrics = {f"eval_{name}": value for name, value in evaluate(run.lm, run.held, run.loss).items()}
+        means = evaluate(run.lm, run.held, run.loss, run.ranks, between)
+    run.guards.on_evaluation(step, means)
+    metrics = {f"eval_{name}": value for name, value in means.items()}
     run.log.write(step, step / run.data.steps_per_epoch, metrics)
     say_metrics(step, run.data.total_steps, metrics, prefix="eval_")
     return metrics
 
 
-def check_first_loss(run: Run, batches: list[Batch], loss: float) -> None:
+def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, float]) -> None:
     """A policy that is its own reference starts at the loss of log-ratio 0: for DPO, ln 2.
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
-    if not run.loss.uses_reference or run.config.ref_model_name_or_path is not None:
+    if not run.loss.uses_reference or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
     z0 = 0.0 if isinstance(run.loss, prefuse.KTO) else None
-    num_items = sum(count_items(batch, run.loss) for batch in batches)
     expected = sum(
         prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
-        for b in batches
+        for b in share.batches
     )
+    expected = run.ranks.sum_(torch.tensor(expected if share.counts else 0.0, dtype=torch.float64)).item()
     bound = max(1e-5, torch.finfo(run.lm.compute_dtype).eps) * max(1.0, expected)
-    if abs(loss - expected) > bound:
+    if abs(means["loss"] - expected) > bound:
         logger.warning(
             "the first loss is %.7f, but the policy still is its reference, so %.7f within %.1g was expected: "
-            "rewards will be off by as much", loss, expected, bound,
+            "rewards will be off by as much", means["loss"], expected, bound,
         )  # fmt: skip
+
+
+def save(run: Run, step: int, evaluate: bool) -> None:
+    state = state_of(run, step, evaluate)
+    save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.config.save_total_limit, run.ranks)
 
 
 def publish_model(run: Run) -> None:
     """The final model straight in the run folder, each file whole or absent."""
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.") as aside:
-        save_model(run.lm.model, run.tokenizer, Path(aside))
-        for path in Path(aside).iterdir():
-            path.replace(run.folder / path.name)
+    weights = whole_weights(run.lm.model, run.ranks)
+
+    def publish() -> None:
+        with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.") as aside:
+            save_model(run.lm.model, run.tokenizer, Path(aside), weights)
+            for path in Path(aside).iterdir():
+                path.replace(run.folder / path.name)
+
+    run.ranks.from_main(publish)

@@ -75,13 +75,15 @@ def finished(finished_once, tmp_path):
 def test_only_the_newest_checkpoints_are_kept_and_each_is_a_model(finished):
     assert sorted(path.name for path in finished.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
     names = {path.name for path in (finished / "checkpoint-6").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors"} <= names
+    assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer-00001.safetensors"} <= names
     assert set(json.loads((finished / "checkpoint-6/manifest.json").read_text())) == names - {"manifest.json"}
     assert not any(path.suffix in (".pt", ".bin", ".pkl", ".pth") for path in finished.rglob("*"))
     assert all(torch.equal(weights(finished)[k], v) for k, v in weights(finished / "checkpoint-6").items())
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer-00001.safetensors", "rng.safetensors", "trainer_state.json"]
+)
 def test_a_damaged_checkpoint_is_passed_over(finished, file, caplog):
     path = finished / "checkpoint-6" / file
     data = bytearray(path.read_bytes())

@@ -112,6 +112,10 @@ def test_a_file_that_is_not_there(tmp_path):
         ("train", {"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\), got 1.0"),
         ("train", {"warmup_ratio": 1.5}, r"warmup_ratio must be in \[0, 1\], got 1.5"),
         ("train", {"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\): training needs rows too, got 1.0"),
+        ("train", {"max_loss_ratio": 1.0}, "max_loss_ratio must be above 1, got 1.0"),
+        ("train", {"max_kl": 0.0}, "max_kl must be above 0, or null for no limit, got 0.0"),
+        ("train", {"nproc": 0}, "nproc must be at least 1, got 0"),
+        ("train", {"fsdp_cpu_offload": True}, "fsdp_cpu_offload has a meaning only with parallel fsdp"),
         ("generate", {"eval_fraction": 0.0}, r"eval_fraction must be in \(0, 1\], got 0.0"),
         ("generate", {"output_file": __file__}, "output_file .* exists: give another name, or remove it"),
         ("generate", {"output_file": "/none/x"}, "output_file /none/x is in a folder that does not exist"),
@@ -134,6 +138,7 @@ def test_every_number_is_checked():
     """A new number must be put into one of the checks, or named here with the reason why it needs none."""
     checked = {*config_module._AT_LEAST_ONE, *config_module._AT_LEAST_ZERO, *config_module._ABOVE_ZERO}
     checked |= {"learning_rate", "max_steps", "eval_fraction", "adam_beta1", "adam_beta2", "warmup_ratio"}
+    checked |= {"max_loss_ratio", "max_kl"}
     checked |= {"beta", "label_smoothing", "desirable_weight", "undesirable_weight"}  # by the loss
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float, float | None)}
     assert numbers == checked
