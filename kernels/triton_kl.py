@@ -112,7 +112,7 @@ def _fold_tile(b_z, b_ref, HALVES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V:
     b_anchor = tl.max(tl.where(b_z == b_top[:, None], b_ref, NEG_INF), 1) - b_top
     b_anchor = tl.where(b_total == 0, 0.0, b_anchor)
     # log(r / p) = d - (log-sum-exp of the reference - that of the policy), the difference taken before it is rounded
-    b_shift = (b_ref_top - b_top) + tl.log2(_or_one(b_ref_total) / _or_one(b_total))
+    b_shift = (b_ref_top - b_top) + tl.log2(tl.div_rn(_or_one(b_ref_total), _or_one(b_total)))
     b_own = (b_anchor - b_shift) * LN2
     b_lse = b_top + tl.log2(_or_one(b_total))
     b_ref_lse = b_ref_top + tl.log2(_or_one(b_ref_total))
@@ -133,8 +133,8 @@ def _part(total, ref_total, top, ref_top, kl, anchor, mean, all_total, all_ref, 
     """What one of two sets of columns adds to the KL and the mean of their union."""
     b_p = total * tl.exp2(top - all_top) / _or_one(all_total)
     b_r = ref_total * tl.exp2(ref_top - all_ref_top) / _or_one(all_ref)
-    # log(r / p), in which neither r nor p may underflow; of equal sides exactly 0
-    b_log = tl.log2((ref_total * all_total) / _or_one(all_ref * total))
+    # log(r / p), in which neither r nor p may underflow. (An ordinary division on a GPU need not make 1 of x / x.)
+    b_log = tl.log2(tl.div_rn(ref_total * all_total, _or_one(all_ref * total)))
     b_x = ((ref_top - all_ref_top) - (top - all_top) + b_log) * LN2
     b_kl = _terms(b_p, b_r, b_x) + tl.where(b_p == 0, 0.0, b_p * kl)
     b_mean = tl.where(b_p == 0, 0.0, b_p * (mean + (anchor - all_anchor) * LN2))

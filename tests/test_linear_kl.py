@@ -24,7 +24,7 @@ IMPLS = ["torch", "triton", "reference"]
 FUSED = ["torch", "triton"]
 DTYPES = {
     "torch": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
-    "triton": [torch.float32, torch.bfloat16, torch.float16],
+    "triton": [torch.float32, torch.bfloat16],
     "reference": [torch.float32, torch.bfloat16, torch.float64],
 }
 IMPL_DTYPES = [(impl, dtype) for impl in IMPLS for dtype in DTYPES[impl]]
@@ -84,11 +84,17 @@ def test_every_shape_agrees_with_float64(small_tiles, device, shape, impl, dtype
     check_kl(head(impl), models)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_agrees_with_float64(small_tiles, device, name, impl, dtype):
-    for d in (13, 16) if impl == "triton" else (13,):
-        check_kl(head(impl), random_models(19, d, 70, dtype, masked=0.2, device=on(impl, device), **OPTIONS[name]))
+# D = 13: by pointer. D = 16: by descriptor in the kernels, and the fold in halves.
+@pytest.mark.parametrize(
+    ("impl", "name", "dtype", "d"),
+    [
+        *((impl, name, dtype, 13) for impl, dtype in IMPL_DTYPES if impl != "triton" for name in OPTIONS),
+        *(("triton", name, dtype, d) for name in OPTIONS for dtype, d in ((torch.float32, 13), (torch.bfloat16, 16))),
+        *(("triton", "all", dtype, d) for dtype, d in ((torch.float16, 13), (torch.float16, 16), (torch.float32, 16))),
+    ],
+)
+def test_every_option_agrees_with_float64(small_tiles, device, impl, name, dtype, d):
+    check_kl(head(impl), random_models(19, d, 70, dtype, masked=0.2, device=on(impl, device), **OPTIONS[name]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -96,8 +102,7 @@ def test_every_option_agrees_with_float64(small_tiles, device, name, impl, dtype
 def test_every_set_of_gradients_agrees_with_float64(small_tiles, device, needs, impl):
     models = random_models(21, 13, 70, masked=0.2, device=on(impl, device), **OPTIONS["all"])
     made = check_kl(head(impl), models, NEEDS[needs])
-    everything = check_kl(head(impl), models, NAMES, grad=None)
-    assert torch.equal(made.kl, everything.kl)
+    assert torch.equal(made.kl, evaluate(head(impl), models).kl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,12 +231,12 @@ def test_equal_models_have_exactly_no_divergence_and_no_gradient(device, d, dtyp
         assert not x.any(), name
 
 
-@pytest.mark.parametrize(("impl", "v"), [("torch", 4500), ("triton", 300)])
+@pytest.mark.parametrize(("impl", "v"), [("torch", 4500), ("triton", 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("apart", [1e-3, 1e-2, 0.1, 1.0, 4.0])
 def test_a_divergence_from_1e_6_to_100_nats_keeps_its_digits(device, apart, dtype, impl, v):
     """To within what logits rounded to float32 leave of it: `eps * |logit| * sqrt(2 KL)`."""
-    models = random_models(40, 32, v, dtype, apart=apart, spread=4.0, device=on(impl, device))
+    models = random_models(16, 32, v, dtype, apart=apart, spread=4.0, device=on(impl, device))
     if dtype == torch.bfloat16:  # which cannot hold a change of 0.001: heads are left apart by a bias instead
         models = models.but(ref_hidden=models.hidden, ref_bias=4 * apart * torch.randn(v).to(models.hidden.device))
     kl = check_kl(head(impl), models).kl
@@ -254,7 +259,7 @@ def test_a_constant_between_the_logits_changes_little(small_tiles, device, shift
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("gap", [30.0, 90.0, 200.0, 1e4])
 def test_models_far_apart(small_tiles, device, gap, impl):
-    models = random_models(18, 16, 100, bias=True, device=on(impl, device))
+    models = random_models(9, 16, 100, bias=True, device=on(impl, device))
     bias, ref_bias = torch.zeros(100), torch.zeros(100)
     bias[3] += gap
     ref_bias[70] += gap  # in another tile, and in another segment
@@ -281,7 +286,7 @@ def test_columns_that_neither_model_can_produce_count_nowhere(small_tiles, devic
 
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
 def test_what_only_the_reference_can_produce_is_finite_and_what_only_the_policy_can_is_not(small_tiles, device, impl):
-    models = random_models(18, 16, 100, bias=True, device=on(impl, device))
+    models = random_models(9, 16, 100, bias=True, device=on(impl, device))
     for columns in ([7], range(32, 64), range(10, 100)):
         one_sided = models.bias.clone()
         one_sided[list(columns)] = -math.inf
