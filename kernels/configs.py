@@ -74,8 +74,9 @@ class Row:
 
 
 INTERPRETER = 0  # the "chip" of CPU tensors under Triton's interpreter: tiny tiles, so that small tests have many
-KERNELS = ("fold", "outputs", "pull softcap", "dlogits", "kl", "kl plain")
-STAND_INS = {"pull softcap": "fold", "kl plain": "kl"}  # a kernel without a row takes that of another
+KERNELS = ("fold", "outputs", "pull softcap", "pull softcap outputs", "dlogits", "kl", "kl plain")
+# A kernel without a row takes that of another.
+STAND_INS = {"pull softcap": "fold", "pull softcap outputs": "outputs", "kl plain": "kl"}
 DTYPES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "float32"}
 OPERANDS = ("pointers", "descriptors")
 # AMD's chips are not ordered by their names. These have the matrix unit of gfx942, and as much of all else.
@@ -135,9 +136,9 @@ def _holds(row: Row, chip: Chip, dtype: str, d: int, v: int) -> bool:
 
 def fold_kernel(outputs: bool, pull: bool, softcap: bool) -> str:
     """The table's name for a forward with these needs."""
-    if outputs:
-        return "outputs"
-    return "pull softcap" if pull and softcap else "fold"
+    if pull and softcap:
+        return "pull softcap outputs" if outputs else "pull softcap"
+    return "outputs" if outputs else "fold"
 
 
 def segments(device: torch.device, tiles: int) -> int:

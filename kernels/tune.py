@@ -104,6 +104,7 @@ WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
     "fold": lambda head: head.run() + head.run(("hidden",)),
     "outputs": lambda head: head.run(outputs=OUTPUTS),
     "pull softcap": lambda head: head.run(("hidden",), softcap=30.0),
+    "pull softcap outputs": lambda head: head.run(("hidden",), softcap=30.0, outputs=OUTPUTS),
     "dlogits": lambda head: head.run(("hidden", "weight")),
     "kl": lambda head: head.divergence(softcap=30.0),
     "kl plain": lambda head: head.divergence(),
@@ -374,7 +375,7 @@ def line_of(row: Row) -> str:
     rest += "".join(f"{name} = {x}, " for name, x in (("min_d", row.min_d), ("min_v", row.min_v)) if x)
     return (
         f"  {{ chip = {quoted(chip_name(row.chip)) + ',':9} dtype = {quoted(row.dtype) + ',':10} "
-        f"operands = {quoted(OPERANDS[c.descriptors]) + ',':14} kernel = {quoted(row.kernel) + ',':15} "
+        f"operands = {quoted(OPERANDS[c.descriptors]) + ',':14} kernel = {quoted(row.kernel) + ',':23} "
         f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {rest}source = {quoted(row.source)} }},"
     )
 

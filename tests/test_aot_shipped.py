@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+import triton
 
 from aot_worker import compiling_processes
 from prefuse.kernels import report
+from prefuse.kernels.aot import CHIPS
 from prefuse.kernels.configs import DTYPES, TABLE, chip_name, read
 from prefuse.kernels.shipped import DLOGITS_VARIANTS, FOLD_VARIANTS, KL_VARIANTS, compile_shipped, shipped, users
 
@@ -39,11 +41,23 @@ def pool():
 
 def check(pool, jobs):
     """jobs: (chip, dtype, operands by descriptor, name[, D, V])."""
-    made = {job: pool.submit(compile_shipped, *job) for job in jobs}
+    futures = {job: pool.submit(compile_shipped, *job) for job in jobs}
+    made = {job: future.result() for job, future in futures.items()}
     # Exact float32 products are made by the ordinary units, so no matrix instruction is asked for.
-    problems = {job: future.result().problems(matrix_unit=job[1] != torch.float32) for job, future in made.items()}
-    assert not {job: found for job, found in problems.items() if found}
-    return {job: future.result() for job, future in made.items()}
+    problems = {job: x.problems(matrix_unit=job[1] != torch.float32) for job, x in made.items()}
+    assert not {job: found for job, found in problems.items() if found and not known(job, made[job])}
+    return made
+
+
+def known(job, made):
+    """What triton 3.6 makes worse than 3.7 and later, and no smaller tile is worth for it."""
+    if not triton.__version__.startswith("3.6."):
+        return False
+    chip, _, descriptors, name, *_ = job
+    beside_descriptors = chip == 120 and descriptors and not made.spill_bytes and made.local_ops <= 6
+    bias = (chip, name) == (90, "fold, bias") and made.spill_bytes <= 40 and made.local_ops <= 10
+    only = made.shared <= CHIPS[chip].shared_limit and made.matrix_ops and not made.wgmma_serialized
+    return (beside_descriptors or bias) and only
 
 
 def test_the_common_kernels_compile_clean(pool):

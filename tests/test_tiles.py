@@ -178,6 +178,8 @@ def row_of(chip, dtype, kernel, descriptors):
         (("pull softcap", 90, torch.bfloat16, True), (90, "half", "pull softcap", True)),
         (("pull softcap", 100, torch.bfloat16, True), (100, "half", "fold", True)),
         (("pull softcap", 80, torch.bfloat16, True), (80, "half", "fold", False)),
+        (("pull softcap outputs", 90, torch.bfloat16, True), (90, "half", "pull softcap outputs", True)),
+        (("pull softcap outputs", 120, torch.bfloat16, True), (120, "half", "outputs", True)),
         # AMD by name: CDNA is one family.
         (("fold", "gfx942", torch.bfloat16, True), ("gfx942", "half", "fold", False)),
         (("fold", "gfx90a", torch.float32, True), ("gfx942", "float32", "fold", False)),
@@ -240,6 +242,22 @@ def test_a_chip_with_a_fold_of_its_own_pulls_with_it_under_a_softcap(own_table):
     own_table(GOOD | {"chip": "sm_89", "operands": "pointers"})
     assert tile_of("pull softcap", chip=89) == tile_of("fold", chip=89) == Config(64, 64, 64, 4, 2, False)
     assert tile_of("outputs", chip=89) == row_of(80, "half", "outputs", False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "pull", "softcap", "kernel"),
+    [
+        (False, False, False, "fold"),
+        (False, False, True, "fold"),
+        (False, True, False, "fold"),  # the same tile without gradients and frozen: the same bits
+        (False, True, True, "pull softcap"),
+        (True, False, True, "outputs"),
+        (True, True, False, "outputs"),
+        (True, True, True, "pull softcap outputs"),
+    ],
+)
+def test_the_name_of_a_forward(outputs, pull, softcap, kernel):
+    assert configs.fold_kernel(outputs, pull, softcap) == kernel
 
 
 def test_a_trial_goes_before_everything_and_ends(own_table):
