@@ -310,6 +310,15 @@ def test_nothing_of_the_square_of_the_batch_is_allocated():
     assert largest.size <= 640 * 8 < 640 * 640
 
 
+def test_only_the_keys_in_the_window_are_gathered():
+    segments = Segments([[12, 8, 1]])
+    full, near, self = (attention.varlen_index(segments, window, CPU) for window in (None, 3, 1))
+    assert full.cu_seqlens_k.diff().tolist() == [12, 20, 13]
+    assert near.cu_seqlens_k.diff().tolist() == [12, 10, 3]
+    assert near.keys.index.tolist()[12:15] == [10, 11, 12]
+    assert self.cu_seqlens_k.diff().tolist() == full.cu_seqlens_q.diff().tolist() == [12, 8, 1]
+
+
 def test_token_places():
     group, side, position = token_places(Segments([[2, 1, 2], [1, 1]]), CPU)
     assert group.tolist() == [0, 0, 0, 0, 0, 1, 1]
@@ -562,6 +571,28 @@ def test_a_mask_that_is_no_window_is_refused():
     model.model.__class__ = ChunkedLlama
     with pytest.raises(UnsupportedModel, match="attention mask that is neither causal nor a sliding window"):
         check_packing(model)
+
+
+def test_rules_of_masks():
+    from transformers import masking_utils
+
+    causal, window = masking_utils.causal_mask_function, masking_utils.sliding_window_causal_mask_function
+    chunked = masking_utils.chunked_causal_mask_function(9, torch.zeros(1, dtype=torch.int))
+    is_causal_window = attention._is_causal_window
+    assert is_causal_window(causal, None)
+    assert all(is_causal_window(window(size), size) for size in (1, 2, 7, 4096, 10**5))
+    assert not is_causal_window(window(7), None)
+    assert not is_causal_window(causal, 7)
+    assert not is_causal_window(window(7), 8)
+    assert not is_causal_window(window(8), 7)
+    assert not is_causal_window(chunked, None)
+    assert not is_causal_window(chunked, 9)
+    assert not is_causal_window(lambda b, h, q, k: torch.ones(5, 5, dtype=torch.bool)[q, k], None)  # of one batch
+
+    def elsewhere(b, h, q, k):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    assert not is_causal_window(elsewhere, None)
 
 
 @pytest.mark.parametrize(
