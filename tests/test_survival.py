@@ -231,6 +231,29 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(before, after, files,
     )
 
 
+def test_ranks_whose_weights_have_drifted_apart_save_nothing_of_it(files, server, tmp_path):
+    argv = command(files, tmp_path / "run", num_train_epochs=1.0)
+    assert server.run(argv, 2, tmp_path / "log", drift=True) == [1, 1]
+    for rank in "01":
+        said = (tmp_path / f"log.{rank}").read_text()
+        assert "model.norm.weight is no longer the same on all ranks: nothing was saved of it" in said
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, server, tmp_path):
+    """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged."""
+    argv = lambda out: command(files, tmp_path / out, num_train_epochs=1.0, reference_cache=tmp_path / "cache")  # noqa: E731
+    assert server.run(argv("one"), 2, tmp_path / "log") == [0, 0]
+    entries = sorted((tmp_path / "cache").iterdir())
+    assert len(entries) == 4
+    (entries[0] / "logps.safetensors").write_bytes(b"damaged")
+    assert server.run(argv("two"), 2, tmp_path / "again") == [0, 0]
+    said = (tmp_path / "again.0").read_text()
+    assert f"the reference cache {entries[0]} is damaged: computing it again" in said
+    assert said.count("log-probabilities of") == 1 + 3
+    assert result(tmp_path / "two") == result(tmp_path / "one")
+
+
 def test_another_number_of_items_in_a_step_is_not_resumed(files, server, tmp_path):
     argv = command(files, tmp_path / "run", num_train_epochs=1.0)
     assert server.run(argv, 1, tmp_path / "log") == [0]
