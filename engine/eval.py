@@ -85,7 +85,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all held-out rows: loss, TRL's metrics and, where there is a reference, kl_to_ref.
 
-    Each rank takes some of the batches; `between` is called before each."""
+    Each rank takes some of the batches; `between` is called before each.
+    """
     own = list(ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True))
     z0 = None
     if held.mismatches is not None:

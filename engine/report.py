@@ -86,7 +86,8 @@ class Window:
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a line. A resumed run keeps the `lines` that its checkpoint knew, and writes the
-    others again. Of several ranks only the main one `writes`."""
+    others again. Of several ranks only the main one `writes`.
+    """
 
     def __init__(self, path: Path, lines: int = 0, writes: bool = True):
         self.path = path

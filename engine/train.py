@@ -69,6 +69,7 @@ def train_loop(run: Run) -> dict[str, float]:
 
                 if done == 1 or done % config.logging_steps == 0 or done == total:
                     means = window.means() | {"learning_rate": rate}
+                    means |= {"skipped_steps": run.guards.skipped} if run.guards.skipped else {}
                     if done == 1:
                         check_first_loss(run, share, num_items, means)
                     run.log.write(done, done / data.steps_per_epoch, means)
@@ -100,7 +101,8 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
     """Items that the loss is a mean over, tokens, examples and operations of the step over all ranks; Stopped if any
     rank has got a signal.
 
-    The numbers lie in the CPU's memory: nothing here waits for the device."""
+    The numbers lie in the CPU's memory: nothing here waits for the device.
+    """
     mine = [0.0] * 4
     if share.counts:
         flops = 0 if run.window.peak_flops is None else sum(training_flops(run.lm, batch) for batch in share.batches)
@@ -117,9 +119,9 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
 
 
 def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[str, Tensor]:
-    """One update from the microbatches of all ranks, unless something in it is no number: {name: (2,) [sum, count]}."""
+    """One update from the microbatches of all ranks: {name: (2,) [sum, count]}. None, and {}, if that is no number."""
     totals, suspects = accumulate(run, share, num_items)
-    norm = clip_gradients(run.lm.model, run.config.max_grad_norm)
+    norm = clip_gradients(run.lm.model, run.config.max_grad_norm).to(run.lm.device)  # from the CPU, if offloaded
     # The one wait for the device in a step: an update that must not be made cannot be taken back.
     loss = totals["loss"][0].item() / num_items
     rows = [row for part in share.rows for microbatch in part for row in microbatch]
@@ -129,7 +131,7 @@ def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[
         run.optimizer.step()
         totals |= {"grad_norm": torch.stack([norm, torch.ones_like(norm)])}
     else:
-        totals = {"skipped_steps": torch.ones(2, device=run.lm.device, dtype=torch.float64)}
+        totals = {}
     run.optimizer.zero_grad()
     return totals
 

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ranks
+from prefuse.engine.batches import Examples
+from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.parallel import ALONE, Ranks, _buckets, share
+from prefuse.engine.run import _check_same_rows
 from tiny_run import PAIRS, read_log, save_model, weights, write_rows
 
 # 9 pairs in steps of 8: the second step has one pair, so one of two ranks has nothing to do in it. As KTO rows they are
@@ -73,8 +76,13 @@ QUICK = {  # the others are slow tests
 }  # fmt: skip
 
 
+def group(name):
+    """The cases that run in one start of the processes."""
+    return "quick" if name in QUICK else name.split()[0]
+
+
 class Runs:
-    """{case: folder}; the processes start once for all quick cases, and once for all the others."""
+    """{case: folder}; the processes start once for a group of cases, when one of them is asked for."""
 
     def __init__(self, folder, files):
         self.folder, self.files, self.done = folder, files, {}
@@ -82,11 +90,11 @@ class Runs:
     def __getitem__(self, name):
         if name not in self.done:
             for size in (1, 2):
-                made = {n: case for n, case in cases(size, self.files).items() if (n in QUICK) == (name in QUICK)}
-                folder = self.folder / f"{size} ranks {'quick' if name in QUICK else 'slow'}"
+                made = {n: case for n, case in cases(size, self.files).items() if group(n) == group(name)}
+                folder = self.folder / f"{group(name)} {size}"
                 folder.mkdir()
                 (folder / "cases.json").write_text(json.dumps(made))
-                ranks.run(size, folder, ranks.LIB / "parallel_worker.py", "cases.json", "out", timeout=280)
+                ranks.run(size, folder, ranks.LIB / "parallel_worker.py", "cases.json", "out", timeout=140)
                 self.done |= {n: folder / "out" / n for n in made}
         return self.done[name]
 
@@ -220,3 +228,32 @@ def test_one_process_needs_no_group():
     assert ALONE.texts("é") == ["é"]
     assert ALONE.from_main(lambda: {"a": 1}) == {"a": 1}
     assert list(Ranks().in_step([[1], [2]], [0])) == [([1], True), ([2], True)]
+
+
+def test_ranks_that_read_different_rows_do_not_start():
+    class Two(Ranks):
+        def texts(self, text):
+            return [text, "another"]
+
+    examples = Examples(["r:1"], [[([1], [2])]], None)
+    _check_same_rows(examples, None, ALONE)
+    with pytest.raises(UserError, match="rank 1 read other rows than rank 0: the data changed while it was read"):
+        _check_same_rows(examples, examples, Two(0, 2))
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_is_said_by_the_first():
+    class Fake(Ranks):
+        said = ("", "no space")
+
+        def texts(self, text):
+            return [text or said for said in self.said]
+
+    def full():
+        raise OSError("no space")
+
+    with pytest.raises(OtherRankFailed, match="no space"):
+        Fake(0, 2).together(lambda: 1)
+    with pytest.raises(OSError, match="no space"):
+        Fake(1, 2).from_main(lambda: 1, meanwhile=full)
+    with pytest.raises(OtherRankFailed):
+        Fake(2, 3).together(full)

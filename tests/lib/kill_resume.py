@@ -63,6 +63,7 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
         shutil.rmtree(self.stores)
 
 

@@ -1,8 +1,8 @@
 """A server that forks ranks of runs: the libraries are imported once, so a start costs a fraction of a second.
 
-Each line on stdin is JSON: {"argv": [...], "size": k, "store": path, "log": path, and "noise" and "slow" if wanted}. It
-starts k ranks with the `prefuse` command line `argv` and answers with their process ids; {"wait": [pids]} answers with
-their exit codes (negative: killed by that signal).
+Each line on stdin is JSON: {"argv": [...], "size": k, "store": path, "log": path, and "noise", "slow" and "drift" if
+wanted}. It starts k ranks with the `prefuse` command line `argv` and answers with their process ids; {"wait": [pids]}
+answers with their exit codes (negative: killed by that signal).
 """
 
 import json
@@ -26,6 +26,8 @@ def start(rank: int, order: dict) -> int:
     try:
         if order.get("noise"):
             add_noise()
+        if order.get("drift") and rank == 1:
+            drift()
         if order.get("slow"):
             slow_down(order["slow"])
         code = run(order["argv"])
@@ -76,6 +78,23 @@ def slow_down(seconds: float) -> None:
         return real(*args)
 
     train.optimizer_step = slow
+
+
+def drift() -> None:
+    """One weight of this rank goes its own way, as after a gradient that was not summed."""
+    import torch
+
+    from prefuse.engine import train
+
+    real = train.optimizer_step
+
+    def drifting(run, *args):
+        result = real(run, *args)
+        with torch.no_grad():
+            run.lm.model.model.norm.weight[3] += 1e-3
+        return result
+
+    train.optimizer_step = drifting
 
 
 def main() -> None:
