@@ -135,7 +135,7 @@ def test_metrics_and_final_weights_are_those_of_one_rank(loss, name, runs):
     assert [row["step"] for row in got] == [row["step"] for row in wanted]
     for a, b in zip(got, wanted, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_second"}:
+        for key in a.keys() - {"tokens_per_second", "samples_per_second", "tokens_saved"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
     after, before = weights(runs[name] / "run"), weights(runs[f"{loss} whole"] / "run")
     assert after.keys() == before.keys()
