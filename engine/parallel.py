@@ -159,8 +159,8 @@ def join(config: Config) -> Ranks:
 def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -> list[list[list[int]]]:
     """The microbatches of each of `size` ranks, by their number of tokens as even as it goes.
 
-    All get the same number of microbatches; for that the largest are split. Only where there are fewer examples than
-    ranks do some get none. `tokens` is by example.
+    All get the same number of microbatches; for that the largest are split. Where none is left to split, some get one
+    less than others. `tokens` is by example.
     """
     if size == 1:
         return [list(microbatches)]

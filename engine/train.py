@@ -12,6 +12,7 @@ step, from a pass over all its mismatches before the update, where the paper and
 
 import logging
 import tempfile
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -103,15 +104,13 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
 
     The numbers lie in the CPU's memory: nothing here waits for the device.
     """
-    mine = [0.0] * 4
-    if share.counts:
-        flops = 0 if run.window.peak_flops is None else sum(training_flops(run.lm, batch) for batch in share.batches)
-        mine = [
-            sum(count_items(batch, run.loss) for batch in share.batches),
-            sum(batch.num_tokens for batch in share.batches),
-            sum(batch.num_items for batch in share.batches),
-            flops,
-        ]
+    own = list(compress(share.batches, share.counts))
+    mine = [
+        sum(count_items(batch, run.loss) for batch in own),
+        sum(batch.num_tokens for batch in own),
+        sum(batch.num_items for batch in own),
+        0 if run.window.peak_flops is None else sum(training_flops(run.lm, batch) for batch in own),
+    ]
     *agreed, stop = run.ranks.sum_(torch.tensor([*mine, bool(signals.received)], dtype=torch.float64)).tolist()
     if stop:
         signals.stop()
@@ -144,8 +143,8 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     one_z0 = run.config.z0_scope == "step"
     z0 = None
     if mismatches and one_z0:
-        own, spare = (mismatches, []) if share.counts else ([], mismatches)
-        z0 = reference_point(lm, own, ranks, spare)
+        own = list(compress(mismatches, share.counts))
+        z0 = reference_point(lm, own, ranks, spare=mismatches[len(own) :])
     totals: dict[str, Tensor] = {}
     finite = torch.ones(ranks.size, len(share.batches), device=lm.device, dtype=torch.float64)
     for number, batch in enumerate(share.batches):
@@ -153,16 +152,18 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
             z0 = reference_point(lm, mismatches[number : number + 1])
         reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
-        (out.loss if share.counts else 0.0 * out.loss).backward()
+        counts = share.counts[number]
+        (out.loss if counts else 0.0 * out.loss).backward()
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
-        add_metrics(totals, metrics if share.counts else {name: 0.0 * value for name, value in metrics.items()})
+        add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
     sum_gradients(lm.model, ranks)
-    padded = padded_tokens(share.batches, run.config.per_device_train_batch_size)
-    saved = [padded - sum(batch.tokens.num_tokens for batch in share.batches), padded]
-    totals["tokens_saved"] = torch.tensor(saved if share.counts else [0, 0], device=lm.device, dtype=torch.float64)
+    own = list(compress(share.batches, share.counts))
+    padded = padded_tokens(own, run.config.per_device_train_batch_size)
+    saved = [padded - sum(batch.tokens.num_tokens for batch in own), padded]
+    totals["tokens_saved"] = torch.tensor(saved, device=lm.device, dtype=torch.float64)
 
     packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), finite.reshape(-1, 1).expand(-1, 2)]))
     totals = dict(zip(totals, packed, strict=False))
@@ -201,9 +202,9 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
     z0 = 0.0 if isinstance(run.loss, prefuse.KTO) else None
     expected = sum(
         prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
-        for b in share.batches
+        for b in compress(share.batches, share.counts)
     )
-    expected = run.ranks.sum_(torch.tensor(expected if share.counts else 0.0, dtype=torch.float64)).item()
+    expected = run.ranks.sum_(torch.tensor(expected, dtype=torch.float64)).item()
     bound = max(1e-5, torch.finfo(run.lm.compute_dtype).eps) * max(1.0, expected)
     if abs(means["loss"] - expected) > bound:
         logger.warning(
