@@ -115,9 +115,11 @@ SAME += [marked("dpo offload", "dpo"), marked("dpo sharded alone", "dpo")]
 @pytest.mark.parametrize(("loss", "name"), SAME)
 def test_every_gradient_of_every_step_is_that_of_one_rank_in_one_go(loss, name, runs):
     """To rounding: sums of float32 in another order, through a few layers. A step of Adam passes it on to the next."""
-    wanted = load_file(runs[f"{loss} whole"] / "gradients.safetensors")
-    got = load_file(runs[name] / "gradients.safetensors")
-    steps = 3 if loss == "kto" else 2
+    check_gradients(runs[name], runs[f"{loss} whole"], steps=3 if loss == "kto" else 2)
+
+
+def check_gradients(folder, whole, steps):
+    got, wanted = (load_file(out / "gradients.safetensors") for out in (folder, whole))
     assert got.keys() == wanted.keys()
     assert {key.split(".")[0] for key in got} == {str(step) for step in range(steps)}
     for step in range(steps):
@@ -127,6 +129,23 @@ def test_every_gradient_of_every_step_is_that_of_one_rank_in_one_go(loss, name, 
         for key in keys:
             error = (got[key].double() - wanted[key].double()).norm().item()
             assert error <= 1e-5 * wanted[key].double().norm().item() + 1e-6 * size, key
+
+
+@pytest.mark.slow
+def test_an_idle_rank_adds_nothing(files, tmp_path):
+    """8 pairs in steps of 6 on 3 ranks: the second step has 2 pairs, and what the third rank repeats is one of them.
+    (Of a step with a single pair a repetition would not show: its mean is the same.)"""
+    case = DATA | {"model_name_or_path": files["model"], "dataset_name": write_rows(tmp_path / "p.jsonl", PAIRS[:8])}
+    three = {cut: case | {"per_device_train_batch_size": 2, "parallel": cut} for cut in ("ddp", "fsdp")}
+    for size, made in (1, {"whole": case | {"per_device_train_batch_size": 6}}), (3, three):
+        (tmp_path / f"{size}").mkdir()
+        (tmp_path / f"{size}/cases.json").write_text(json.dumps(made))
+        ranks.run(size, tmp_path / f"{size}", ranks.LIB / "parallel_worker.py", "cases.json", "out", timeout=140)
+    for cut in three:
+        check_gradients(tmp_path / "3/out" / cut, tmp_path / "1/out/whole", steps=2)
+        logs = [read_log(folder / "run") for folder in (tmp_path / "3/out" / cut, tmp_path / "1/out/whole")]
+        for key in logs[1][-1].keys() - {"tokens_per_second"}:
+            assert logs[0][-1][key] == pytest.approx(logs[1][-1][key], rel=1e-4, abs=2e-6), key
 
 
 @pytest.mark.parametrize(("loss", "name"), SAME)

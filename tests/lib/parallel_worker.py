@@ -55,6 +55,7 @@ def run_case(case: dict, out: Path) -> None:
         save_file(gradients, out / "gradients.safetensors")
         (out / "rows.json").write_text(json.dumps([json.loads(text) for text in seen]))
         assert read_log(out / "run")
+    ranks.wait()
 
 
 def main() -> None:

@@ -37,4 +37,5 @@ def finish(workers: list[subprocess.Popen], timeout: float = 200) -> list[tuple[
 def run(size: int, folder: Path, *command: object, timeout: float = 200) -> None:
     """Run to a good end on all ranks."""
     results = finish(start(size, folder, *command), timeout)
-    assert [code for code, *_ in results] == [0] * size, "\n\n".join(err[-3000:] for *_, err in results)
+    codes = [code for code, *_ in results]
+    assert codes == [0] * size, f"exit codes {codes}\n" + "\n\n".join(err[-3000:] for *_, err in results)
