@@ -49,7 +49,7 @@ class Share:
     step: int
     batches: list[Batch]
     mismatches: list[Batch]  # KTO: one for each batch
-    counts: bool  # False where there is nothing left for this rank: it goes through the motions beside the others
+    counts: list[bool]  # for each batch; False: nothing is left for this rank, it goes through the motions with others
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
 
 
@@ -74,14 +74,17 @@ class TrainingSet:
         for step in range(start, self.total_steps):
             epoch, index = divmod(step, self.steps_per_epoch)
             parts = self.plans[epoch][index]
-            own = parts[self.ranks.rank] or next(part for part in parts if part)[:1]
+            own = parts[self.ranks.rank]
+            counts = [number < len(own) for number in range(max(map(len, parts)))]
+            spare = next(part for part in parts if part)[0]
+            own = own + [spare] * (len(counts) - len(own))
             batches = [collate(self.examples, indices, self.ref_logps) for indices in own]
             mismatches = []
             if self.mismatches is not None:
                 other, logps = self.mismatches[epoch], self.mismatch_ref_logps[epoch]
                 mismatches = [collate(other, indices, logps) for indices in own]
             rows = [[[self.examples.rows[i] for i in indices] for indices in part] for part in parts]
-            yield Share(step, batches, mismatches, bool(parts[self.ranks.rank]), rows)
+            yield Share(step, batches, mismatches, counts, rows)
 
 
 @dataclass(frozen=True)

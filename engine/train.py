@@ -100,9 +100,8 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int]:
 
     The numbers lie in the CPU's memory: nothing here waits for the device.
     """
-    items = sum(count_items(batch, run.loss) for batch in share.batches)
-    tokens = sum(batch.num_tokens for batch in share.batches)
-    mine = [items, tokens] if share.counts else [0, 0]
+    own = [batch for batch, counts in zip(share.batches, share.counts, strict=True) if counts]
+    mine = [sum(count_items(batch, run.loss) for batch in own), sum(batch.num_tokens for batch in own)]
     agreed = run.ranks.sum_(torch.tensor([*mine, bool(signals.received)], dtype=torch.float64)).tolist()
     if agreed[2]:
         signals.stop()
@@ -135,20 +134,20 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     one_z0 = run.config.z0_scope == "step"
     z0 = None
     if mismatches and one_z0:
-        own, spare = (mismatches, []) if share.counts else ([], mismatches)
+        own, spare = mismatches[: sum(share.counts)], mismatches[sum(share.counts) :]
         z0 = reference_point(lm, own, ranks, spare)
     totals: dict[str, Tensor] = {}
     finite = torch.ones(ranks.size, len(share.batches), device=lm.device, dtype=torch.float64)
-    for number, batch in enumerate(share.batches):
+    for number, (batch, counts) in enumerate(zip(share.batches, share.counts, strict=True)):
         if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
         reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
-        (out.loss if share.counts else 0.0 * out.loss).backward()
+        (out.loss if counts else 0.0 * out.loss).backward()
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
-        add_metrics(totals, metrics if share.counts else {name: 0.0 * value for name, value in metrics.items()})
+        add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
     sum_gradients(lm.model, ranks)
 
@@ -189,9 +188,10 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
     z0 = 0.0 if isinstance(run.loss, prefuse.KTO) else None
     expected = sum(
         prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
-        for b in share.batches
+        for b, counts in zip(share.batches, share.counts, strict=True)
+        if counts
     )
-    expected = run.ranks.sum_(torch.tensor(expected if share.counts else 0.0, dtype=torch.float64)).item()
+    expected = run.ranks.sum_(torch.tensor(expected, dtype=torch.float64)).item()
     bound = max(1e-5, torch.finfo(run.lm.compute_dtype).eps) * max(1.0, expected)
     if abs(means["loss"] - expected) > bound:
         logger.warning(
