@@ -20,7 +20,6 @@ import functools
 import heapq
 import json
 import logging
-import math
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,8 +158,8 @@ def join(config: Config) -> Ranks:
 def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -> list[list[list[int]]]:
     """The microbatches of each of `size` ranks, by their number of tokens as even as it goes.
 
-    All get the same number of microbatches; for that the largest are split. Where none is left to split, some get one
-    less than others. `tokens` is by example.
+    All get the same number of microbatches; for that the largest are split. Only where all have a single example and
+    their number does not divide do some get one less. `tokens` is by example.
     """
     if size == 1:
         return [list(microbatches)]
@@ -170,13 +169,16 @@ def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -
         largest = max((indices for indices in bins if len(indices) > 1), key=weight)
         bins.remove(largest)
         bins += _halves(largest, tokens)
-    room = math.ceil(len(bins) / size)
+    room, extra = divmod(len(bins), size)
     parts: list[list[list[int]]] = [[] for _ in range(size)]
     lightest = [(0, rank) for rank in range(size)]
     for indices in sorted(bins, key=lambda indices: (-weight(indices), indices)):
         load, rank = heapq.heappop(lightest)
+        while len(parts[rank]) == room and not extra:
+            load, rank = heapq.heappop(lightest)
+        extra -= len(parts[rank]) == room
         parts[rank].append(indices)
-        if len(parts[rank]) < room:
+        if len(parts[rank]) <= room:
             heapq.heappush(lightest, (load + weight(indices), rank))
     return parts
 
