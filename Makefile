@@ -13,12 +13,13 @@ OTHER_TRITON = .venv/triton-$(TRITON)
 KERNEL_TESTS ?= $(addprefix tests/test_,triton_head.py contract.py linear_logprobs.py strict_interpreter.py ops.py \
     preference.py tiles.py aot_tool.py aot_shipped.py)
 
-.PHONY: help demo test test-slow test-all test-triton gpu lint format clean
+.PHONY: help demo test test-slow test-all test-exhaustive test-triton gpu lint format clean
 
 help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
 	@echo "make test      every test but the slow ones: under ten minutes on two cores"
 	@echo "make test-all  those and the slow ones"
+	@echo "make test-exhaustive  kernels compiled again for chips that run with another chip's tiles"
 	@echo "make test-triton TRITON=3.9.0   the kernels' tests, slow ones too, with another Triton"
 	@echo "make gpu       check and time the kernels on this machine's GPU, with its own python3"
 	@echo "make lint      ruff check and ruff format --check"
@@ -31,7 +32,10 @@ test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not exhaustive"
+
+test-exhaustive: $(INSTALLED)
+	$(PYTEST) -m exhaustive
 
 test-all: test test-slow
 

@@ -20,8 +20,7 @@ NAMES += [f"kl {kernel}, {v}" for v in KL_VARIANTS for kernel in ("fold", "dlogi
 COMMON = ["fold, plain", "fold, softcap", "fold, pull", "dlogits, plain", "dlogits, softcap", "kl fold, plain"]
 # (chip, dtype, operands by descriptor): each chip's own path, then those without rows of their own.
 OWN_PATH = [(80, torch.bfloat16, False), (90, torch.bfloat16, True), (100, torch.bfloat16, True)]
-OTHER_PATHS = [
-    (89, torch.bfloat16, False),
+EXHAUSTIVE_PATHS = [
     (90, torch.bfloat16, False),
     (90, torch.float16, True),
     (90, torch.float32, False),
@@ -77,7 +76,11 @@ def test_every_row_compiles_clean_in_every_kernel_that_runs_with_it(pool, row):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("path", OTHER_PATHS, ids=lambda path: f"{chip_name(path[0])} {path[1]} {path[2]}")
+@pytest.mark.parametrize(
+    "path",
+    [(89, torch.bfloat16, False), *(pytest.param(path, marks=pytest.mark.exhaustive) for path in EXHAUSTIVE_PATHS)],
+    ids=lambda path: f"{chip_name(path[0])} {path[1]} {path[2]}",
+)
 def test_every_variant_compiles_clean_where_another_chips_rows_hold(pool, path):
     check(pool, [(*path, name) for name in NAMES])
 
