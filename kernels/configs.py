@@ -134,6 +134,12 @@ def _holds(row: Row, chip: Chip, dtype: str, d: int, v: int) -> bool:
     return reached and row.dtype == dtype and row.min_d <= d and row.min_v <= v
 
 
+def reaches(device: torch.device) -> bool:
+    """Whether there are tiles for this device at all."""
+    chip = capability(device)
+    return any(_holds(row, chip, row.dtype, row.min_d, row.min_v) for row in table())
+
+
 def fold_kernel(outputs: bool, pull: bool, softcap: bool) -> str:
     """The table's name for a forward with these needs."""
     if pull and softcap:

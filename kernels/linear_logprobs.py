@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import portable, reference
+from .configs import reaches
 from .options import OUTPUTS, HeadOptions
 from .portable import RowGrads, accumulator_dtype, empty_forward, stash_size
 from .vocab import Whole, place_of, remember, shard_of
@@ -305,7 +306,8 @@ def _reference(hidden, weight, bias, targets, options: HeadOptions):
 
 def _resolve(impl: str, hidden: Tensor) -> str:
     if impl == "auto":
-        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton() else "torch"
+        fits = hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton() and reaches(hidden.device)
+        return "triton" if fits else "torch"
     if impl != "triton":
         return impl
     if not _has_triton():

@@ -35,6 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import cost
 from . import triton_kernels as device
 from .configs import INTERPRETER, Config, allow_descriptors, capability, choose, fold_kernel, segments
+from .current_device import on_its_device
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
 from .portable import Forward, RowGrads, Sums, add_far_rows, stash_size
@@ -122,6 +123,7 @@ def _target_logits(op: Operands) -> Tensor:
     return z2_y
 
 
+@on_its_device
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -291,6 +293,7 @@ def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
     return op.shard.add_(direction).to(op.dtype)
 
 
+@on_its_device
 def backward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -350,6 +353,7 @@ def _backward(
     return dhidden, dweight, dbias
 
 
+@on_its_device
 def backward_stashed(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import cost
 from .configs import INTERPRETER, Config, allow_descriptors, choose, segments
+from .current_device import on_its_device
 from .gemm import addmm_
 from .portable_kl import Forward, Side
 from .triton_head import CAST_BYTES, Operands, _loadable, tile_args
@@ -374,6 +375,7 @@ class Pair:
         return max(1, CAST_BYTES // (width * sum(casts))) if casts else self.segments
 
 
+@on_its_device
 def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
     """One pass over the vocabulary. Rows that do not count are 0, with lse = inf."""
     pair, n, v = Pair(policy, reference, mask), len(policy.hidden), len(policy.weight)
@@ -396,6 +398,7 @@ def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
     return made
 
 
+@on_its_device
 def backward(
     grad: Tensor,  # (N,) dL/dKL
     policy: Side,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import INTERPRETER, capability
+from .current_device import on_its_device
 from .triton_kernels import _log1p
 
 # Tokens and sequences in one step of a program; under the interpreter few, so that small tests have many steps.
@@ -294,6 +295,7 @@ def _blocks(device: torch.device) -> dict[str, int]:
     return BLOCKS[capability(device) == INTERPRETER]
 
 
+@on_its_device
 def forward(
     logps: Tensor,  # (N,)
     ref_logps: Tensor,  # (N,) or (S,)
@@ -331,6 +333,7 @@ def forward(
     )  # fmt: skip
 
 
+@on_its_device
 def backward(grad: Tensor, slopes: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     """(), (S,), (S + 1,) -> (N,) float32"""
     sequences = len(slopes)

@@ -1,5 +1,6 @@
 """As torch sees it: registered operators that compile, autocast, differentiate once and stay small."""
 
+import contextlib
 import functools
 import math
 
@@ -10,7 +11,7 @@ import oracle
 import prefuse
 from head_cases import NEEDS, evaluate, random_inputs
 from largest_tensor import LargestTensor
-from prefuse.kernels import portable
+from prefuse.kernels import configs, portable
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.portable import RowGrads
 
@@ -297,3 +298,49 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     # The head itself, its gradient, and tiles; all logits would be n * v.
     assert watch.largest <= 4 * max(v * d, 16 * 64) < n * v
     assert math.prod(made.logps.shape) == n
+
+
+# ---- several GPUs --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter's launches")
+def test_kernels_launch_on_the_device_of_their_tensors(device, monkeypatch):
+    """Whatever the current device is: Triton launches there, and would be given another GPU's addresses."""
+    from triton.runtime.interpreter import GridExecutor
+
+    guarded, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guarded.append(tensor.device)
+        yield
+        guarded.pop()
+
+    launch = GridExecutor.__call__
+
+    def watched(self, *tensors, **options):
+        assert guarded, f"{self.fn.__name__} is launched on whatever device is the current one"
+        launched.append(self.fn.__name__)
+        return launch(self, *tensors, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(GridExecutor, "__call__", watched)
+    cu_seqlens, ref_logps = torch.tensor([0, 2, 6], device=device), torch.zeros(6, device=device)
+    for workspace in (0, 1 << 20):
+        x = random_inputs(6, 16, 40, device=device).leaves(NEEDS["trainable"])
+        out = prefuse.linear_preference_loss(
+            x.hidden, x.weight, x.targets, cu_seqlens, ref_logps, prefuse.DPO(), workspace=workspace, impl="triton"
+        )
+        out.loss.backward()
+    x = random_inputs(6, 16, 40, device=device).leaves(NEEDS["trainable"])
+    prefuse.linear_kl(x.hidden, x.weight, x.hidden.detach(), x.weight.detach(), impl="triton").sum().backward()
+    kernels = {"fold_kernel", "dlogits_kernel", "kl_fold_kernel", "kl_dlogits_kernel", "forward_kernel"}
+    assert kernels | {"backward_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize(
+    ("chip", "reached"), [(75, False), (80, True), (121, True), ("gfx1100", False), ("gfx950", True)]
+)
+def test_auto_is_triton_where_there_are_tiles(chip, reached, monkeypatch):
+    monkeypatch.setattr(configs, "capability", lambda device: chip)
+    assert configs.reaches(torch.device("cuda")) is reached
