@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gemm import accumulator_dtype
 from .linear_logprobs import _check_targets, _module, _stash_dtype
 from .options import HeadOptions
-from .portable import RowGrads, Sums, accumulator_dtype, row_tile, stash_size
+from .portable import RowGrads, Sums, stash_size
+from .portable_tiles import row_tile
 from .vocab import Whole
 
 

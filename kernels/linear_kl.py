@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import portable_kl, reference
+from .gemm import accumulator_dtype
 from .linear_logprobs import _check_options, _check_tensors, _empty_backward, _resolve
 from .options import HeadOptions
-from .portable import accumulator_dtype
 from .portable_kl import Forward, Side
 
 REF_OPTIONS = ("softcap", "logit_scale", "temperature")

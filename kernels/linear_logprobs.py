@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import portable, reference
 from .configs import reaches
+from .gemm import accumulator_dtype
 from .options import OUTPUTS, HeadOptions
-from .portable import RowGrads, accumulator_dtype, empty_forward, stash_size
+from .portable import RowGrads, empty_forward, stash_size
 from .vocab import Whole, place_of, remember, shard_of
 
 IMPLS = ("auto", "triton", "torch", "reference")

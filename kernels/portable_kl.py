@@ -30,7 +30,7 @@ from torch import Tensor
 from . import portable
 from .gemm import accumulator_dtype, addmm_, mm, narrow, operand
 from .options import HeadOptions
-from .portable import Head
+from .portable_tiles import Head
 
 # Stands for -inf where a difference of two of them must not be NaN.
 LOWEST = -1e30

@@ -38,7 +38,8 @@ from .configs import INTERPRETER, Config, allow_descriptors, capability, choose,
 from .current_device import on_its_device
 from .gemm import addmm_
 from .options import OUTPUTS, HeadOptions
-from .portable import Forward, RowGrads, Sums, add_far_rows, stash_size
+from .portable import RowGrads, Sums, add_far_rows, stash_size
+from .portable_tiles import Forward
 from .vocab import Whole
 
 # As the device sees them, but plain numbers.

@@ -12,7 +12,7 @@ import torch
 import oracle
 import prefuse
 from head_cases import NEEDS, check_head, evaluate, random_inputs
-from prefuse.kernels import configs, portable
+from prefuse.kernels import configs, portable, portable_tiles
 
 pytest.importorskip("triton")
 
@@ -42,7 +42,7 @@ def threads(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(portable, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
 
 
 # ---- a policy equal to its reference -------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_a_backward_in_many_pieces_loses_no_digits(impl, device, monkeypatch):
     inputs = random_inputs(n, 16, v, torch.bfloat16, weight_dtype=torch.float32, device=on(impl, device))
     grad = torch.ones(n, device=inputs.hidden.device)
     whole = evaluate(head(impl), inputs, NEEDS["frozen trunk"], grad).grads["weight"]
-    monkeypatch.setattr(portable, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
     monkeypatch.setattr(portable, "BUFFER_BYTES", 1)
     monkeypatch.setattr(triton_head, "SLICE", 32)
     monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 32 * 2)

@@ -7,7 +7,7 @@ import oracle
 import prefuse
 from head_cases import random_inputs
 from prefuse import DPO, IPO, KTO, SFT, grouped
-from prefuse.kernels import portable
+from prefuse.kernels import portable_tiles
 from prefuse.kernels.cost import count_cost
 
 IMPLS = ["torch", "triton"]
@@ -21,7 +21,7 @@ HEAD = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.2}
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(portable, "TILE", {"cpu": (TILE, 32), "cuda": (TILE, 32)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (TILE, 32), "cuda": (TILE, 32)})
 
 
 def room(rows, dtype=torch.float32, impl="torch", sums=False):
