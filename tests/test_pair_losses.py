@@ -135,24 +135,6 @@ def test_aot_does_not_know_which_completions_were_paired():
         assert torch.equal(losses, otherwise) != loss.paired
 
 
-def test_a_loss_of_the_whole_batch_is_not_cut_into_groups():
-    """A workspace for one pair at a time: the sorting still sees all."""
-    torch.manual_seed(0)
-    n, d, v = 24, 8, 50
-    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    targets, cu_seqlens = torch.randint(v, (n,)), torch.arange(0, n + 1, 4).int()
-    ref_logps = torch.randn(6).double() - 15
-    for loss in (AOT(), Mixture((DPO(), AOT(0.3, paired=False)))):
-        outs = [
-            prefuse.linear_preference_loss(hidden, weight, targets, cu_seqlens, ref_logps, loss, workspace=w)
-            for w in (0, 8 * v * 4)
-        ]
-        assert torch.equal(outs[0].losses, outs[1].losses)
-        grads = [torch.autograd.grad(out.loss, (hidden, weight)) for out in outs]
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("loss", ALL, ids=repr)
 @pytest.mark.parametrize("reference", ["token", "sequence"])
 def test_the_gradient_agrees_with_finite_differences(loss, reference):
