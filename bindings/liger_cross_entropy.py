@@ -137,8 +137,9 @@ def _logits(
 ) -> tuple[Tensor, Tensor]:
     """(N,) twice: the target's logit, and the mean of all V before a softcap. Differentiable."""
     hidden = hidden.float()
+    # Not as matrix products, which autocast would round.
     of_target = (hidden * nn.functional.embedding(targets, weight).float()).sum(-1)
-    mean = hidden @ weight.mean(0, dtype=torch.float32)
+    mean = (hidden * weight.mean(0, dtype=torch.float32)).sum(-1)
     if bias is not None:
         of_target, mean = of_target + bias[targets].float(), mean + bias.mean(dtype=torch.float32)
     return of_target if softcap is None else softcap * torch.tanh(of_target / softcap), mean

@@ -66,7 +66,10 @@ class _RowwiseKTO(KTO):
 
     kl: Tensor | None = None  # (B,); None: the z0 of the call
     average: bool = False
-    batchwise: ClassVar[bool] = True
+
+    @property
+    def batchwise(self) -> bool:  # `kl` belongs to all rows, not to a group of them
+        return self.kl is not None
 
     def losses(self, seq: Sequences) -> Tensor:  # (S,)
         seq = _of_means(seq) if self.average else seq
@@ -191,7 +194,7 @@ def _paired(
     # The mean over the chosen tokens of the batch: its divisor is known before any log-probability.
     tokens = packed.counts[0::2].sum()
     if alpha is not None and nll_target is None:
-        loss = Mixture((loss, ChosenNLL(tokens.clamp_min(1) / pairs)), (1.0, alpha))
+        loss = Mixture((loss, ChosenNLL(tokens.clamp_min(1).double() / pairs)), (1.0, alpha))
     arguments = (packed.targets, packed.cu_seqlens, ref_logps, loss)
     if alpha is None or nll_target is None:
         out = linear_preference_loss(_rows_of(_input, packed.rows), weight, *arguments, bias=bias)

@@ -205,6 +205,29 @@ def test_the_kto_function_is_its_module_and_has_a_reference_by_default():
         liger.liger_fused_linear_kto(case.x, case.weight, case.target, case.labels)
 
 
+def test_called_as_trl_calls_it():
+    """By keywords, with slices of longer tensors, a kl of shape (1,), and an auxiliary loss added in place."""
+    case = Case(SHAPES[0], bias=True)
+    longer, ref_longer = (torch.cat([x, x[:, :1]], 1).detach() for x in (case.x, case.ref_x))
+    ids = torch.cat([case.target[:, :1], case.target], 1)
+    longer.requires_grad_()
+    heads = {"lin_weight": case.weight, "bias": case.bias, "ref_weight": case.ref_weight, "ref_bias": None}
+    states = {"_input": longer[:, :-1], "ref_input": ref_longer[:, :-1], "target": ids[:, 1:]}
+    loss, aux = liger.LigerFusedLinearKTOLoss(beta=0.1, use_ref_model=True)(
+        **states, **heads, preference_labels=case.labels, kl=torch.zeros(1)
+    )
+    truth, true_aux = kto_truth(case)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert aux[4].nansum().item() == pytest.approx(true_aux[4].item(), rel=1e-4)
+    loss += 0.25
+    loss.backward()
+    expected = torch.autograd.grad(truth, case.x)[0]
+    torch.testing.assert_close(longer.grad[:, :-1], expected.float(), rtol=1e-3, atol=1e-6)
+    assert not longer.grad[:, -1].any()
+    paired, _ = liger.LigerFusedLinearDPOLoss(beta=0.1)(**states, **heads)
+    assert paired.item() == pytest.approx(paired_truth(case, "sigmoid", average=False)[0].item(), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     """liger_kernel's own losses, eager."""
@@ -351,6 +374,33 @@ def test_a_policy_equal_to_its_reference_has_rewards_of_exactly_0():
     assert not aux[5].any()
     assert not aux[6].any()
     assert loss.item() == torch.tensor(math.log(2)).item()
+
+
+def test_autocast_casts_what_the_head_multiplies():
+    """float32 masters under autocast are what bf16 copies of them are, and keep float32 gradients."""
+    case = Case(SHAPES[0], bias=True)
+    module = liger.LigerFusedLinearDPOLoss(compute_nll_loss=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = module(case.weight, case.x, case.target, case.bias, **case.reference())
+    low = [x.detach().bfloat16() for x in (case.weight, case.x)]
+    ref = {name: None if x is None else x.bfloat16() for name, x in case.reference().items()}
+    expected, _ = module(low[0], low[1], case.target, case.bias.detach(), **ref)
+    assert torch.equal(loss, expected)
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(loss, case.leaves()))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_without_gradients_and_with_a_frozen_head(name):
+    case = Case(SHAPES[0], bias=True)
+    reference = case.reference() if name == "dpo" else {}
+    module = MODULES[name][0](compute_nll_loss=True)
+    loss, _ = module(case.weight, case.x, case.target, case.bias, **reference)
+    (gradient,) = torch.autograd.grad(loss, case.x)
+    with torch.no_grad():
+        assert torch.equal(module(case.weight, case.x, case.target, case.bias, **reference)[0], loss)
+    frozen, _ = module(case.weight.detach(), case.x, case.target, case.bias.detach(), **reference)
+    assert torch.equal(frozen, loss)
+    torch.testing.assert_close(torch.autograd.grad(frozen, case.x)[0], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_ipo_works_where_liger_has_none(theirs):
