@@ -1,10 +1,11 @@
-"""The losses of `prefuse.liger` beside Liger's own of the same name: processor time and peak memory of one step on a CPU.
+"""The losses of `prefuse.liger` beside Liger's own of the same name: time and peak memory of one step on a CPU.
 
     python bench/liger_losses.py        # 4 pairs of 512 tokens, half of them prompt, D = 512, V = 32000, in float32
 
 A step is the loss and its gradients of hidden states and head, with a reference of the same size where there is one.
 Both run once a round, in turn; a ratio is the median over rounds of the two times of one round. One thread, processor
-time. Liger runs eager: its compiled form needs a C++ compiler. Peak memory is that of a process of its own, beyond inputs.
+time. Liger runs eager: its compiled form needs a C++ compiler. Peak memory is a process's own, beyond its inputs.
+"lean" is `workspace=0`, which keeps nothing of the size of tokens times vocabulary, and multiplies once more.
 Writes results/liger_losses-<cpu>-1threads-torch<version>.json and .md.
 """
 
@@ -25,10 +26,14 @@ from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 
 SHAPE = (4, 512, 512, 32000)  # pairs, positions, hidden size, vocabulary
 LOSSES = ("DPO", "KTO", "ORPO", "SimPO", "CPO")
-LIBRARIES = {"prefuse": "prefuse.liger", "Liger": "liger_kernel.chunked_loss"}
+VARIANTS = {  # module, options of its losses
+    "prefuse": ("prefuse.liger", {}),
+    "lean": ("prefuse.liger", {"workspace": 0}),
+    "Liger": ("liger_kernel.chunked_loss", {}),
+}
 
 
-def make_step(library: str, name: str, shape: tuple[int, int, int, int]) -> Callable[[], None]:
+def make_step(variant: str, name: str, shape: tuple[int, int, int, int]) -> Callable[[], None]:
     """Draws the inputs; one call is one step, whose gradients are dropped as an optimizer would."""
     pairs, length, width, vocabulary = shape
     g = torch.Generator().manual_seed(0)
@@ -39,9 +44,9 @@ def make_step(library: str, name: str, shape: tuple[int, int, int, int]) -> Call
     target[:, : length // 2] = -100
     x.requires_grad_()
     weight.requires_grad_()
-    loss = getattr(importlib.import_module(LIBRARIES[library]), f"LigerFusedLinear{name}Loss")(
-        compiled=False, **({"use_ref_model": True} if name in ("DPO", "KTO") else {})
-    )
+    module, settings = VARIANTS[variant]
+    settings = settings | ({"use_ref_model": True} if name in ("DPO", "KTO") else {})
+    loss = getattr(importlib.import_module(module), f"LigerFusedLinear{name}Loss")(compiled=False, **settings)
     arguments = (x, weight, target) if name == "KTO" else (weight, x, target)
     options = {"ref_input": ref_x, "ref_weight": ref_weight} if name in ("DPO", "KTO") else {}
     if name == "KTO":
@@ -55,15 +60,15 @@ def make_step(library: str, name: str, shape: tuple[int, int, int, int]) -> Call
 
 
 def measure_times(name: str, rounds: int) -> dict[str, list[float]]:
-    steps = {library: make_step(library, name, SHAPE) for library in LIBRARIES}
-    times: dict[str, list[float]] = {library: [] for library in steps}
+    steps = {variant: make_step(variant, name, SHAPE) for variant in VARIANTS}
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
     for step in steps.values():
         step()  # warm-up
     for number in range(rounds):
-        for library in sorted(steps, reverse=number % 2 == 0):
+        for variant in sorted(steps, reverse=number % 2 == 0):
             start = time.process_time()
-            steps[library]()
-            times[library].append(time.process_time() - start)
+            steps[variant]()
+            times[variant].append(time.process_time() - start)
     return times
 
 
@@ -72,14 +77,14 @@ def high_water() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def peak_bytes(library: str, name: str) -> int:
-    command = [sys.executable, __file__, "--peak", library, name]
+def peak_bytes(variant: str, name: str) -> int:
+    command = [sys.executable, __file__, "--peak", variant, name]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def print_peak(library: str, name: str) -> None:
-    make_step(library, name, (1, 64, SHAPE[2], 512))()  # imports and BLAS workspaces are no part of the step
-    step = make_step(library, name, SHAPE)
+def print_peak(variant: str, name: str) -> None:
+    make_step(variant, name, (1, 64, SHAPE[2], 512))()  # imports and BLAS workspaces are no part of the step
+    step = make_step(variant, name, SHAPE)
     before = high_water()
     step()
     print(high_water() - before)
@@ -87,8 +92,8 @@ def print_peak(library: str, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peak", nargs=2, metavar=("LIBRARY", "LOSS"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak", nargs=2, metavar=("VARIANT", "LOSS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
@@ -102,13 +107,14 @@ def main() -> None:
     for name in LOSSES:
         times = measure_times(name, args.rounds)
         ratio = statistics.median(a / b for a, b in zip(times["Liger"], times["prefuse"], strict=True))
-        peaks = {library: peak_bytes(library, name) for library in LIBRARIES}
+        peaks = {variant: peak_bytes(variant, name) for variant in VARIANTS}
         result["losses"][name] = {"seconds": times, "liger_over_prefuse": ratio, "peak_bytes_beyond_inputs": peaks}
-        seconds = [f"{statistics.median(times[library]):.2f}" for library in LIBRARIES]
-        beyond = [f"{(peaks[library] - gradients) / 2**20:.0f}" for library in LIBRARIES]
+        seconds = [f"{statistics.median(times[variant]):.2f}" for variant in VARIANTS]
+        beyond = [f"{(peaks[variant] - gradients) / 2**20:.0f}" for variant in VARIANTS]
         rows.append([name, *seconds, f"{ratio:.2f}", *beyond])
         write_json(path, result)
-    header = ["loss", "prefuse, s", "Liger, s", "time of Liger / prefuse", "prefuse, MiB", "Liger, MiB"]
+    names = [*VARIANTS]
+    header = ["loss", *(f"{x}, s" for x in names), "Liger / prefuse", *(f"{x}, MiB" for x in names)]
     title = (
         f"# {pairs} pairs of {length} tokens, half prompt, D = {width}, V = {vocabulary}, float32, {cpu_model()}, one "
         f"thread, torch {torch.__version__}; memory beyond inputs and gradients"

@@ -10,7 +10,8 @@ trainer that imports from there; nothing else here needs liger_kernel. What diff
 * every `loss_type` of TRL's DPOTrainer works, "ipo" too, and `label_smoothing` makes "sigmoid" conservative DPO;
 * a completion without tokens has log-probability 0, a mean over no tokens is 0, and no loss is NaN for it;
 * `kl` is one number or one for each row; an odd number of rows is an error for a paired loss;
-* an option that its loss does not have is an error; `compiled` and `chunk_size` mean nothing.
+* an option that its loss does not have is an error; `compiled` and `chunk_size` mean nothing, and `workspace=` says how
+  many bytes may be kept for the backward (1 GiB; 0 keeps a tile and multiplies by the head once more).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
         loss_type: str = "sigmoid",
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
+        *,
+        workspace: int | None = None,
     ):
         super().__init__()
         dpo_loss(loss_type, beta, label_smoothing, discopop_tau)  # raises here, not at the first batch
@@ -83,6 +86,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         self.loss_type = loss_type
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
+        self.workspace = workspace
 
     def forward(
         self,
@@ -114,6 +118,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
             discopop_tau=self.discopop_tau,
             alpha=self.alpha,
             ref_logps=ref_logps,
+            workspace=self.workspace,
         )
 
 
@@ -127,6 +132,8 @@ class LigerFusedLinearORPOLoss(nn.Module):
         compute_nll_loss: bool = True,
         compiled: bool = True,
         chunk_size: int = 1,
+        *,
+        workspace: int | None = None,
     ):
         super().__init__()
         self.ignore_index = ignore_index
@@ -134,6 +141,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
         self.compute_nll_loss = compute_nll_loss
         self.compiled = compiled
         self.chunk_size = chunk_size
+        self.workspace = workspace
 
     def forward(
         self,
@@ -152,6 +160,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
             beta=self.beta,
             compute_nll_loss=self.compute_nll_loss,
             nll_target=nll_target,
+            workspace=self.workspace,
         )
 
 
@@ -168,6 +177,8 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         compiled: bool = True,
         gamma: float = 0.5,
         chunk_size: int = 1,
+        *,
+        workspace: int | None = None,
     ):
         super().__init__()
         self.ignore_index = ignore_index
@@ -178,6 +189,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         self.compiled = compiled
         self.gamma = gamma
         self.chunk_size = chunk_size
+        self.workspace = workspace
 
     def forward(
         self,
@@ -197,6 +209,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             compute_nll_loss=self.compute_nll_loss,
             gamma=self.gamma,
+            workspace=self.workspace,
         )
 
 
@@ -213,6 +226,8 @@ class LigerFusedLinearCPOLoss(nn.Module):
         compiled: bool = True,
         average_log_prob: bool = False,
         chunk_size: int = 1,
+        *,
+        workspace: int | None = None,
     ):
         super().__init__()
         self.ignore_index = ignore_index
@@ -223,6 +238,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
         self.compiled = compiled
         self.average_log_prob = average_log_prob
         self.chunk_size = chunk_size
+        self.workspace = workspace
 
     def forward(
         self,
@@ -242,6 +258,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             compute_nll_loss=self.compute_nll_loss,
             average_log_prob=self.average_log_prob,
+            workspace=self.workspace,
         )
 
 
@@ -256,6 +273,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         use_ref_model: bool = False,
         average_log_prob: bool = False,
         chunk_size: int = 1,
+        *,
+        workspace: int | None = None,
     ):
         super().__init__()
         self.ignore_index = ignore_index
@@ -264,6 +283,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         self.use_ref_model = use_ref_model
         self.average_log_prob = average_log_prob
         self.chunk_size = chunk_size
+        self.workspace = workspace
 
     def forward(
         self,
@@ -294,6 +314,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
             use_ref_model=self.use_ref_model,
             average_log_prob=self.average_log_prob,
             ref_logps=ref_logps,
+            workspace=self.workspace,
         )
 
 

@@ -31,6 +31,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
     `lse_square_scale` adds that much of logsumexp(z)^2 to each loss (z-loss). `use_token_scaling` multiplies each by
     the probability of its token, detached. A mean over no tokens is 0. `accum_dtype` means nothing: sums are float32.
+    `workspace`: bytes that may be kept for the backward, as in `linear_preference_loss`.
 
     Label smoothing and z-loss take one more gradient of the weight's size. Refused are label smoothing beside `softcap`
     or `ce_weight`, and predicted tokens.
@@ -49,6 +50,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         use_token_scaling: bool = False,
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
+        *,
+        workspace: int = WORKSPACE,
     ):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
@@ -76,6 +79,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         self.use_token_scaling = use_token_scaling
         self.return_token_accuracy = return_token_accuracy
         self.return_predicted_tokens = return_predicted_tokens
+        self.workspace = workspace
 
     def forward(
         self,
@@ -91,7 +95,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         rows = (target != self.ignore_index).nonzero()[:, 0]
         head = (_input.index_select(0, rows), lin_weight, target[rows], bias)
         outputs = ("is_top1",) if self.return_token_accuracy else ()
-        made = logprobs_within(WORKSPACE, *head, HeadOptions(self.softcap), outputs, "auto")
+        made = logprobs_within(self.workspace, *head, HeadOptions(self.softcap), outputs, "auto")
         logps, is_right = (made[0], made[1]["is_top1"]) if outputs else (made, torch.zeros_like(made))
 
         # What a mean divides by: tokens, or the weights of their targets; the z-loss is never weighted.

@@ -3,8 +3,8 @@
     B rows of T positions, H hidden size, V vocabulary. Paired losses: the first half of the rows is chosen, the second
     rejected, row i and row B / 2 + i a pair. `target[b, t]` is predicted by `_input[b, t]`: shifting is the caller's.
 
-`compiled` and `chunk_size` are Liger's, and mean nothing here: no loss depends on how a batch is cut. What else differs
-from Liger stands in `prefuse.liger`.
+`compiled` and `chunk_size` are Liger's, and mean nothing here: no loss depends on how a batch is cut. `workspace` is
+`linear_preference_loss`'s: bytes that may be kept for the backward. What differs from Liger stands in `prefuse.liger`.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ def _paired(
     *,
     average: bool,  # whether log-probabilities are means per token; ORPO's and SimPO's always are
     alpha: float | None,  # weight of the SFT term; None for none
+    workspace: int | None,
     nll_target: Tensor | None = None,
     **reference,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -197,10 +198,12 @@ def _paired(
         loss = Mixture((loss, ChosenNLL(tokens.clamp_min(1).double() / pairs)), (1.0, alpha))
     arguments = (packed.targets, packed.cu_seqlens, ref_logps, loss)
     if alpha is None or nll_target is None:
-        out = linear_preference_loss(_rows_of(_input, packed.rows), weight, *arguments, bias=bias)
+        out = linear_preference_loss(_rows_of(_input, packed.rows), weight, *arguments, bias=bias, workspace=workspace)
         total, nll = out.loss, -out.logps[0::2].sum() / tokens.clamp_min(1)
     else:
-        out, nll = _with_other_nll(_input, weight, target, nll_target, bias, ignore_index, packed, ref_logps, loss)
+        out, nll = _with_other_nll(
+            _input, weight, target, nll_target, bias, ignore_index, packed, ref_logps, loss, workspace
+        )
         total = out.loss + alpha * nll.float()
 
     logps = out.logps / packed.counts.clamp_min(1) if average else out.logps
@@ -213,7 +216,7 @@ def _paired(
 
 def _with_other_nll(
     _input: Tensor, weight: Tensor, target: Tensor, nll_target: Tensor, bias: Tensor | None, ignore_index: int,
-    packed: _Packed, ref_logps: Tensor | None, loss: Loss,
+    packed: _Packed, ref_logps: Tensor | None, loss: Loss, workspace: int | None,
 ) -> tuple[PreferenceOutput, Tensor]:  # fmt: skip
     """The preference loss and the negative log-likelihood of other targets of the chosen rows, in one pass.
 
@@ -227,7 +230,8 @@ def _with_other_nll(
     more = (counts & ~shared).flatten().nonzero()[:, 0]
     rows = torch.cat([packed.rows, more])
     targets = torch.cat([packed.targets, nll_target.flatten()[more]])
-    logps = logprobs_within(WORKSPACE, _rows_of(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
+    workspace = WORKSPACE if workspace is None else workspace
+    logps = logprobs_within(workspace, _rows_of(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
     own, others = logps.split([len(packed.rows), len(more)])
     out = preference_loss(own, ref_logps, packed.cu_seqlens, loss)
     twice = torch.where(shared.flatten()[packed.rows], own, 0.0)
@@ -267,6 +271,7 @@ def liger_fused_linear_dpo(
     alpha: float = 1.0,
     *,
     ref_logps: Tensor | None = None,  # (B,) sums over tokens, or (B, T)
+    workspace: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Equals, with `c` the chosen half and `r` the rejected half of the rows, and a mean over pairs::
 
@@ -282,8 +287,8 @@ def liger_fused_linear_dpo(
     """
     return _paired(
         dpo_loss(loss_type, beta, label_smoothing, discopop_tau), _input, weight, target, bias, ignore_index,
-        average=average_log_prob, alpha=alpha if compute_nll_loss else None, use_ref_model=use_ref_model,
-        ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias, ref_logps=ref_logps,
+        average=average_log_prob, alpha=alpha if compute_nll_loss else None, workspace=workspace,
+        use_ref_model=use_ref_model, ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias, ref_logps=ref_logps,
     )  # fmt: skip
 
 
@@ -298,6 +303,8 @@ def liger_fused_linear_orpo(
     nll_target: Tensor | None = None,  # (B, T)
     compiled: bool = True,
     chunk_size: int = 1,
+    *,
+    workspace: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Equals `prefuse.ORPO(beta)`, its SFT term a mean over the chosen tokens of the batch, or over `nll_target`'s.
 
@@ -305,7 +312,7 @@ def liger_fused_linear_orpo(
     """
     total, aux = _paired(
         ORPO(beta, nll_weight=0.0), _input, weight, target, bias, ignore_index,
-        average=True, alpha=1.0 if compute_nll_loss else None, nll_target=nll_target,
+        average=True, alpha=1.0 if compute_nll_loss else None, workspace=workspace, nll_target=nll_target,
     )  # fmt: skip
     log_odds = ORPO.log_odds(aux[0].double()) - ORPO.log_odds(aux[1].double())
     means = [x.sum().float() / max(len(x), 1) for x in (logsigmoid(log_odds), log_odds)]
@@ -325,13 +332,15 @@ def liger_fused_linear_simpo(
     compiled: bool = True,
     gamma: float = 0.5,
     chunk_size: int = 1,
+    *,
+    workspace: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Equals `prefuse.SimPO(beta, gamma, label_smoothing)`, with `compute_nll_loss` plus `alpha` times the negative
     log-likelihood of the chosen rows. Returns what `liger_fused_linear_dpo` does.
     """
     return _paired(
         SimPO(beta, gamma, label_smoothing), _input, weight, target, bias, ignore_index,
-        average=True, alpha=alpha if compute_nll_loss else None,
+        average=True, alpha=alpha if compute_nll_loss else None, workspace=workspace,
     )  # fmt: skip
 
 
@@ -348,13 +357,15 @@ def liger_fused_linear_cpo(
     compiled: bool = True,
     average_log_prob: bool = False,
     chunk_size: int = 1,
+    *,
+    workspace: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Equals `prefuse.CPO(beta, label_smoothing)`, its SFT term `alpha` times a mean over the chosen tokens of the
     batch. Returns what `liger_fused_linear_dpo` does.
     """
     return _paired(
         CPO(beta, label_smoothing, nll_weight=0.0), _input, weight, target, bias, ignore_index,
-        average=average_log_prob, alpha=alpha if compute_nll_loss else None,
+        average=average_log_prob, alpha=alpha if compute_nll_loss else None, workspace=workspace,
     )  # fmt: skip
 
 
@@ -379,6 +390,7 @@ def liger_fused_linear_kto(
     chunk_size: int = 1,
     *,
     ref_logps: Tensor | None = None,  # (B,) sums over tokens, or (B, T)
+    workspace: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Equals `prefuse.KTO(beta)` with z0 = `kl`, a mean over rows::
 
@@ -400,7 +412,7 @@ def liger_fused_linear_kto(
         loss = _RowwiseKTO(beta, kl=by_row, average=average_log_prob)
     out = linear_preference_loss(
         _rows_of(_input, packed.rows), weight, packed.targets, packed.cu_seqlens, ref, loss, preference_labels, z0,
-        bias=bias,
+        bias=bias, workspace=workspace,
     )  # fmt: skip
     logps = out.logps / packed.counts.clamp_min(1) if average_log_prob else out.logps
     sides = (preference_labels, ~preference_labels)
