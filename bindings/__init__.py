@@ -2,7 +2,10 @@
 
 from .kernels import linear_kl, linear_logprobs
 from .kl import kl_estimate
+from .likelihood_losses import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
+from .loss_names import loss_named
 from .losses import DPO, IPO, KTO, SFT
+from .pair_losses import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
 from .preference import (
     Mismatched,
     PreferenceOutput,
@@ -15,17 +18,35 @@ from .preference import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AOT",
+    "APO",
+    "BCO",
+    "CPO",
     "DPO",
+    "EXO",
     "IPO",
     "KTO",
+    "NCA",
+    "ORPO",
+    "RPO",
     "SFT",
+    "SPPO",
+    "ChosenNLL",
+    "DPONorm",
+    "DiscoPOP",
+    "Hinge",
     "Mismatched",
+    "Mixture",
     "PreferenceOutput",
+    "RobustDPO",
+    "SLiC",
+    "SimPO",
     "kl_estimate",
     "kto_reference_point",
     "linear_kl",
     "linear_logprobs",
     "linear_preference_loss",
+    "loss_named",
     "preference_loss",
     "reduce_metrics",
 ]

@@ -5,7 +5,8 @@
     n_s                                                  its number of completion tokens
 
 A loss is a frozen dataclass: its fields are the paper's hyperparameters, `losses` its equation, `per` what it is a
-mean over. To add one, write one more; `preference_loss`, the fused path and the engine take any of them.
+mean over. To add one, write one more; `preference_loss`, the fused path and the engine take any of them. Others stand
+in `pair_losses` (with a reference) and `likelihood_losses` (without one, or with an SFT term); `loss_names` finds them.
 
 DPO, IPO and KTO have a copy on the device, in `kernels/triton_tail.py`: a change here is a change there, and
 `tests/test_tail.py` compares the two. Subclasses and all other losses run what stands here.
@@ -14,7 +15,7 @@ DPO, IPO and KTO have a copy on the device, in `kernels/triton_tail.py`: a chang
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Sequences(NamedTuple):
     lengths: Tensor  # (S,) completion tokens, at least 1
     labels: Tensor | None  # (S,) bool: desirable or not, for unpaired losses
     z0: Tensor | None  # () KTO's reference point
+    logps: Tensor  # (S,) log pi(y | x), whether or not there is a reference
 
     @property
     def chosen(self) -> Tensor:  # (P,)
@@ -36,6 +38,18 @@ class Sequences(NamedTuple):
     @property
     def rejected(self) -> Tensor:  # (P,)
         return self.ratios[1::2]
+
+
+class Loss(Protocol):
+    """What `preference_loss` asks of a loss; a dataclass of your own will do."""
+
+    per: Literal["pair", "sequence", "token"]  # what it is a mean over
+    uses_reference: bool
+    # And, where it is true, `batchwise: bool`: an item's loss depends on the other items of its call.
+
+    def losses(self, seq: Sequences) -> Tensor: ...  # (P,) for pairs, else (S,), differentiable
+
+    def rewards(self, seq: Sequences) -> Tensor: ...  # (S,) for metrics
 
 
 def _check_beta(beta: float) -> None:
@@ -147,6 +161,3 @@ class SFT:
 
     def rewards(self, seq: Sequences) -> Tensor:  # (S,) there is no preference, so no reward
         return torch.zeros_like(seq.ratios)
-
-
-Loss = DPO | IPO | KTO | SFT

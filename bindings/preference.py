@@ -70,7 +70,7 @@ def preference_loss(
         ref_logps: the reference's: (N,) float32 per token, or (S,) float64 per sequence, or None for a loss that
             uses no reference.
         cu_seqlens: (S + 1,) int32 offsets: sequence s is `logps[cu_seqlens[s] : cu_seqlens[s + 1]]`.
-        loss: `DPO`, `IPO`, `KTO` or `SFT`; equation and paper stand in its docstring.
+        loss: `DPO`, `IPO`, `KTO`, `SimPO`, ...; equation and paper stand in its docstring.
         labels: (S,) bool, desirable or not, for `KTO`.
         z0: KTO's reference point in nats: from `kto_reference_point`, a number, or a `Mismatched` to compute it from.
         num_items: what the sum is divided by: pairs, sequences or tokens, by the loss. Default: those of this call;
@@ -140,7 +140,8 @@ def linear_preference_loss(
 
     head = (hidden, weight, bias, targets, options, impl)
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
-    groups = [] if vocab_group else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    whole = vocab_group or getattr(loss, "batchwise", False)
+    groups = [] if whole else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
         return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
     if isinstance(z0, Mismatched):  # of all groups
@@ -223,15 +224,15 @@ def _preference_loss(
         z0 = kto_reference_point(*z0)
     elif z0 is not None:
         z0 = torch.as_tensor(z0, dtype=torch.float64, device=logps.device).detach()
-    seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0)
+    sums = ratios if ref_logps is None else _sequence_sums(logps, cu_seqlens)
+    seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0, sums)
     losses = loss.losses(seq)
     total = (losses.sum() / num_items).float()
 
     with torch.no_grad():
-        sums = _sequence_sums(logps, cu_seqlens)
         rewards = loss.rewards(seq)
         metrics = _metrics(loss, seq, sums, rewards)
-    return PreferenceOutput(total, losses.detach().float(), sums, rewards.detach().float(), metrics)
+    return PreferenceOutput(total, losses.detach().float(), sums.detach(), rewards.detach().float(), metrics)
 
 
 def _items(loss: Loss, counts: Tensor) -> int | Tensor:

@@ -14,6 +14,8 @@ from typing import Literal
 
 import prefuse
 from prefuse.engine.errors import UserError
+from prefuse.loss_names import fields_of
+from prefuse.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,26 @@ class Config:
     """Most tokens of a prompt and its completion. A longer prompt loses its start; a completion is never cut."""
 
     # Loss
-    loss_type: Literal["dpo", "ipo", "kto"] = "dpo"
-    """Preference loss of `train` and `eval`. kto also takes pairs, each as one good and one bad completion."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = 0.0
-    """DPO: the share of pairs whose preference is thought to be flipped, in [0, 0.5)."""
+    loss_type: Literal[
+        "dpo", "ipo", "kto", "simpo", "orpo", "cpo", "slic", "rpo", "sigmoid", "sigmoid_norm", "hinge", "robust",
+        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    ] = "dpo"  # fmt: skip
+    """Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto also takes pairs, each as one
+    good and one bad completion; simpo, orpo, cpo and slic use no reference."""
+    beta: float | None = None
+    """Strength of the pull towards the reference, or what the loss's paper calls beta (orpo: lambda). None: 0.1, but 2
+    for simpo and 5 for sigmoid_norm, which compare means per token."""
+    label_smoothing: float | None = None
+    """The share of pairs whose preference is thought to be flipped, in [0, 0.5). None: 0, but 0.1 for robust and 0.001
+    for exo_pair."""
+    nll_weight: float | None = None
+    """orpo, cpo, rpo, slic: weight of the SFT term. None: 1, but 0.1 for slic, whose term is a sum over tokens."""
+    simpo_gamma: float | None = None
+    """simpo: the margin that the rewards are to have. None: 1."""
+    slic_delta: float | None = None
+    """slic: the margin that the log-probabilities are to have. None: 1."""
+    discopop_tau: float | None = None
+    """discopop: temperature of its modulation. None: 0.05."""
     desirable_weight: float = 1.0
     """KTO: weight of the desirable completions."""
     undesirable_weight: float = 1.0
@@ -75,7 +91,7 @@ class Config:
     warmup_steps: int = 0
     """Warm-up steps; if not 0, wins over warmup_ratio."""
     per_device_train_batch_size: int = 8
-    """Pairs (dpo, ipo) or sequences (kto, sft) in one forward and backward pass. Without padding it is their number
+    """Pairs, or sequences (kto, sft), in one forward and backward pass. Without padding it is their number
     times gradient_accumulation_steps that counts: passes are cut by tokens."""
     gradient_accumulation_steps: int = 1
     """Passes summed into one optimizer step. The loss is divided by the step's true count of items."""
@@ -158,21 +174,26 @@ class Config:
         """Tokens of a flat batch that stands for a padded one of `batch_size` examples of so many sequences."""
         return self.max_tokens_per_batch or batch_size * sequences * self.max_length
 
-    def loss(self) -> prefuse.DPO | prefuse.IPO | prefuse.KTO:
+    def loss(self) -> Loss:
         """The preference loss these settings name."""
-        if self.loss_type == "dpo":
-            return prefuse.DPO(beta=self.beta, label_smoothing=self.label_smoothing)
-        if self.loss_type == "ipo":
-            return prefuse.IPO(beta=self.beta)
-        return prefuse.KTO(
-            beta=self.beta,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
-        )
+        given = {own: getattr(self, name) for name, own in LOSS_SETTINGS.items() if own in fields_of(self.loss_type)}
+        return prefuse.loss_named(self.loss_type, **{own: value for own, value in given.items() if value is not None})
 
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
 TRAINING_COMMANDS = ("sft", "train")
+LOSS_TYPES = typing.get_args(FIELDS["loss_type"])
+# Setting -> field of the losses that have it.
+LOSS_SETTINGS = {
+    "beta": "beta",
+    "label_smoothing": "label_smoothing",
+    "nll_weight": "nll_weight",
+    "simpo_gamma": "gamma",
+    "slic_delta": "delta",
+    "discopop_tau": "tau",
+    "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight",
+}
 
 _AT_LEAST_ONE = (
     "max_length",
@@ -198,7 +219,6 @@ _AT_LEAST_ZERO = (
     "max_accuracy_drop",
 )
 _ABOVE_ZERO = ("num_train_epochs", "max_grad_norm", "adam_epsilon", "max_chosen_drop")
-_UNLIKE_DPO = {"label_smoothing": "dpo", "desirable_weight": "kto", "undesirable_weight": "kto", "z0_scope": "kto"}
 
 
 def validate(config: Config, command: str) -> Config:
@@ -236,10 +256,11 @@ def validate(config: Config, command: str) -> Config:
     _require(config, ("max_kl",), "above 0, or null for no limit", lambda value: value is None or value > 0)
     if config.fsdp_cpu_offload and config.parallel != "fsdp":
         raise UserError("fsdp_cpu_offload has a meaning only with parallel fsdp: set parallel to fsdp, or drop it")
-    for name, loss_type in _UNLIKE_DPO.items():
-        if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type != loss_type:
+    for name in (*LOSS_SETTINGS, "z0_scope"):
+        if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type not in _types(name):
             raise UserError(
-                f"{name} has a meaning only with loss_type {loss_type}, got loss_type {config.loss_type}: drop {name}"
+                f"{name} has a meaning only with loss_type {', '.join(_types(name))}, got loss_type "
+                f"{config.loss_type}: drop {name}"
             )
     if not trains and config.output_file is not None and Path(config.output_file).exists():
         raise UserError(f"output_file {config.output_file} exists: give another name, or remove it")
@@ -250,6 +271,13 @@ def validate(config: Config, command: str) -> Config:
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
     return config
+
+
+def _types(setting: str) -> list[str]:
+    """The values of loss_type with which a setting has a meaning."""
+    if setting == "z0_scope":
+        return ["kto"]
+    return [name for name in LOSS_TYPES if LOSS_SETTINGS[setting] in fields_of(name)]
 
 
 def _require(config: Config, names: tuple[str, ...], wanted: str, holds: typing.Callable[[float], bool]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefuse.engine.batches import Examples, examples_of
-from prefuse.engine.config import Config
+from prefuse.engine.config import LOSS_TYPES, Config
 from prefuse.engine.data import Skipped, load_examples, summarize_skipped
 from prefuse.engine.order import hold_out
 from prefuse.engine.report import say
 
-KIND_OF = {"sft": "sft", "dpo": "pair", "ipo": "pair", "kto": "labelled"}
+KIND_OF = {"sft": "sft"} | {name: "labelled" if name == "kto" else "pair" for name in LOSS_TYPES}
 
 
 def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int) -> tuple[Examples, list[Skipped]]:

@@ -72,7 +72,7 @@ def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config, ra
     return HeldOut(
         examples,
         batches,
-        reference_logps(ref, examples, own, config.reference_cache, ranks),
+        reference_logps(ref, examples, own, config.reference_cache, ranks) if loss.uses_reference else None,
         mismatches,
         mismatch_logps,
         _sample_reference(ref, examples, batches),

@@ -23,9 +23,9 @@ SHOWN_ROWS = 8
 
 
 class Guards:
-    def __init__(self, config: Config, beta: float = 1.0):
+    def __init__(self, config: Config, beta: float | None = None):
         self.config = config
-        self.beta = beta
+        self.beta = beta  # None without a reference
         self.stop = ""  # why the run is to end here
         self.losses: list[float] = []  # the last of the finite ones
         self.first_loss: float | None = None
@@ -103,7 +103,7 @@ class Guards:
 
     def _on_chosen(self, step: int, means: dict[str, float], where: str) -> None:
         """The reference gave the chosen completions logps - rewards / beta."""
-        if "rewards/chosen" not in means or "logps/chosen" not in means:
+        if self.beta is None or "rewards/chosen" not in means or "logps/chosen" not in means:
             return
         ratio = means["rewards/chosen"] / self.beta
         reference = means["logps/chosen"] - ratio

@@ -139,7 +139,7 @@ def prepare(config: Config, command: str) -> Run:
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks)
     check_model(lm, examples)
-    guards = Guards(config, getattr(loss, "beta", 1.0))
+    guards = Guards(config, loss.beta if loss.uses_reference else None)
     if isinstance(loss, prefuse.KTO):
         guards.check_labels(examples.labels)
     data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)

@@ -65,14 +65,14 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
     [
         ("betta: 0.1", r"unknown setting 'betta' in .*run.yaml; did you mean beta"),
         ("zzzzzz: 0.1", "unknown setting 'zzzzzz' .* lists the settings"),
-        ("beta: much", r"beta must be a number, got 'much' \(str\)"),
-        ("beta: true", r"beta must be a number, got True \(bool\)"),
+        ("beta: much", r"beta must be a number or null, got 'much' \(str\)"),
+        ("beta: true", r"beta must be a number or null, got True \(bool\)"),
         ("resume: 1", r"resume must be true or false, got 1 \(int\)"),
         ("max_steps: 2.5", r"max_steps must be a whole number, got 2.5 \(float\)"),
         ("max_steps: true", r"max_steps must be a whole number, got True \(bool\)"),
         ("output_dir: 7", r"output_dir must be text, got 7 \(int\)"),
         ("bf16: maybe", r"bf16 must be true or false or null, got 'maybe' \(str\)"),
-        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, got 'ppo' \(str\)"),
+        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, got 'ppo' \(str\)"),
         ("[1, 2]", "must hold `name: value` lines, got a list"),
         ("beta: [", "is not valid YAML"),
     ],
@@ -102,6 +102,15 @@ def test_a_file_that_is_not_there(tmp_path):
             {"label_smoothing": 0.1, "loss_type": "ipo"},
             "label_smoothing has a meaning only with loss_type",
         ),
+        ("train", {"simpo_gamma": 1.0}, "simpo_gamma has a meaning only with loss_type simpo, got loss_type dpo"),
+        ("train", {"nll_weight": 1.0}, "nll_weight has a meaning only with loss_type orpo, cpo, slic, rpo, got"),
+        (
+            "train",
+            {"beta": 0.1, "loss_type": "slic"},
+            "beta has a meaning only with loss_type dpo, ipo, .*discopop, got",
+        ),
+        ("train", {"label_smoothing": 0.0, "loss_type": "exo_pair"}, r"label_smoothing must be in \(0, 0.5\), got 0.0"),
+        ("train", {"slic_delta": -1.0, "loss_type": "slic"}, r"delta must be finite and >= 0, got -1.0"),
         ("train", {"desirable_weight": 2.0}, "desirable_weight has a meaning only with loss_type kto"),
         ("train", {"desirable_weight": -1.0, "loss_type": "kto"}, "desirable_weight must be >= 0, got -1.0"),
         ("train", {"max_steps": 0}, r"max_steps must be -1 \(num_train_epochs decides\) or at least 1, got 0"),
@@ -139,6 +148,6 @@ def test_every_number_is_checked():
     checked = {*config_module._AT_LEAST_ONE, *config_module._AT_LEAST_ZERO, *config_module._ABOVE_ZERO}
     checked |= {"learning_rate", "max_steps", "eval_fraction", "adam_beta1", "adam_beta2", "warmup_ratio"}
     checked |= {"max_loss_ratio", "max_kl"}
-    checked |= {"beta", "label_smoothing", "desirable_weight", "undesirable_weight"}  # by the loss
+    checked |= set(config_module.LOSS_SETTINGS)  # by the loss
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float, float | None)}
     assert numbers == checked

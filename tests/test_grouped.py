@@ -6,7 +6,7 @@ import torch
 import oracle
 import prefuse
 from head_cases import random_inputs
-from prefuse import DPO, IPO, KTO, SFT, grouped
+from prefuse import AOT, DPO, IPO, KTO, SFT, ChosenNLL, Mixture, SimPO, grouped
 from prefuse.kernels import portable_tiles
 from prefuse.kernels.cost import count_cost
 
@@ -51,6 +51,9 @@ LOSSES = {
     "sft": {"loss": SFT(), "ref_logps": None},
     "per sequence": {"loss": DPO(), "ref_logps": torch.linspace(-40, -4, 12, dtype=torch.float64)},
     "options": {"loss": DPO(), **HEAD},
+    "simpo": {"loss": SimPO(), "ref_logps": None},
+    "mixed": {"loss": Mixture((DPO(), ChosenNLL(torch.tensor(9.5))), (1.0, 0.3))},
+    "of the whole batch": {"loss": AOT(paired=False)},
 }
 
 

@@ -6,6 +6,7 @@ Imports nothing of the package. Eager and materializing; the losses are plain Py
 """
 
 import math
+from decimal import Decimal, localcontext
 
 import torch
 from torch import Tensor
@@ -90,6 +91,160 @@ def kto(ratio: float, desirable: bool, z0: float, beta: float, weight_d: float =
 def kto_reference_point(ratios: list[float]) -> float:
     """Section 4.1 of the same: the mean log-ratio of mismatched completions, clamped at 0."""
     return max(0.0, math.fsum(ratios) / len(ratios)) if ratios else 0.0
+
+
+# The losses below are their papers' equations as they stand, in numbers of 60 digits and any exponent: nothing in them
+# is rearranged to be stable, and nothing overflows. A pair is (chosen, rejected); `logps` are log pi(y | x) of its two
+# completions, `refs` log pi_ref(y | x), `n` their lengths in tokens.
+
+Pair = tuple[float, float]
+
+
+def exact(equation):
+    """Runs an equation on Decimals: its floats, and tuples of floats, become them, and its result a float again."""
+
+    def of_floats(*args):
+        with localcontext() as context:
+            context.prec = 60
+            as_decimals = [tuple(map(Decimal, x)) if isinstance(x, tuple) else Decimal(x) for x in args]
+            return float(equation(*as_decimals))
+
+    return of_floats
+
+
+def probability(x: Decimal) -> Decimal:
+    """The logistic function."""
+    return 1 / (1 + (-x).exp())
+
+
+def log_probability(x: Decimal) -> Decimal:
+    return -(1 + (-x).exp()).ln()
+
+
+def margin(logps, refs):
+    return (logps[0] - refs[0]) - (logps[1] - refs[1])
+
+
+@exact
+def dpo_norm(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """Lambert et al. 2024 (Tülu 3), length-normalized DPO."""
+    chosen, rejected = (beta / n[i] * (logps[i] - refs[i]) for i in (0, 1))
+    return -log_probability(chosen - rejected)
+
+
+@exact
+def hinge(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """Liu et al. 2023 (RSO), hinge-norm."""
+    return max(Decimal(0), 1 - beta * margin(logps, refs))
+
+
+@exact
+def robust_dpo(logps: Pair, refs: Pair, n: Pair, beta: float, e: float) -> float:
+    """Chowdhury et al. 2024: the unbiased estimate from DPO's loss of the label and of the flipped label."""
+    given, flipped = -log_probability(beta * margin(logps, refs)), -log_probability(-beta * margin(logps, refs))
+    return ((1 - e) * given - e * flipped) / (1 - 2 * e)
+
+
+@exact
+def exo(logps: Pair, refs: Pair, n: Pair, beta: float, e: float) -> float:
+    """Ji et al. 2024, eq. 16 for K = 2: KL of the policy's softmax over the pair from the smoothed label."""
+    powers = [(beta * (logps[i] - refs[i])).exp() for i in (0, 1)]
+    policy = [power / sum(powers) for power in powers]
+    return sum(p * (p / q).ln() for p, q in zip(policy, (1 - e, e), strict=True) if p > 0)
+
+
+@exact
+def disco_pop(logps: Pair, refs: Pair, n: Pair, beta: float, tau: float) -> float:
+    """Lu et al. 2024, eq. 5: between logistic and exponential, by the size of the log-ratio."""
+    x = beta * margin(logps, refs)
+    m = probability(x / tau)
+    return (1 - m) * -log_probability(x) + m * (-x).exp()
+
+
+@exact
+def nca(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """Chen et al. 2024, K = 2, rewards 1 and 0 at temperature 0."""
+    rewards = [beta * (logps[i] - refs[i]) for i in (0, 1)]
+    return -log_probability(rewards[0]) - sum(log_probability(-reward) for reward in rewards) / 2
+
+
+@exact
+def bco(logps: Pair, refs: Pair, n: Pair, beta: float, delta: float) -> float:
+    """Jung et al. 2024: a classifier's cross-entropy on rewards shifted by delta."""
+    chosen, rejected = (beta * (logps[i] - refs[i]) - delta for i in (0, 1))
+    return -log_probability(chosen) - log_probability(-rejected)
+
+
+@exact
+def sppo(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """Wu et al. 2024, eq. 4.7: (log-ratio - eta (P - 1/2))^2 with P = 1 for the winner, 0 for the loser."""
+    eta, half = 1 / beta, Decimal("0.5")
+    return sum((logps[i] - refs[i] - eta * (p - half)) ** 2 for i, p in ((0, 1), (1, 0)))
+
+
+@exact
+def apo_zero(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """D'Oosterlinck et al. 2024, eq. 7, plus 1."""
+    chosen, rejected = (beta * (logps[i] - refs[i]) for i in (0, 1))
+    return 1 - probability(chosen) + probability(rejected)
+
+
+@exact
+def apo_down(logps: Pair, refs: Pair, n: Pair, beta: float) -> float:
+    """Eq. 8, plus 1."""
+    chosen, rejected = (beta * (logps[i] - refs[i]) for i in (0, 1))
+    return probability(chosen) + 1 - probability(chosen - rejected)
+
+
+@exact
+def simpo(logps: Pair, refs: Pair, n: Pair, beta: float, gamma: float, e: float) -> float:
+    """Meng et al. 2024, eq. 6, with the label flipped with probability e."""
+    x = beta / n[0] * logps[0] - beta / n[1] * logps[1] - gamma
+    return -(1 - e) * log_probability(x) - e * log_probability(-x)
+
+
+@exact
+def cpo(logps: Pair, refs: Pair, n: Pair, beta: float, e: float, weight: float, average: float) -> float:
+    """Xu et al. 2024, eq. 3 and the NLL term, a mean per token (average = 1) or a sum (0)."""
+    x = beta * logps[0] - beta * logps[1]
+    nll = -logps[0] / n[0] if average else -logps[0]
+    return -(1 - e) * log_probability(x) - e * log_probability(-x) + weight * nll
+
+
+@exact
+def orpo(logps: Pair, refs: Pair, n: Pair, beta: float, weight: float) -> float:
+    """Hong et al. 2024, eq. 6 and 7: odds of the geometric mean of the tokens' probabilities."""
+    p = [(logps[i] / n[i]).exp() for i in (0, 1)]
+    odds = [x / (1 - x) for x in p]
+    return weight * -logps[0] / n[0] - beta * log_probability((odds[0] / odds[1]).ln())
+
+
+@exact
+def slic(logps: Pair, refs: Pair, n: Pair, delta: float, weight: float) -> float:
+    """Zhao et al. 2023: the calibration loss, and the cross-entropy of the target."""
+    return max(Decimal(0), delta - logps[0] + logps[1]) - weight * logps[0]
+
+
+@exact
+def rpo(logps: Pair, refs: Pair, n: Pair, beta: float, weight: float) -> float:
+    """Pang et al. 2024, eq. 1, divided by their alpha = 1 / weight."""
+    return weight * -logps[0] / n[0] - log_probability(beta * margin(logps, refs))
+
+
+@exact
+def chosen_nll(logps: Pair, refs: Pair, n: Pair, divisor: float) -> float:
+    return -logps[0] / (divisor or n[0])
+
+
+def aot(logps: list[Pair], refs: list[Pair], beta: float, e: float, paired: bool) -> list[float]:
+    """Melnyk et al. 2024: the k-th smallest of one distribution against the k-th smallest of the other."""
+    if paired:
+        upper, lower = [c - r for c, r in logps], [c - r for c, r in refs]
+    else:
+        upper = [c - ref for (c, _), (ref, _) in zip(logps, refs, strict=True)]
+        lower = [r - ref for (_, r), (_, ref) in zip(logps, refs, strict=True)]
+    gaps = [beta * (u - v) for u, v in zip(sorted(upper), sorted(lower), strict=True)]
+    return [(1 - e) * softplus(-gap) + e * softplus(gap) for gap in gaps]
 
 
 def sequence_sums(values: Tensor, lengths: list[int]) -> list[float]:
