@@ -1,6 +1,6 @@
 """Checkpoints: a folder that appears whole, proves itself by its hashes, and holds no pickle.
 
-checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads
+checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads; with adapters, theirs alone
                  optimizer-00001.safetensors ...              <state>.<parameter name>
                  rng.safetensors                              the random state of every rank
                  trainer_state.json                           step, settings, metrics since the last log line
@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefuse.engine.adapters import ABOUT, WEIGHTS, adapter_state
 from prefuse.engine.errors import UserError
 from prefuse.engine.files import published_folder, require_space, sha256_of
 from prefuse.engine.forward import LanguageModel
-from prefuse.engine.model import save_model
-from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, class_of, fill_, whole, whole_weights
+from prefuse.engine.model import save_model, trained_weights
+from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, class_of, fill_, whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,19 @@ def save_checkpoint(
 
     final = folder / f"checkpoint-{state['step']}"
     check_same_weights(lm.model, ranks)
-    size = sum(p.numel() * (p.element_size() + 2 * p.element_size() * p.requires_grad) for p in lm.model.parameters())
+    size = sum(
+        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
+        for p in (lm.model.parameters() if lm.adapters is None else _trainable(lm).values())
+    )
     ranks.from_main(lambda: require_space(folder, size + (size >> 5) + (1 << 20), final.name))
-    weights = whole_weights(lm.model, ranks)
+    weights = trained_weights(lm, ranks)
     random = _gather_rng(ranks)
     optimizer_files = _optimizer_files(lm, optimizer, ranks)
 
     def write() -> None:
         try:
             with published_folder(final) as aside:
-                save_model(lm.model, tokenizer, aside, weights)
+                save_model(lm, tokenizer, aside, weights)
                 for number, tensors in enumerate(optimizer_files, 1):
                     save_file(tensors, aside / f"optimizer-{number:05}.safetensors")
                 save_file(random, aside / "rng.safetensors")
@@ -103,9 +107,13 @@ def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimi
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+    if lm.adapters is None:
+        saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+        own = lm.model.state_dict()
+    else:
+        saved, own = load_file(path / WEIGHTS), adapter_state(lm.model, lm.adapters)
     with torch.no_grad():
-        for name, value in lm.model.state_dict().items():
+        for name, value in own.items():
             fill_(value, saved[name])
 
     states: dict[str, dict[str, Tensor]] = {}
@@ -151,7 +159,8 @@ def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("config.json", "trainer_state.json", "rng.safetensors"):
+        about = ABOUT if ABOUT in manifest else "config.json"
+        for name in (about, "trainer_state.json", "rng.safetensors"):
             if name not in manifest:
                 return f"manifest.json does not list {name}"
         for name, expected in manifest.items():

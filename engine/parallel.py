@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import heapq
 import json
 import logging
@@ -245,11 +246,24 @@ def check_same_weights(model: nn.Module, ranks: Ranks) -> None:
     if ranks.size == 1 or ranks.sharded:
         return
     names, parameters = zip(*model.named_parameters(), strict=True)
-    sums = torch.stack([p.detach().flatten().view(torch.uint8).long().sum() for p in parameters])
+    sums = torch.stack([_byte_sum(p) for p in parameters])
     different = (ranks.gather(sums) != sums).any(0).tolist()
     if ranks.any(any(different)):
         name = next((name for name, differs in zip(names, different, strict=True) if differs), "some weights")
         raise AssertionError(f"{name} is no longer the same on all ranks: nothing was saved of it")
+
+
+def fingerprint(tensors: dict[str, Tensor], ranks: Ranks) -> str:
+    """Of tensors by name, however they are spread over the ranks: another one where any of them is changed."""
+    local = [x.to_local() if isinstance(x, dist.tensor.DTensor) else x for x in tensors.values()]
+    sums = torch.stack([_byte_sum(x) for x in local]).cpu()
+    sums = ranks.sum_(sums) if ranks.sharded else sums
+    about = [[name, str(x.dtype), list(x.shape)] for name, x in tensors.items()]
+    return hashlib.sha256(json.dumps([about, sums.tolist()]).encode()).hexdigest()
+
+
+def _byte_sum(x: Tensor) -> Tensor:  # ()
+    return x.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -266,12 +280,14 @@ def fill_(target: Tensor, x: Tensor) -> None:
     target.copy_(x)
 
 
-def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, ranks: Ranks, trained_only: bool = False) -> dict[str, Tensor]:
     """The model's state on the CPU of the main rank; the others help and get nothing. Tied names share a tensor."""
     gathered: dict[int, Tensor] = {}
     tied = dict(model.named_parameters(remove_duplicate=False))
     state = {}
     for name, value in model.state_dict().items():
+        if trained_only and not (name in tied and tied[name].requires_grad):
+            continue
         key = id(tied.get(name, value))
         if key not in gathered:
             full = whole(value)
@@ -349,8 +365,8 @@ def where_weights_are(function: Callable) -> Callable:
     return inside
 
 
-class ShardedHead(Head):
-    """The head of a sharded model, whose weight is another tensor inside a forward than outside."""
+class LiveHead(Head):
+    """A head whose weight changes: of a sharded model inside a forward, of one that adapters replace with them off."""
 
     def __init__(self, layer: nn.Linear, head: Head):
         for name, value in {"layer": layer, "softcap": head.softcap, "logit_scale": head.logit_scale}.items():
