@@ -100,8 +100,8 @@ class Config:
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
         "adamw_torch"
     )
-    """Which AdamW steps. adamw_torch_fused: in one kernel. The others are bitsandbytes': states of 8 bits, and paged ones
-    that move to the CPU's memory while the GPU's is short."""
+    """Which AdamW steps. adamw_torch_fused: in one kernel. The others are bitsandbytes': states of 8 bits, and
+    paged ones that move to the CPU's memory while the GPU's is short."""
     seed: int = 42
     """Decides the order of the rows, the held-out rows, KTO's mismatches and sampling."""
 

@@ -16,6 +16,7 @@ from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.forward import LanguageModel
+from prefuse.engine.layers import prepare_layers, use_liger
 from prefuse.engine.parallel import ALONE, LiveHead, Ranks, shard, where_weights_are, whole_weights
 from prefuse.transformers import UnsupportedModel, check_head, head_of
 
@@ -99,10 +100,14 @@ def load_model(
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
     adapters = None
+    if config.use_liger_kernel:
+        use_liger(model, device)
     if base is not None:
         adapters = load_adapters(model, folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
+    if trains:
+        prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
         head = head_of(model)
@@ -169,7 +174,7 @@ def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
 def save_model(
     lm: LanguageModel, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's where there are adapters."""
+    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's with adapters."""
     if lm.adapters is None:
         lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
     else:

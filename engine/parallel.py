@@ -32,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.transformers import Head, trunk_of
+from prefuse.engine.layers import decoder_layers
+from prefuse.transformers import Head
 
 if TYPE_CHECKING:
     from prefuse.engine.config import Config
@@ -322,8 +323,7 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dty
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if ranks.offload else OffloadPolicy(),
     }
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=reduce, cast_forward_inputs=False)
-    lists = [module for module in trunk_of(model).modules() if isinstance(module, nn.ModuleList)]
-    layers = list(max(lists, key=len, default=[]))
+    layers = decoder_layers(model)
     for layer in layers:
         fully_shard(layer, mp_policy=policy(param_dtype=None if dtype == own else dtype), **options)
     fully_shard(model, mp_policy=policy(), **options)

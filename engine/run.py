@@ -47,6 +47,7 @@ FREE_ON_RESUME = {
     "per_device_eval_batch_size", "reference_cache", "output_file", "num_prompts", "max_new_tokens", "temperature",
     "nproc", "parallel", "fsdp_cpu_offload", "ddp_timeout", "max_restarts",
     "guard_action", "max_skipped_steps", "max_loss_ratio", "max_chosen_drop", "max_accuracy_drop", "max_kl",
+    "gradient_checkpointing",
 }  # fmt: skip
 # How a step is cut changes its update by rounding alone; that all ranks' cuts make the same steps is compared.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -218,8 +219,8 @@ def _open_folder(folder: Path, resume: bool) -> str | None:
 def _check_same_rows(examples: Examples, held: Examples | None, ranks: Ranks) -> None:
     """Ranks read the data each for itself; they plan the same steps only if they read the same."""
     read = ranks.texts(examples.fingerprint() + (held.fingerprint() if held else ""))
-    for rank, fingerprint in enumerate(read):
-        if fingerprint != read[0]:
+    for rank, rows in enumerate(read):
+        if rows != read[0]:
             raise UserError(
                 f"rank {rank} read other rows than rank 0: the data changed while it was read, or the nodes have "
                 "different copies of it; expected the same files everywhere"

@@ -65,6 +65,10 @@ def cases(size, files):
     if size == 2:
         made["dpo offload"] = made["dpo fsdp"] | {"fsdp_cpu_offload": True}
         made["dpo bf16 fsdp"] = made["dpo fsdp"] | {"bf16": True}
+        checkpointed, compiled = {"gradient_checkpointing": True}, {"torch_compile": True}
+        made["dpo fsdp checkpointed"] = made["dpo fsdp accumulated"] | checkpointed
+        made["lora fsdp checkpointed"] = made["lora fsdp"] | checkpointed
+        made["dpo fsdp compiled"] = made["dpo fsdp"] | checkpointed | compiled | {"torch_compile_backend": "aot_eager"}
         made["lora bf16 fsdp"] = made["lora fsdp"] | {"dtype": "bfloat16"}
     else:
         made["dpo sharded alone"] = made["dpo accumulated"] | {"parallel": "fsdp"}
@@ -76,6 +80,7 @@ def cases(size, files):
 QUICK = {  # the others are slow tests
     "dpo whole", "dpo ddp accumulated", "dpo fsdp accumulated", "kto whole", "kto ddp", "kto fsdp", "sft whole",
     "sft ddp ones", "tied whole", "tied fsdp accumulated", "lora whole", "lora ddp", "lora fsdp accumulated",
+    "lora fsdp checkpointed",
 }  # fmt: skip
 
 
@@ -112,7 +117,8 @@ def marked(name, *values):
 
 
 SAME = [marked(f"{loss} {cut}", loss) for loss in LOSSES for cut in ("accumulated", *CUTS[2])]
-SAME += [marked("dpo offload", "dpo"), marked("dpo sharded alone", "dpo")]
+SAME += [marked("dpo offload", "dpo"), marked("dpo sharded alone", "dpo"), marked("dpo fsdp compiled", "dpo")]
+SAME += [marked(f"{loss} fsdp checkpointed", loss) for loss in ("dpo", "lora")]
 
 
 # What the clock and the cut decide.
