@@ -60,8 +60,9 @@ def save_checkpoint(
         try:
             with published_folder(final) as aside:
                 save_model(lm, tokenizer, aside, weights)
-                for number, tensors in enumerate(optimizer_files, 1):
-                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors")
+                for number, (tensors, numbers) in enumerate(optimizer_files, 1):
+                    about = {"numbers": json.dumps(numbers)}
+                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors", metadata=about)
                 save_file(random, aside / "rng.safetensors")
                 (aside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
                 files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -120,13 +121,11 @@ def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimi
     trainable = _trainable(lm)
     for file in sorted(path.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
+            numbers = json.loads((tensors.metadata() or {}).get("numbers", "[]"))
             for key in tensors.keys():
                 part, name = key.split(".", 1)
                 value = tensors.get_tensor(key)
-                if part != "step":
-                    state = torch.zeros_like(trainable[name].detach())
-                    fill_(state, value)
-                    value = state
+                value = value.item() if key in numbers else _placed(value, part, trainable[name], optimizer)
                 states.setdefault(name, {})[part] = value
     for name, state in states.items():  # without a parameter that never had a gradient
         optimizer.state[trainable[name]] = state
@@ -178,20 +177,39 @@ def _trainable(lm: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer_files(lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Iterator[dict[str, Tensor]]:
-    """The states of the optimizer as whole tensors, a file's worth at a time; on other ranks than the main, empty."""
-    tensors, size = {}, 0
+def _optimizer_files(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+    """The states of the optimizer as whole tensors, a file's worth at a time, and which of them are plain numbers; on
+    other ranks than the main, empty."""
+    tensors, numbers, size = {}, [], 0
     for name, parameter in _trainable(lm).items():
         for part, value in optimizer.state[parameter].items():
-            full = whole(value)
+            key = f"{part}.{name}"
+            full = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
             size += full.numel() * full.element_size()
             if ranks.main:
-                tensors[f"{part}.{name}"] = full.cpu().contiguous()
+                tensors[key] = full.detach().cpu().clone(memory_format=torch.contiguous_format)  # some share a table
+                numbers += [] if isinstance(value, Tensor) else [key]
         if size > FILE_BYTES:
-            yield tensors
-            tensors, size = {}, 0
+            yield tensors, numbers
+            tensors, numbers, size = {}, [], 0
     if size:
-        yield tensors
+        yield tensors, numbers
+
+
+def _placed(value: Tensor, part: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A state of the optimizer where it was: spread over the ranks as its parameter is, on its device, in pages."""
+    if value.shape == parameter.shape and part != "step":
+        paged = getattr(optimizer, "get_state_buffer", None)  # bitsandbytes'
+        own = (
+            torch.zeros_like(parameter.detach(), dtype=value.dtype) if paged is None else paged(parameter, value.dtype)
+        )
+        fill_(own, value)
+        return own
+    if part == "step" and not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+        return value  # torch counts steps on the CPU
+    return value.to(parameter.device)
 
 
 def _gather_rng(ranks: Ranks) -> dict[str, Tensor]:  # (ranks, bytes)
