@@ -157,6 +157,12 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def state_in_force(model: nn.Module) -> dict[str, Tensor]:
+    """The state of what computes now: with adapters off, or where there are none, that of the base model."""
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    return base_state(model) if all(layer.disable_adapters for layer in layers) else model.state_dict()
+
+
 def _of_adapters(name: str) -> bool:
     return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
 

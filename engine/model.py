@@ -15,6 +15,7 @@ from prefuse.engine.adapters import add_adapters, base_of, load_adapters, save_a
 from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.files import full_disk_as_oserror
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.layers import prepare_layers, use_liger
 from prefuse.engine.parallel import ALONE, LiveHead, Ranks, shard, where_weights_are, whole_weights
@@ -175,10 +176,11 @@ def save_model(
     lm: LanguageModel, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's with adapters."""
-    if lm.adapters is None:
-        lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
-    else:
-        save_adapters(lm.adapters, folder, weights)
+    with full_disk_as_oserror():
+        if lm.adapters is None:
+            lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        else:
+            save_adapters(lm.adapters, folder, weights)
     tokenizer.save_pretrained(folder)
 
 

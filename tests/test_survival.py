@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kill_resume import LAUNCHERS_GRACE, Server, command, kill_trials, result
@@ -241,17 +242,26 @@ def test_ranks_whose_weights_have_drifted_apart_save_nothing_of_it(files, server
 
 
 def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, server, tmp_path):
-    """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged."""
-    argv = lambda out: command(files, tmp_path / out, num_train_epochs=1.0, reference_cache=tmp_path / "cache")  # noqa: E731
+    """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged,
+    the third is of one rank."""
+    fixed = {"num_train_epochs": 1.0, "reference_cache": tmp_path / "cache"}
+    argv = lambda out, **more: command(files, tmp_path / out, **fixed | more)  # noqa: E731
     assert server.run(argv("one"), 2, tmp_path / "log") == [0, 0]
     entries = sorted((tmp_path / "cache").iterdir())
     assert len(entries) == 4
-    (entries[0] / "logps.safetensors").write_bytes(b"damaged")
+    for entry in entries:
+        assert {path.name for path in entry.glob("logps*")} == {f"logps-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    (entries[0] / "logps-00002-of-00002.safetensors").write_bytes(b"damaged")  # the second rank reads it
     assert server.run(argv("two"), 2, tmp_path / "again") == [0, 0]
     said = (tmp_path / "again.0").read_text()
-    assert f"the reference cache {entries[0]} is damaged: computing it again" in said
+    damaged = f"the reference cache {entries[0]} is damaged (logps-00002-of-00002.safetensors does not have the hash"
+    assert damaged in said
     assert said.count("log-probabilities of") == 1 + 3
     assert result(tmp_path / "two") == result(tmp_path / "one")
+    assert server.run(argv("three", per_device_train_batch_size=4), 1, tmp_path / "alone") == [0]
+    said = (tmp_path / "alone.0").read_text()
+    assert said.count("log-probabilities of") == 1 + 4
+    assert "computing it again" not in said
 
 
 def test_another_number_of_items_in_a_step_is_not_resumed(files, server, tmp_path):
@@ -406,18 +416,23 @@ def test_the_space_asked_for_is_what_a_checkpoint_takes(files, tmp_path, monkeyp
     assert taken <= asked[0] <= taken + (2 << 20)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["python", "safetensors"],
+)
 def test_a_disk_that_fills_up_while_ranks_gather_ends_all_of_them_and_keeps_the_last(
-    files, tmp_path, monkeypatch, capsys
+    error, files, tmp_path, monkeypatch, capsys
 ):
     from safetensors import torch as safetensors_torch
 
     real, calls = safetensors_torch.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, **options):
         calls.append(Path(path).name)
         if len(calls) == 3:  # the second checkpoint's optimizer: its weights are there already
-            raise OSError(28, "No space left on device", str(path))
-        real(tensors, path)
+            raise error
+        real(tensors, path, **options)
 
     monkeypatch.setattr(safetensors_torch, "save_file", full)
     out = tmp_path / "run"
