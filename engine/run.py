@@ -154,7 +154,7 @@ def prepare(config: Config, command: str) -> Run:
         identity["the base model"] = fingerprint(base_state(lm.model), ranks)
 
     peak = peak_flops(lm)
-    window = Window(peak and peak * ranks.size)
+    window = Window(peak and peak * ranks.size, "pair" if loss.per == "pair" else "sample")
     optimizer, state = make_optimizer(lm.model, config), {"step": 0, "lines": 0, "evaluate": True}
     if checkpoint is not None:
         state = ranks.together(lambda: read_state(checkpoint))

@@ -122,7 +122,7 @@ SAME += [marked(f"{loss} fsdp checkpointed", loss) for loss in ("dpo", "lora")]
 
 
 # What the clock and the cut decide.
-RATES = {"tokens_per_second", "samples_per_second", "tokens_saved"}
+RATES = {"tokens_per_second", "samples_per_second", "pairs_per_second", "tokens_saved", "mfu"}
 
 
 @pytest.mark.parametrize(("loss", "name"), SAME)
