@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.files import file_faults_as_oserror
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,7 +90,7 @@ def load_adapters(model: nn.Module, folder: Path) -> PeftModel:
     from safetensors.torch import load_file
 
     try:
-        with _quiet():
+        with _quiet(), file_faults_as_oserror():
             adapters = PeftModel.from_pretrained(model, folder)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits

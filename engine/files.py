@@ -22,7 +22,7 @@ def published_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        with full_disk_as_oserror():
+        with file_faults_as_oserror():
             yield aside
         publish(aside, final)
     except BaseException:
@@ -45,8 +45,8 @@ def publish(aside: Path, final: Path) -> None:
 
 
 @contextmanager
-def full_disk_as_oserror() -> Iterator[None]:
-    """safetensors has an error of its own for what goes wrong with a file."""
+def file_faults_as_oserror() -> Iterator[None]:
+    """safetensors has an error of its own for a full disk, and for a file that is cut short."""
     from safetensors import SafetensorError
 
     try:

@@ -15,7 +15,7 @@ from prefuse.engine.adapters import add_adapters, base_of, load_adapters, save_a
 from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
-from prefuse.engine.files import full_disk_as_oserror
+from prefuse.engine.files import file_faults_as_oserror
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.layers import prepare_layers, use_liger
 from prefuse.engine.parallel import ALONE, LiveHead, Ranks, shard, where_weights_are, whole_weights
@@ -89,9 +89,10 @@ def load_model(
         path = base
     _require_model_folder(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), output_loading_info=True
-        )
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, config.dtype), output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -176,7 +177,7 @@ def save_model(
     lm: LanguageModel, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's with adapters."""
-    with full_disk_as_oserror():
+    with file_faults_as_oserror():
         if lm.adapters is None:
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:

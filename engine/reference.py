@@ -23,7 +23,7 @@ from torch import Tensor
 from prefuse.engine.adapters import state_in_force
 from prefuse.engine.batches import Examples, collate
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.files import full_disk_as_oserror, publish, sha256_of
+from prefuse.engine.files import file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.forward import LanguageModel, token_logps
 from prefuse.engine.parallel import ALONE, Ranks, whole
 
@@ -140,7 +140,7 @@ def _write(entry: Path, key: dict, logps: list[Tensor], ranks: Ranks) -> None:
     name = _shard(ranks.rank, ranks.size)
 
     def write() -> str:
-        with full_disk_as_oserror():
+        with file_faults_as_oserror():
             save_file({"logps": torch.cat(logps).tensor_split(ranks.size)[ranks.rank].clone()}, aside / name)
         return sha256_of(aside / name)
 

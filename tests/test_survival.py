@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -21,9 +22,10 @@ from prefuse.engine import model as model_module
 from prefuse.engine import train as train_module
 from prefuse.engine.checkpoint import latest_checkpoint
 from prefuse.engine.errors import UserError
+from prefuse.engine.report import MetricsLog
 from prefuse.engine.signals import Stopped, StopSignals
 from prefuse.engine.train import train
-from tiny_run import PAIRS, save_model, settings, weights, write_rows
+from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +443,79 @@ def test_a_disk_that_fills_up_while_ranks_gather_ends_all_of_them_and_keeps_the_
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-2"]
     assert latest_checkpoint(out) == out / "checkpoint-2"
     assert calls[2] == "optimizer-00001.safetensors"
+
+
+def test_a_disk_that_fills_up_under_the_last_files_leaves_a_checkpoint_to_end_from(
+    files, tmp_path, monkeypatch, capsys
+):
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "run"
+    argv = [str(x) for x in command(files, out, num_train_epochs=1.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "publish_model", refused(patch, train_module.publish_model, full))
+        assert cli.main(argv) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+    assert not [path for path in out.iterdir() if path.name.startswith("model.")]
+    assert latest_checkpoint(out) is not None
+    assert cli.main([*argv, "--resume"]) == 0
+    assert cli.main([str(x) for x in command(files, tmp_path / "straight", num_train_epochs=1.0)]) == 0
+    assert result(out) == result(tmp_path / "straight")
+
+
+def refused(patch, publish, full):
+    """`publish`, with a disk that is full by then."""
+    from transformers import modeling_utils
+
+    def inside(run):
+        patch.setattr(modeling_utils, "safe_save_file", full)
+        return publish(run)
+
+    return inside
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(files, tmp_path, monkeypatch, capsys):
+    real, written = MetricsLog.write, []
+
+    def full(log, step, *args):
+        written.append(step)
+        if step == 3:
+            raise OSError(28, "No space left on device", str(log.path))
+        real(log, step, *args)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    out = tmp_path / "run"
+    argv = [str(x) for x in command(files, out, num_train_epochs=1.0, eval_fraction=0.0, logging_steps=1)]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "prefuse: error: [Errno 28] No space left on device" in error
+    assert "Traceback" not in error
+    assert latest_checkpoint(out) == out / "checkpoint-2"
+    monkeypatch.setattr(MetricsLog, "write", real)
+    assert cli.main([*argv, "--resume"]) == 0
+    assert [row["step"] for row in read_log(out)] == list(range(1, len(read_log(out)) + 1))
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "index"])
+def test_a_model_in_many_files_with_one_that_is_not_whole_is_one_line(fault, files, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(files["model"], folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    {
+        "missing": lambda: shards[1].unlink(),
+        "cut": lambda: shards[1].write_bytes(shards[1].read_bytes()[:-100]),
+        "index": lambda: (folder / "model.safetensors.index.json").write_text('{"weight_map'),
+    }[fault]()
+    assert cli.main([str(x) for x in command(files | {"model": str(folder)}, tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"prefuse: error: cannot load a causal LM from {folder}" in error
+    assert "Traceback" not in error
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(files, capsys):
