@@ -11,7 +11,8 @@ from torch import Tensor
 import prefuse
 from prefuse.attention import packed_hidden
 from prefuse.engine.batches import Batch
-from prefuse.engine.parallel import ALONE, Ranks, where_weights_are
+from prefuse.engine.parallel import ALONE, Ranks
+from prefuse.engine.sharding import where_weights_are
 from prefuse.packing import Packed
 from prefuse.transformers import Head, trunk_hidden
 

@@ -18,7 +18,8 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.files import file_faults_as_oserror
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.layers import prepare_layers, use_liger
-from prefuse.engine.parallel import ALONE, LiveHead, Ranks, shard, where_weights_are, whole_weights
+from prefuse.engine.parallel import ALONE, Ranks, whole_weights
+from prefuse.engine.sharding import LiveHead, shard, where_weights_are
 from prefuse.transformers import UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ QUICK = {  # the others are slow tests
 
 def group(name):
     """The cases that run in one start of the processes."""
-    return "quick" if name in QUICK else name.split()[0]
+    return "quick" if name in QUICK else "compiled" if "compiled" in name else name.split()[0]
 
 
 class Runs:
