@@ -444,7 +444,9 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for before in BEFORE:
-        AttentionInterface.register(PREFIX + before, functools.partial(_attention, before))
+        # torch.compile would look into the segments, and compile again for every flat batch
+        attention = torch.compiler.disable(functools.partial(_attention, before))
+        AttentionInterface.register(PREFIX + before, attention)
         AttentionMaskInterface.register(PREFIX + before, functools.partial(_attention_mask, before))
 
 

@@ -54,7 +54,8 @@ def head_of(model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     if layer is None:
         raise UnsupportedModel(f"{name} has no output embeddings: expected a causal LM (AutoModelForCausalLM)")
-    if type(layer) is not nn.Linear:
+    inner = getattr(layer, "original_module", layer)  # of peft's modules_to_save, which shows the weight in force
+    if type(inner) is not nn.Linear:
         raise UnsupportedModel(
             f"the head of {name} is a {type(layer).__module__}.{type(layer).__name__}, expected torch.nn.Linear: "
             "merge adapters into the head, or load it without quantization"

@@ -1,6 +1,6 @@
 """Checkpoints: a folder that appears whole, proves itself by its hashes, and holds no pickle.
 
-checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads
+checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads; with adapters, theirs alone
                  optimizer-00001.safetensors ...              <state>.<parameter name>
                  rng.safetensors                              the random state of every rank
                  trainer_state.json                           step, settings, metrics since the last log line
@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefuse.engine.adapters import ABOUT, WEIGHTS, adapter_state
 from prefuse.engine.errors import UserError
 from prefuse.engine.files import published_folder, require_space, sha256_of
 from prefuse.engine.forward import LanguageModel
-from prefuse.engine.model import save_model
-from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, class_of, fill_, whole, whole_weights
+from prefuse.engine.model import save_model, trained_weights
+from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, fill_, whole
+from prefuse.engine.sharding import class_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +48,22 @@ def save_checkpoint(
 
     final = folder / f"checkpoint-{state['step']}"
     check_same_weights(lm.model, ranks)
-    size = sum(p.numel() * (p.element_size() + 2 * p.element_size() * p.requires_grad) for p in lm.model.parameters())
+    size = sum(
+        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
+        for p in (lm.model.parameters() if lm.adapters is None else _trainable(lm).values())
+    )
     ranks.from_main(lambda: require_space(folder, size + (size >> 5) + (1 << 20), final.name))
-    weights = whole_weights(lm.model, ranks)
+    weights = trained_weights(lm, ranks)
     random = _gather_rng(ranks)
     optimizer_files = _optimizer_files(lm, optimizer, ranks)
 
     def write() -> None:
         try:
             with published_folder(final) as aside:
-                save_model(lm.model, tokenizer, aside, weights)
-                for number, tensors in enumerate(optimizer_files, 1):
-                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors")
+                save_model(lm, tokenizer, aside, weights)
+                for number, (tensors, numbers) in enumerate(optimizer_files, 1):
+                    about = {"numbers": json.dumps(numbers)}
+                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors", metadata=about)
                 save_file(random, aside / "rng.safetensors")
                 (aside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
                 files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -103,22 +109,24 @@ def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimi
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+    if lm.adapters is None:
+        saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+        own = lm.model.state_dict()
+    else:
+        saved, own = load_file(path / WEIGHTS), adapter_state(lm.model, lm.adapters)
     with torch.no_grad():
-        for name, value in lm.model.state_dict().items():
+        for name, value in own.items():
             fill_(value, saved[name])
 
     states: dict[str, dict[str, Tensor]] = {}
     trainable = _trainable(lm)
     for file in sorted(path.glob("optimizer-*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
+            numbers = json.loads((tensors.metadata() or {}).get("numbers", "[]"))
             for key in tensors.keys():
                 part, name = key.split(".", 1)
                 value = tensors.get_tensor(key)
-                if part != "step":
-                    state = torch.zeros_like(trainable[name].detach())
-                    fill_(state, value)
-                    value = state
+                value = value.item() if key in numbers else _placed(value, part, trainable[name], optimizer)
                 states.setdefault(name, {})[part] = value
     for name, state in states.items():  # without a parameter that never had a gradient
         optimizer.state[trainable[name]] = state
@@ -151,7 +159,8 @@ def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("config.json", "trainer_state.json", "rng.safetensors"):
+        about = ABOUT if ABOUT in manifest else "config.json"
+        for name in (about, "trainer_state.json", "rng.safetensors"):
             if name not in manifest:
                 return f"manifest.json does not list {name}"
         for name, expected in manifest.items():
@@ -169,20 +178,39 @@ def _trainable(lm: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer_files(lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Iterator[dict[str, Tensor]]:
-    """The states of the optimizer as whole tensors, a file's worth at a time; on other ranks than the main, empty."""
-    tensors, size = {}, 0
+def _optimizer_files(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+    """The states of the optimizer as whole tensors, a file's worth at a time, and which of them are plain numbers; on
+    other ranks than the main, empty."""
+    tensors, numbers, size = {}, [], 0
     for name, parameter in _trainable(lm).items():
         for part, value in optimizer.state[parameter].items():
-            full = whole(value)
+            key = f"{part}.{name}"
+            full = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
             size += full.numel() * full.element_size()
             if ranks.main:
-                tensors[f"{part}.{name}"] = full.cpu().contiguous()
+                tensors[key] = full.detach().cpu().clone(memory_format=torch.contiguous_format)  # some share a table
+                numbers += [] if isinstance(value, Tensor) else [key]
         if size > FILE_BYTES:
-            yield tensors
-            tensors, size = {}, 0
+            yield tensors, numbers
+            tensors, numbers, size = {}, [], 0
     if size:
-        yield tensors
+        yield tensors, numbers
+
+
+def _placed(value: Tensor, part: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A state of the optimizer where it was: spread over the ranks as its parameter is, on its device, in pages."""
+    if value.shape == parameter.shape and part != "step":
+        paged = getattr(optimizer, "get_state_buffer", None)  # bitsandbytes'
+        own = (
+            torch.zeros_like(parameter.detach(), dtype=value.dtype) if paged is None else paged(parameter, value.dtype)
+        )
+        fill_(own, value)
+        return own
+    if part == "step" and not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+        return value  # torch counts steps on the CPU
+    return value.to(parameter.device)
 
 
 def _gather_rng(ranks: Ranks) -> dict[str, Tensor]:  # (ranks, bytes)

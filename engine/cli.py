@@ -15,9 +15,10 @@ from typing import Annotated
 
 import tyro
 
-from prefuse.engine.config import TRAINING_COMMANDS, Config, read_yaml, validate
+from prefuse.engine.config import TRAINING_COMMANDS, Config, validate
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.launch import launch
+from prefuse.engine.settings import read_yaml
 from prefuse.engine.signals import Stopped
 
 COMMANDS = {

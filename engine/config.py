@@ -5,8 +5,6 @@ The run folder keeps the result as ``config.yaml``, so ``prefuse train --config 
 """
 
 import dataclasses
-import difflib
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +81,7 @@ class Config:
 
     # Optimization
     learning_rate: float | None = None
-    """Peak learning rate. None: 1e-6 for `train`, 2e-5 for `sft`."""
+    """Peak learning rate. None: 1e-6 for `train`, 2e-5 for `sft`, and ten times that with use_peft."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.1
@@ -115,8 +113,35 @@ class Config:
     """AdamW's decay of the mean squared gradient."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "adamw_torch"
+    )
+    """Which AdamW steps. adamw_torch_fused: in one kernel. The others are bitsandbytes': states of 8 bits, and
+    paged ones that move to the CPU's memory while the GPU's is short."""
     seed: int = 42
     """Decides the order of the rows, the held-out rows, KTO's mismatches and sampling."""
+
+    # LoRA, speed and memory (docs/training.md)
+    use_peft: bool = False
+    """Train adapters of low rank (LoRA) beside the model's own weights. The reference is the model without them."""
+    lora_r: int = 16
+    """Their rank."""
+    lora_alpha: int = 32
+    """What they add is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Share of their inputs that is dropped in training. With it, ranks and accumulation change the update."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get one (q_proj v_proj), or a single pattern. None: all linear layers but the head."""
+    lora_modules_to_save: list[str] | None = None
+    """Names of modules that are trained whole, and saved with the adapters."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of each decoder layer alone, and run it again in the backward: less memory, a third slower."""
+    torch_compile: bool = False
+    """Compile the decoder layers. The head is fused already."""
+    torch_compile_backend: str = "inductor"
+    """torch.compile's backend."""
+    use_liger_kernel: bool = False
+    """Liger's kernels for norms, rotary embeddings and gated layers, where it has them for the model. Needs a GPU."""
 
     # Output
     output_dir: str = ""
@@ -194,6 +219,7 @@ LOSS_SETTINGS = {
     "desirable_weight": "desirable_weight",
     "undesirable_weight": "undesirable_weight",
 }
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # values of optim
 
 _AT_LEAST_ONE = (
     "max_length",
@@ -205,6 +231,8 @@ _AT_LEAST_ONE = (
     "max_new_tokens",
     "nproc",
     "ddp_timeout",
+    "lora_r",
+    "lora_alpha",
 )
 _AT_LEAST_ZERO = (
     "warmup_steps",
@@ -219,13 +247,23 @@ _AT_LEAST_ZERO = (
     "max_accuracy_drop",
 )
 _ABOVE_ZERO = ("num_train_epochs", "max_grad_norm", "adam_epsilon", "max_chosen_drop")
+_ONLY_WITH = {
+    "fsdp_cpu_offload": ("parallel", "fsdp"),
+    "lora_r": ("use_peft", True),
+    "lora_alpha": ("use_peft", True),
+    "lora_dropout": ("use_peft", True),
+    "lora_target_modules": ("use_peft", True),
+    "lora_modules_to_save": ("use_peft", True),
+    "torch_compile_backend": ("torch_compile", True),
+}
 
 
 def validate(config: Config, command: str) -> Config:
     """The settings with the command's own defaults filled in; UserError names the first that cannot be."""
     trains = command in TRAINING_COMMANDS
     if config.learning_rate is None:
-        config = dataclasses.replace(config, learning_rate=2e-5 if command == "sft" else 1e-6)
+        whole, adapters = (2e-5, 2e-4) if command == "sft" else (1e-6, 1e-5)
+        config = dataclasses.replace(config, learning_rate=adapters if config.use_peft else whole)
     if config.eval_fraction is None:
         config = dataclasses.replace(config, eval_fraction=0.05 if trains else 1.0)
 
@@ -254,8 +292,15 @@ def validate(config: Config, command: str) -> Config:
             raise UserError("max_tokens_per_batch is about flat batches: drop it, or padding_free false")
     _require(config, ("max_loss_ratio",), "above 1", lambda value: value > 1)
     _require(config, ("max_kl",), "above 0, or null for no limit", lambda value: value is None or value > 0)
-    if config.fsdp_cpu_offload and config.parallel != "fsdp":
-        raise UserError("fsdp_cpu_offload has a meaning only with parallel fsdp: set parallel to fsdp, or drop it")
+    for name, (other, value) in _ONLY_WITH.items():
+        if getattr(config, name) != getattr(Config, name) and getattr(config, other) != value:
+            said = str(value).lower()
+            raise UserError(f"{name} has a meaning only with {other} {said}: set {other} to {said}, or drop {name}")
+    _require(config, ("lora_dropout",), "in [0, 1)", lambda value: 0 <= value < 1)
+    if config.optim in BITSANDBYTES and config.parallel == "fsdp":
+        raise UserError(
+            f"optim {config.optim} keeps states that cannot be spread over ranks: use adamw_torch with parallel fsdp"
+        )
     for name in (*LOSS_SETTINGS, "z0_scope"):
         if command != "sft" and getattr(config, name) != getattr(Config, name) and config.loss_type not in _types(name):
             raise UserError(
@@ -285,63 +330,3 @@ def _require(config: Config, names: tuple[str, ...], wanted: str, holds: typing.
         value = getattr(config, name)
         if not holds(value):  # also false for nan
             raise UserError(f"{name} must be {wanted}, got {value}")
-
-
-def read_yaml(path: str | Path) -> Config:
-    """The settings of a YAML file, the rest as the defaults say."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"the config file {path} must hold `name: value` lines, got a {type(settings).__name__}")
-    for name in settings:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(str(name), FIELDS, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "; `prefuse train --help` lists the settings"
-            raise UserError(f"unknown setting {name!r} in {path}{hint}")
-    return Config(**{name: _typed(name, value) for name, value in settings.items()})
-
-
-def write_yaml(config: Config, path: Path, command: str) -> None:
-    """The inverse of `read_yaml`."""
-    import yaml
-
-    body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    path.write_text(f"# prefuse {command} --config {path.name}\n{body}", encoding="utf-8")
-
-
-def _typed(name: str, value: object) -> object:
-    """A YAML value as the field's type. YAML 1.1 reads 1e-6 as text and yes as true: the first is meant as a
-    number, the second is never meant as one."""
-    annotation = FIELDS[name]
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if option is types.NoneType:
-            if value is None:
-                return None
-        elif typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif option is float:
-            if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                try:
-                    return float(value)
-                except ValueError:
-                    pass
-        elif type(value) is option:
-            return value
-    wanted = " or ".join(_type_name(option) for option in options)
-    raise UserError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
-
-
-def _type_name(option: object) -> str:
-    if option is types.NoneType:
-        return "null"
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(typing.get_args(option))
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option]

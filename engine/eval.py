@@ -31,9 +31,10 @@ from prefuse.engine.model import (
     without_padding,
 )
 from prefuse.engine.order import draw_mismatches, plan_evaluation
-from prefuse.engine.parallel import ALONE, Ranks, where_weights_are
+from prefuse.engine.parallel import ALONE, Ranks
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import add_metrics, table
+from prefuse.engine.sharding import where_weights_are
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most, while training

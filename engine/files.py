@@ -22,20 +22,37 @@ def published_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        yield aside
-        for path in aside.rglob("*"):
-            flush(path)
-        flush(aside)
-        before = final.with_name(final.name + ".old")
-        shutil.rmtree(before, ignore_errors=True)
-        if final.exists():
-            final.rename(before)
-        aside.rename(final)
-        flush(final.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        with file_faults_as_oserror():
+            yield aside
+        publish(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def publish(aside: Path, final: Path) -> None:
+    """`aside` becomes `final`, in the place of what was there."""
+    for path in aside.rglob("*"):
+        flush(path)
+    flush(aside)
+    before = final.with_name(final.name + ".old")
+    shutil.rmtree(before, ignore_errors=True)
+    if final.exists():
+        final.rename(before)
+    aside.rename(final)
+    flush(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def file_faults_as_oserror() -> Iterator[None]:
+    """safetensors has an error of its own for a full disk, and for a file that is cut short."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def write_whole(path: Path, text: str) -> None:

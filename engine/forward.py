@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,13 @@ from torch import Tensor
 import prefuse
 from prefuse.attention import packed_hidden
 from prefuse.engine.batches import Batch
-from prefuse.engine.parallel import ALONE, Ranks, where_weights_are
+from prefuse.engine.parallel import ALONE, Ranks
+from prefuse.engine.sharding import where_weights_are
 from prefuse.packing import Packed
 from prefuse.transformers import Head, trunk_hidden
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,11 @@ class LanguageModel:
     device: torch.device
     compute_dtype: torch.dtype
     impl: str
+    adapters: "PeftModel | None" = None  # the same model, as peft sees it
 
     def autocast(self) -> AbstractContextManager:
-        mixed = self.compute_dtype != self.head.weight.dtype
+        weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters are, on any base
+        mixed = self.compute_dtype != weights
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from prefuse.attention import check_packing
+from prefuse.engine.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.batches import Examples
 from prefuse.engine.config import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.files import file_faults_as_oserror
 from prefuse.engine.forward import LanguageModel
-from prefuse.engine.parallel import ALONE, Ranks, ShardedHead, shard, where_weights_are
+from prefuse.engine.layers import prepare_layers, use_liger
+from prefuse.engine.parallel import ALONE, Ranks, whole_weights
+from prefuse.engine.sharding import LiveHead, shard, where_weights_are
 from prefuse.transformers import UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
@@ -56,26 +59,41 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    _require_model_folder(path)
+    base = base_of(Path(path))
+    if base is not None and not any(Path(path).glob("tokenizer*")):
+        path, base = base, None
+    if base is None:
+        _require_model_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 
-def load_model(path: str, config: Config, device: torch.device, ranks: Ranks = ALONE) -> LanguageModel:
-    """The model, ready to train.
+def load_model(
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
+) -> LanguageModel:
+    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained.
 
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
     from transformers import AutoModelForCausalLM
 
+    folder, base = Path(path), base_of(Path(path))
+    if base is not None:
+        if trains:
+            raise UserError(
+                f"{path} holds adapters, and training starts from a whole model: merge them into it first "
+                "(peft's merge_and_unload, then save_pretrained)"
+            )
+        path = base
     _require_model_folder(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), output_loading_info=True
-        )
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, config.dtype), output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -84,6 +102,15 @@ def load_model(path: str, config: Config, device: torch.device, ranks: Ranks = A
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
+    adapters = None
+    if config.use_liger_kernel:
+        use_liger(model, device)
+    if base is not None:
+        adapters = load_adapters(model, folder)
+    elif trains and config.use_peft:
+        adapters = add_adapters(model, config)
+    if trains:
+        prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
         head = head_of(model)
@@ -92,8 +119,9 @@ def load_model(path: str, config: Config, device: torch.device, ranks: Ranks = A
     dtype = compute_dtype(config, device)
     if ranks.sharded:
         model = shard(model, ranks, device, dtype)
-        head = ShardedHead(model.get_output_embeddings(), head)
-    return LanguageModel(model, head, device, dtype, config.impl)
+    if ranks.sharded or adapters is not None:
+        head = LiveHead(model.get_output_embeddings(), head)
+    return LanguageModel(model, head, device, dtype, config.impl, adapters)
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
@@ -109,7 +137,9 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
     probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
-        with lm.autocast() if hasattr(lm.model, "with_weights") else contextlib.nullcontext():
+        # So are adapters, in float32 whatever the base has.
+        mixed = hasattr(lm.model, "with_weights") or lm.adapters is not None
+        with lm.autocast() if mixed else contextlib.nullcontext():
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
@@ -139,11 +169,20 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
         )
 
 
+def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What `save_model` writes, on the CPU of the main rank: the whole model, or what stands beside it."""
+    return whole_weights(lm.model, ranks, trained_only=lm.adapters is not None)
+
+
 def save_model(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", folder: Path, state: dict[str, torch.Tensor] | None = None
+    lm: LanguageModel, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads. `state`: of a sharded model."""
-    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
+    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's with adapters."""
+    with file_faults_as_oserror():
+        if lm.adapters is None:
+            lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        else:
+            save_adapters(lm.adapters, folder, weights)
     tokenizer.save_pretrained(folder)
 
 

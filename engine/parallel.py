@@ -9,19 +9,17 @@ averaged, and the same step on 1 rank, on k, and under accumulation is the same 
 forward, which the fused head goes around, and it averages. Here microbatches accumulate locally and the gradients are
 summed once per step, in float32, bucket by bucket in the order of the parameters.
 
-`fsdp`: `fully_shard` on every decoder layer, and on the root, which keeps the embeddings and the head (one parameter
-where they are tied) and the final norm. Whatever reads the head runs as a forward of the root: see `where_weights_are`.
+`fsdp`: weights, gradients and optimizer states are spread over the ranks (engine/sharding.py).
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
+import hashlib
 import heapq
 import json
 import logging
 import os
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.transformers import Head, trunk_of
 
 if TYPE_CHECKING:
     from prefuse.engine.config import Config
@@ -245,11 +242,24 @@ def check_same_weights(model: nn.Module, ranks: Ranks) -> None:
     if ranks.size == 1 or ranks.sharded:
         return
     names, parameters = zip(*model.named_parameters(), strict=True)
-    sums = torch.stack([p.detach().flatten().view(torch.uint8).long().sum() for p in parameters])
+    sums = torch.stack([_byte_sum(p) for p in parameters])
     different = (ranks.gather(sums) != sums).any(0).tolist()
     if ranks.any(any(different)):
         name = next((name for name, differs in zip(names, different, strict=True) if differs), "some weights")
         raise AssertionError(f"{name} is no longer the same on all ranks: nothing was saved of it")
+
+
+def fingerprint(tensors: dict[str, Tensor], ranks: Ranks) -> str:
+    """Of tensors by name, however they are spread over the ranks: another one where any of them is changed."""
+    local = [x.to_local() if isinstance(x, dist.tensor.DTensor) else x for x in tensors.values()]
+    sums = torch.stack([_byte_sum(x) for x in local]).cpu()
+    sums = ranks.sum_(sums) if ranks.sharded else sums
+    about = [[name, str(x.dtype), list(x.shape)] for name, x in tensors.items()]
+    return hashlib.sha256(json.dumps([about, sums.tolist()]).encode()).hexdigest()
+
+
+def _byte_sum(x: Tensor) -> Tensor:  # ()
+    return x.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -266,100 +276,17 @@ def fill_(target: Tensor, x: Tensor) -> None:
     target.copy_(x)
 
 
-def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, ranks: Ranks, trained_only: bool = False) -> dict[str, Tensor]:
     """The model's state on the CPU of the main rank; the others help and get nothing. Tied names share a tensor."""
     gathered: dict[int, Tensor] = {}
     tied = dict(model.named_parameters(remove_duplicate=False))
     state = {}
     for name, value in model.state_dict().items():
+        if trained_only and not (name in tied and tied[name].requires_grad):
+            continue
         key = id(tied.get(name, value))
         if key not in gathered:
             full = whole(value)
             gathered[key] = full.cpu() if ranks.main else torch.empty(0)
         state[name] = gathered[key]
     return state if ranks.main else {}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# fully_shard
-
-
-def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Spread the weights over the ranks, in place; `dtype` is what the decoder layers compute in.
-
-    Layers are gathered in `dtype`. The root's weights stay as they are: the embeddings begin the residual stream, which
-    autocast leaves in float32, and the fused head casts its own slices. Gradients travel in float32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
-    own = next(model.parameters()).dtype
-    reduce = torch.float32 if own != torch.float32 or dtype != own else None
-    options = {
-        "mesh": init_device_mesh(device.type, (ranks.size,)),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if ranks.offload else OffloadPolicy(),
-    }
-    policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=reduce, cast_forward_inputs=False)
-    lists = [module for module in trunk_of(model).modules() if isinstance(module, nn.ModuleList)]
-    layers = list(max(lists, key=len, default=[]))
-    for layer in layers:
-        fully_shard(layer, mp_policy=policy(param_dtype=None if dtype == own else dtype), **options)
-    fully_shard(model, mp_policy=policy(), **options)
-    for module in (*layers, model):
-        module.set_gradient_divide_factor(1.0)  # sums, not means
-        module.set_force_sum_reduction_for_comms(True)
-    model.with_weights = types.MethodType(lambda self, function: function(), model)
-    register_fsdp_forward_method(model, "with_weights")
-    return model
-
-
-def class_of(model: nn.Module) -> type:
-    """Its class, before `fully_shard` put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-
-
-def where_weights_are(function: Callable) -> Callable:
-    """For a function of (lm, ...) that reads the head: under fsdp it runs as a forward of the root module, in which
-    the head's weight is a plain tensor and its gradient is summed over the ranks. Elsewhere it just runs."""
-
-    @functools.wraps(function)
-    def inside(lm, *args, **kwargs):
-        if not hasattr(lm.model, "with_weights"):
-            return function(lm, *args, **kwargs)
-
-        def call():
-            result = function(lm, *args, **kwargs)
-            return getattr(result, "loss", None), result  # the loss in sight, for the hooks of the backward
-
-        loss, result = lm.model.with_weights(call)
-        if loss is None or not loss.requires_grad:
-            # The root keeps its weights gathered for a backward that does not come. Left so, `parameters()` would
-            # give an optimizer those copies to update, and the next forward would not see what it did to the shards.
-            lm.model.reshard()
-        return result
-
-    return inside
-
-
-class ShardedHead(Head):
-    """The head of a sharded model, whose weight is another tensor inside a forward than outside."""
-
-    def __init__(self, layer: nn.Linear, head: Head):
-        for name, value in {"layer": layer, "softcap": head.softcap, "logit_scale": head.logit_scale}.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.layer.bias

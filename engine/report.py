@@ -28,6 +28,7 @@ SHOWN = (  # on the screen, as far as a run has them
     "learning_rate",
     "tokens_per_second",
     "samples_per_second",
+    "pairs_per_second",
     "tokens_saved",
     "mfu",
 )
@@ -42,8 +43,9 @@ def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
 class Window:
     """Sums since the last log line. They stay on the device until `means` waits for it, once."""
 
-    def __init__(self, peak_flops: float | None = None) -> None:
+    def __init__(self, peak_flops: float | None = None, item: str = "sample") -> None:
         self.peak_flops = peak_flops  # of the device, per second, if it is known
+        self.item = item  # "pair" where a sample is one
         self.clear()
 
     def clear(self) -> None:
@@ -73,6 +75,7 @@ class Window:
         """The mean of each metric, and rates since the last log line."""
         seconds = time.perf_counter() - self.started
         rates = {"tokens_per_second": self.tokens / seconds, "samples_per_second": self.samples / seconds}
+        rates |= {f"{self.item}s_per_second": self.samples / seconds}
         if self.peak_flops is not None:
             rates["mfu"] = self.flops / seconds / self.peak_flops
         return prefuse.reduce_metrics(self.totals) | rates

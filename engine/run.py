@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import prefuse
+from prefuse.engine.adapters import adapters_off, base_state
 from prefuse.engine.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.checkpoint import check_same, latest_checkpoint, load_checkpoint, read_state
-from prefuse.engine.config import Config, write_yaml
+from prefuse.engine.config import Config
 from prefuse.engine.dataset import KIND_OF, read_training_data, write_skipped
 from prefuse.engine.errors import UserError
 from prefuse.engine.eval import HeldOut, hold
@@ -31,9 +32,10 @@ from prefuse.engine.model import (
 )
 from prefuse.engine.optimizer import make_optimizer
 from prefuse.engine.order import Plan, draw_mismatches, plan_epoch
-from prefuse.engine.parallel import Ranks, join, share
+from prefuse.engine.parallel import Ranks, fingerprint, join, share
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import MetricsLog, Window, say
+from prefuse.engine.settings import write_yaml
 from prefuse.losses import Loss
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ FREE_ON_RESUME = {
     "per_device_eval_batch_size", "reference_cache", "output_file", "num_prompts", "max_new_tokens", "temperature",
     "nproc", "parallel", "fsdp_cpu_offload", "ddp_timeout", "max_restarts",
     "guard_action", "max_skipped_steps", "max_loss_ratio", "max_chosen_drop", "max_accuracy_drop", "max_kl",
+    "gradient_checkpointing",
 }  # fmt: skip
 # How a step is cut changes its update by rounding alone; that all ranks' cuts make the same steps is compared.
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -122,7 +125,7 @@ def prepare(config: Config, command: str) -> Run:
     found = ranks.from_main(lambda: _open_folder(folder, again))
     checkpoint = None if found is None else folder / found
     device = device_of(config)
-    if config.dtype == "bfloat16":
+    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
         logger.warning(
             "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
             "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
@@ -137,18 +140,21 @@ def prepare(config: Config, command: str) -> Run:
     _check_same_rows(examples, held_examples, ranks)
     ranks.from_main(lambda: write_skipped(skipped, folder / "skipped.jsonl"))
     torch.manual_seed(config.seed + ranks.rank)
-    lm = load_model(config.model_name_or_path, config, device, ranks)
+    lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     guards = Guards(config, loss.beta if loss.uses_reference else None)
     if isinstance(loss, prefuse.KTO):
         guards.check_labels(examples.labels)
-    data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
+    with adapters_off(lm.model):
+        data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME and k not in CUT}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = {"command": command, "tokens": examples.fingerprint(), "items_per_step": per_step, **settings}
+    if lm.adapters is not None:  # a checkpoint has them alone
+        identity["the base model"] = fingerprint(base_state(lm.model), ranks)
 
     peak = peak_flops(lm)
-    window = Window(peak and peak * ranks.size)
+    window = Window(peak and peak * ranks.size, "pair" if loss.per == "pair" else "sample")
     optimizer, state = make_optimizer(lm.model, config), {"step": 0, "lines": 0, "evaluate": True}
     if checkpoint is not None:
         state = ranks.together(lambda: read_state(checkpoint))
@@ -213,8 +219,8 @@ def _open_folder(folder: Path, resume: bool) -> str | None:
 def _check_same_rows(examples: Examples, held: Examples | None, ranks: Ranks) -> None:
     """Ranks read the data each for itself; they plan the same steps only if they read the same."""
     read = ranks.texts(examples.fingerprint() + (held.fingerprint() if held else ""))
-    for rank, fingerprint in enumerate(read):
-        if fingerprint != read[0]:
+    for rank, rows in enumerate(read):
+        if rows != read[0]:
             raise UserError(
                 f"rank {rank} read other rows than rank 0: the data changed while it was read, or the nodes have "
                 "different copies of it; expected the same files everywhere"

@@ -25,9 +25,9 @@ from prefuse.engine.config import Config
 from prefuse.engine.eval import evaluate
 from prefuse.engine.flops import training_flops
 from prefuse.engine.forward import count_items, fused_loss, reference_point
-from prefuse.engine.model import save_model
+from prefuse.engine.model import save_model, trained_weights
 from prefuse.engine.optimizer import learning_rate
-from prefuse.engine.parallel import clip_gradients, reduce_in_backward, sum_gradients, whole_weights
+from prefuse.engine.parallel import clip_gradients, reduce_in_backward, sum_gradients
 from prefuse.engine.plots import plot_curves
 from prefuse.engine.report import add_metrics, progress_bar, say, say_metrics
 from prefuse.engine.run import Run, Share, prepare, state_of
@@ -220,11 +220,11 @@ def save(run: Run, step: int, evaluate: bool) -> None:
 
 def publish_model(run: Run) -> None:
     """The final model straight in the run folder, each file whole or absent."""
-    weights = whole_weights(run.lm.model, run.ranks)
+    weights = trained_weights(run.lm, run.ranks)
 
     def publish() -> None:
         with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.") as aside:
-            save_model(run.lm.model, run.tokenizer, Path(aside), weights)
+            save_model(run.lm, run.tokenizer, Path(aside), weights)
             for path in Path(aside).iterdir():
                 path.replace(run.folder / path.name)
 

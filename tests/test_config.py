@@ -8,8 +8,9 @@ import pytest
 
 from prefuse.engine import config as config_module
 from prefuse.engine.cli import parse
-from prefuse.engine.config import Config, read_yaml, validate, write_yaml
+from prefuse.engine.config import Config, validate
 from prefuse.engine.errors import UserError
+from prefuse.engine.settings import read_yaml, write_yaml
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
 
@@ -52,6 +53,9 @@ def test_every_field_has_a_docstring():
         ("bf16: null", None),
         ("max_steps: 7", 7),
         ('output_dir: "7"', "7"),
+        ("lora_target_modules: [q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("lora_target_modules: .*_proj", [".*_proj"]),
+        ("lora_target_modules: null", None),
     ],
 )
 def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
@@ -70,6 +74,8 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
         ("resume: 1", r"resume must be true or false, got 1 \(int\)"),
         ("max_steps: 2.5", r"max_steps must be a whole number, got 2.5 \(float\)"),
         ("max_steps: true", r"max_steps must be a whole number, got True \(bool\)"),
+        ("lora_target_modules: [1]", r"lora_target_modules must be a list of texts or null, got \[1\] \(list\)"),
+        ("lora_target_modules: []", r"lora_target_modules must be a list of texts or null, got \[\] \(list\)"),
         ("output_dir: 7", r"output_dir must be text, got 7 \(int\)"),
         ("bf16: maybe", r"bf16 must be true or false or null, got 'maybe' \(str\)"),
         ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, got 'ppo' \(str\)"),
@@ -125,6 +131,12 @@ def test_a_file_that_is_not_there(tmp_path):
         ("train", {"max_kl": 0.0}, "max_kl must be above 0, or null for no limit, got 0.0"),
         ("train", {"nproc": 0}, "nproc must be at least 1, got 0"),
         ("train", {"fsdp_cpu_offload": True}, "fsdp_cpu_offload has a meaning only with parallel fsdp"),
+        ("train", {"lora_r": 8}, "lora_r has a meaning only with use_peft true: set use_peft to true, or drop lora_r"),
+        ("sft", {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save has a meaning only with use_peft true"),
+        ("train", {"use_peft": True, "lora_r": 0}, "lora_r must be at least 1, got 0"),
+        ("train", {"use_peft": True, "lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ("train", {"torch_compile_backend": "eager"}, "torch_compile_backend has a meaning only with torch_compile"),
+        ("train", {"optim": "adamw_8bit", "parallel": "fsdp"}, "optim adamw_8bit keeps states that cannot be spread"),
         ("generate", {"eval_fraction": 0.0}, r"eval_fraction must be in \(0, 1\], got 0.0"),
         ("generate", {"output_file": __file__}, "output_file .* exists: give another name, or remove it"),
         ("generate", {"output_file": "/none/x"}, "output_file /none/x is in a folder that does not exist"),
@@ -139,6 +151,7 @@ def test_defaults_that_depend_on_the_command():
     config = Config(**NEEDED, ref_model_name_or_path="r")
     assert validate(config, "train").learning_rate == 1e-6
     assert validate(config, "sft").learning_rate == 2e-5
+    assert validate(dataclasses.replace(config, use_peft=True), "train").learning_rate == 1e-5
     assert validate(config, "train").eval_fraction == 0.05
     assert validate(config, "eval").eval_fraction == 1.0
 
@@ -147,7 +160,7 @@ def test_every_number_is_checked():
     """A new number must be put into one of the checks, or named here with the reason why it needs none."""
     checked = {*config_module._AT_LEAST_ONE, *config_module._AT_LEAST_ZERO, *config_module._ABOVE_ZERO}
     checked |= {"learning_rate", "max_steps", "eval_fraction", "adam_beta1", "adam_beta2", "warmup_ratio"}
-    checked |= {"max_loss_ratio", "max_kl"}
+    checked |= {"max_loss_ratio", "max_kl", "lora_dropout"}
     checked |= set(config_module.LOSS_SETTINGS)  # by the loss
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float, float | None)}
     assert numbers == checked

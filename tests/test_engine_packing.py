@@ -13,7 +13,7 @@ from prefuse.engine.config import Config, validate
 from prefuse.engine.data import Labelled, load_examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.eval import compare
-from prefuse.engine.flops import peak_flops, training_flops, trunk_weights
+from prefuse.engine.flops import measured_flops, peak_flops, training_flops, trunk_weights
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.model import load_model, load_tokenizer
 from prefuse.engine.report import Window
@@ -45,7 +45,7 @@ def trained(tmp_path, name, model, data, command="train", **changes):
     return weights(out), read_log(out)
 
 
-RATES = {"tokens_per_second", "samples_per_second", "tokens_saved"}
+RATES = {"tokens_per_second", "samples_per_second", "pairs_per_second", "tokens_saved", "mfu"}
 
 
 def assert_same_training(one, two):
@@ -180,19 +180,27 @@ def test_settings_of_flat_batches_are_checked():
 # Rates
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
 def test_weights_and_flops_counted_by_hand(model):
     lm = load_model(model, settings(model_name_or_path=model, dataset_name="d", output_dir="o"), torch.device("cpu"))
     # two layers: q and o of 32 x 32, k and v of 16 x 32 (half the heads), three matrices of 64 x 32
-    assert trunk_weights(lm.model) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    trunk = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert trunk_weights(lm.model) == (trunk, 0)
     rows = [Labelled([1, 2, 3], [4, 5], True, "f:0"), Labelled([1, 2, 3], [6], False, "f:1")]
     examples = dataclasses.replace(examples_of(rows), padding_free=True)
-    wanted = 6 * (trunk_weights(lm.model) * 6 + 300 * 32 * 3)  # six tokens run, three are predicted
-    assert training_flops(lm, collate(examples, [0, 1])) == wanted
+    batch = collate(examples, [0, 1])
+    assert training_flops(lm, batch) == 6 * (trunk * 6 + 300 * 32 * 3)  # six tokens run, three are predicted
+    # Frozen weights have no gradient of their own. Rank 4 beside each matrix: 4 * (rows + columns).
+    config = settings(model_name_or_path=model, dataset_name="d", output_dir="o", use_peft=True, lora_r=4)
+    lm = load_model(model, config, torch.device("cpu"), trains=True)
+    adapters = 2 * 4 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (64 + 32))
+    assert trunk_weights(lm.model) == (trunk + adapters, trunk)
+    assert training_flops(lm, batch) == (4 * trunk + 6 * adapters) * 6 + 4 * 300 * 32 * 3
 
 
-def test_the_peak_is_known_for_some_gpus_and_no_cpu(model, monkeypatch):
+def test_the_peak_is_known_for_some_gpus_and_measured_on_a_cpu(model, monkeypatch):
     lm = load_model(model, settings(model_name_or_path=model, dataset_name="d", output_dir="o"), torch.device("cpu"))
-    assert peak_flops(lm) is None
+    assert peak_flops(lm) == measured_flops(torch.float32)
     on_gpu = dataclasses.replace(lm, device=torch.device("cuda"), compute_dtype=torch.bfloat16)
     for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA T4", None)):
         monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -200,8 +208,15 @@ def test_the_peak_is_known_for_some_gpus_and_no_cpu(model, monkeypatch):
     monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert peak_flops(dataclasses.replace(on_gpu, compute_dtype=torch.float32)) is None
     mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**STABLELM, num_local_experts=2))
-    experts = LanguageModel(mixtral, head_of(mixtral), on_gpu.device, torch.bfloat16, "torch")
-    assert peak_flops(experts) is None  # a token does not meet all of its weights
+    for where in on_gpu, lm:
+        experts = LanguageModel(mixtral, head_of(mixtral), where.device, torch.bfloat16, "torch")
+        assert peak_flops(experts) is None  # a token does not meet all of its weights
+
+
+def test_what_a_cpu_could_do_is_the_best_of_a_few_products(monkeypatch):
+    times = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.25, 30.0, 31.0])  # the first, however it went, does not count
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(times))
+    assert measured_flops.__wrapped__(torch.float32, size=8, rounds=3) == 2 * 8**3 / 0.25
 
 
 def test_rates_are_over_the_time_since_the_last_line(monkeypatch):
@@ -213,6 +228,11 @@ def test_rates_are_over_the_time_since_the_last_line(monkeypatch):
     clock[0] += 2.0
     means = window.means()
     assert means == {"tokens_per_second": 400.0, "samples_per_second": 4.0, "mfu": pytest.approx(0.2)}
+    pairs = Window(item="pair")
+    pairs.count(tokens=500, samples=4, flops=3e5)
+    clock[0] += 2.0
+    assert pairs.means() == {"tokens_per_second": 250.0, "samples_per_second": 2.0, "pairs_per_second": 2.0}
+    clock[0] -= 2.0
     window.clear()
     plain = Window()
     clock[0] += 1.0
@@ -222,6 +242,8 @@ def test_rates_are_over_the_time_since_the_last_line(monkeypatch):
 
 def test_rates_and_savings_are_logged(model, pairs, tmp_path, capsys):
     _, log = trained(tmp_path, "run", model, pairs, max_steps=1)
-    assert log[0]["samples_per_second"] > 0
-    assert "mfu" not in log[0]
+    assert log[0]["pairs_per_second"] == log[0]["samples_per_second"] > 0
+    assert 0 < log[0]["mfu"] < 1
+    _, log = trained(tmp_path, "kto", model, pairs, max_steps=1, loss_type="kto")
+    assert "pairs_per_second" not in log[0]
     assert f"tokens_saved {log[0]['tokens_saved']:.4g}" in capsys.readouterr().out

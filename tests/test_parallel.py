@@ -32,6 +32,7 @@ LOSSES = {
     "kto": {"loss_type": "kto"},
     "sft": {"command": "sft"},
     "tied": {"loss_type": "dpo", "model": "tied"},
+    "lora": {"loss_type": "dpo", "use_peft": True, "lora_r": 4, "lora_modules_to_save": ["norm"]},
 }
 CUTS = {  # (microbatch, accumulation) so that a step has 8 items
     1: {"whole": (8, 1), "accumulated": (1, 8)},
@@ -64,21 +65,28 @@ def cases(size, files):
     if size == 2:
         made["dpo offload"] = made["dpo fsdp"] | {"fsdp_cpu_offload": True}
         made["dpo bf16 fsdp"] = made["dpo fsdp"] | {"bf16": True}
+        checkpointed, compiled = {"gradient_checkpointing": True}, {"torch_compile": True}
+        made["dpo fsdp checkpointed"] = made["dpo fsdp accumulated"] | checkpointed
+        made["lora fsdp checkpointed"] = made["lora fsdp"] | checkpointed
+        made["dpo fsdp compiled"] = made["dpo fsdp"] | checkpointed | compiled | {"torch_compile_backend": "aot_eager"}
+        made["lora bf16 fsdp"] = made["lora fsdp"] | {"dtype": "bfloat16"}
     else:
         made["dpo sharded alone"] = made["dpo accumulated"] | {"parallel": "fsdp"}
         made["dpo bf16"] = made["dpo whole"] | {"bf16": True}
+        made["lora bf16"] = made["lora whole"] | {"dtype": "bfloat16"}
     return made
 
 
 QUICK = {  # the others are slow tests
     "dpo whole", "dpo ddp accumulated", "dpo fsdp accumulated", "kto whole", "kto ddp", "kto fsdp", "sft whole",
-    "sft ddp ones", "tied whole", "tied fsdp accumulated",
+    "sft ddp ones", "tied whole", "tied fsdp accumulated", "lora whole", "lora ddp", "lora fsdp accumulated",
+    "lora fsdp checkpointed",
 }  # fmt: skip
 
 
 def group(name):
     """The cases that run in one start of the processes."""
-    return "quick" if name in QUICK else name.split()[0]
+    return "quick" if name in QUICK else "compiled" if "compiled" in name else name.split()[0]
 
 
 class Runs:
@@ -109,11 +117,12 @@ def marked(name, *values):
 
 
 SAME = [marked(f"{loss} {cut}", loss) for loss in LOSSES for cut in ("accumulated", *CUTS[2])]
-SAME += [marked("dpo offload", "dpo"), marked("dpo sharded alone", "dpo")]
+SAME += [marked("dpo offload", "dpo"), marked("dpo sharded alone", "dpo"), marked("dpo fsdp compiled", "dpo")]
+SAME += [marked(f"{loss} fsdp checkpointed", loss) for loss in ("dpo", "lora")]
 
 
 # What the clock and the cut decide.
-RATES = {"tokens_per_second", "samples_per_second", "tokens_saved"}
+RATES = {"tokens_per_second", "samples_per_second", "pairs_per_second", "tokens_saved", "mfu"}
 
 
 @pytest.mark.parametrize(("loss", "name"), SAME)
@@ -167,19 +176,20 @@ def test_metrics_and_final_weights_are_those_of_one_rank(loss, name, runs):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
     after, before = weights(runs[name] / "run"), weights(runs[f"{loss} whole"] / "run")
     assert after.keys() == before.keys()
-    assert ("lm_head.weight" in after) == (loss != "tied")
+    assert ("lm_head.weight" in after) == (loss not in ("tied", "lora"))
     for key, value in before.items():
         torch.testing.assert_close(after[key], value, rtol=0, atol=2e-6 * value.abs().max().item())
 
 
 @pytest.mark.slow
-def test_bfloat16_layers_of_a_sharded_model_are_within_its_rounding_of_autocast(runs):
-    wanted, got = (load_file(runs[f"dpo bf16{x}"] / "gradients.safetensors") for x in ("", " fsdp"))
+@pytest.mark.parametrize("loss", ["dpo", "lora"])
+def test_bfloat16_layers_of_a_sharded_model_are_within_its_rounding_of_autocast(loss, runs):
+    wanted, got = (load_file(runs[f"{loss} bf16{x}"] / "gradients.safetensors") for x in ("", " fsdp"))
     for key in (key for key in wanted if key.startswith("0.")):
         error = (got[key].double() - wanted[key].double()).norm()
         assert error <= 16 * torch.finfo(torch.bfloat16).eps * wanted[key].double().norm(), key
         assert got[key].dtype == torch.float32
-    assert weights(runs["dpo bf16 fsdp"] / "run")["lm_head.weight"].dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in weights(runs[f"{loss} bf16 fsdp"] / "run").values())
 
 
 @pytest.mark.parametrize(

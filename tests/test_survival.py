@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kill_resume import LAUNCHERS_GRACE, Server, command, kill_trials, result
@@ -20,9 +22,10 @@ from prefuse.engine import model as model_module
 from prefuse.engine import train as train_module
 from prefuse.engine.checkpoint import latest_checkpoint
 from prefuse.engine.errors import UserError
+from prefuse.engine.report import MetricsLog
 from prefuse.engine.signals import Stopped, StopSignals
 from prefuse.engine.train import train
-from tiny_run import PAIRS, save_model, settings, weights, write_rows
+from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -241,17 +244,26 @@ def test_ranks_whose_weights_have_drifted_apart_save_nothing_of_it(files, server
 
 
 def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, server, tmp_path):
-    """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged."""
-    argv = lambda out: command(files, tmp_path / out, num_train_epochs=1.0, reference_cache=tmp_path / "cache")  # noqa: E731
+    """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged,
+    the third is of one rank."""
+    fixed = {"num_train_epochs": 1.0, "reference_cache": tmp_path / "cache"}
+    argv = lambda out, **more: command(files, tmp_path / out, **fixed | more)  # noqa: E731
     assert server.run(argv("one"), 2, tmp_path / "log") == [0, 0]
     entries = sorted((tmp_path / "cache").iterdir())
     assert len(entries) == 4
-    (entries[0] / "logps.safetensors").write_bytes(b"damaged")
+    for entry in entries:
+        assert {path.name for path in entry.glob("logps*")} == {f"logps-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    (entries[0] / "logps-00002-of-00002.safetensors").write_bytes(b"damaged")  # the second rank reads it
     assert server.run(argv("two"), 2, tmp_path / "again") == [0, 0]
     said = (tmp_path / "again.0").read_text()
-    assert f"the reference cache {entries[0]} is damaged: computing it again" in said
+    damaged = f"the reference cache {entries[0]} is damaged (logps-00002-of-00002.safetensors does not have the hash"
+    assert damaged in said
     assert said.count("log-probabilities of") == 1 + 3
     assert result(tmp_path / "two") == result(tmp_path / "one")
+    assert server.run(argv("three", per_device_train_batch_size=4), 1, tmp_path / "alone") == [0]
+    said = (tmp_path / "alone.0").read_text()
+    assert said.count("log-probabilities of") == 1 + 4
+    assert "computing it again" not in said
 
 
 def test_another_number_of_items_in_a_step_is_not_resumed(files, server, tmp_path):
@@ -406,18 +418,23 @@ def test_the_space_asked_for_is_what_a_checkpoint_takes(files, tmp_path, monkeyp
     assert taken <= asked[0] <= taken + (2 << 20)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["python", "safetensors"],
+)
 def test_a_disk_that_fills_up_while_ranks_gather_ends_all_of_them_and_keeps_the_last(
-    files, tmp_path, monkeypatch, capsys
+    error, files, tmp_path, monkeypatch, capsys
 ):
     from safetensors import torch as safetensors_torch
 
     real, calls = safetensors_torch.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, **options):
         calls.append(Path(path).name)
         if len(calls) == 3:  # the second checkpoint's optimizer: its weights are there already
-            raise OSError(28, "No space left on device", str(path))
-        real(tensors, path)
+            raise error
+        real(tensors, path, **options)
 
     monkeypatch.setattr(safetensors_torch, "save_file", full)
     out = tmp_path / "run"
@@ -426,6 +443,79 @@ def test_a_disk_that_fills_up_while_ranks_gather_ends_all_of_them_and_keeps_the_
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-2"]
     assert latest_checkpoint(out) == out / "checkpoint-2"
     assert calls[2] == "optimizer-00001.safetensors"
+
+
+def test_a_disk_that_fills_up_under_the_last_files_leaves_a_checkpoint_to_end_from(
+    files, tmp_path, monkeypatch, capsys
+):
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "run"
+    argv = [str(x) for x in command(files, out, num_train_epochs=1.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "publish_model", refused(patch, train_module.publish_model, full))
+        assert cli.main(argv) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+    assert not [path for path in out.iterdir() if path.name.startswith("model.")]
+    assert latest_checkpoint(out) is not None
+    assert cli.main([*argv, "--resume"]) == 0
+    assert cli.main([str(x) for x in command(files, tmp_path / "straight", num_train_epochs=1.0)]) == 0
+    assert result(out) == result(tmp_path / "straight")
+
+
+def refused(patch, publish, full):
+    """`publish`, with a disk that is full by then."""
+    from transformers import modeling_utils
+
+    def inside(run):
+        patch.setattr(modeling_utils, "safe_save_file", full)
+        return publish(run)
+
+    return inside
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(files, tmp_path, monkeypatch, capsys):
+    real, written = MetricsLog.write, []
+
+    def full(log, step, *args):
+        written.append(step)
+        if step == 3:
+            raise OSError(28, "No space left on device", str(log.path))
+        real(log, step, *args)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    out = tmp_path / "run"
+    argv = [str(x) for x in command(files, out, num_train_epochs=1.0, eval_fraction=0.0, logging_steps=1)]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "prefuse: error: [Errno 28] No space left on device" in error
+    assert "Traceback" not in error
+    assert latest_checkpoint(out) == out / "checkpoint-2"
+    monkeypatch.setattr(MetricsLog, "write", real)
+    assert cli.main([*argv, "--resume"]) == 0
+    assert [row["step"] for row in read_log(out)] == list(range(1, len(read_log(out)) + 1))
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "index"])
+def test_a_model_in_many_files_with_one_that_is_not_whole_is_one_line(fault, files, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(files["model"], folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    {
+        "missing": lambda: shards[1].unlink(),
+        "cut": lambda: shards[1].write_bytes(shards[1].read_bytes()[:-100]),
+        "index": lambda: (folder / "model.safetensors.index.json").write_text('{"weight_map'),
+    }[fault]()
+    assert cli.main([str(x) for x in command(files | {"model": str(folder)}, tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"prefuse: error: cannot load a causal LM from {folder}" in error
+    assert "Traceback" not in error
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(files, capsys):
@@ -471,7 +561,7 @@ def test_a_checkpoint_in_many_files_resumes_alike_and_is_refused_without_one_of_
 def result_of_many(out: Path) -> list:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for rate in ("tokens_per_second", "samples_per_second", "tokens_saved"):
+        for rate in ("tokens_per_second", "samples_per_second", "pairs_per_second", "tokens_saved", "mfu"):
             row.pop(rate, None)
     return rows
 

@@ -81,7 +81,7 @@ def result(out: Path) -> tuple[dict, list]:
     """The final weights' bytes and the metrics, without the clock."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in log:
-        for rate in ("tokens_per_second", "samples_per_second", "tokens_saved"):
+        for rate in ("tokens_per_second", "samples_per_second", "pairs_per_second", "tokens_saved", "mfu"):
             row.pop(rate, None)
     return (out / "model.safetensors").read_bytes(), log
 

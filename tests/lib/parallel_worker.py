@@ -31,6 +31,9 @@ def run_case(case: dict, out: Path) -> None:
         step = len(batches)
         batches.append([])
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                assert parameter.grad is None, name
+                continue
             gradients[f"{step}.{name}"] = whole(parameter.grad).detach().clone()
         return clip(model, limit)
 

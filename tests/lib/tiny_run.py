@@ -62,4 +62,5 @@ def read_log(folder: Path | str) -> list[dict]:
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / "model.safetensors")
+    whole = Path(folder) / "model.safetensors"
+    return load_file(whole if whole.exists() else Path(folder) / "adapter_model.safetensors")
