@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # The versions this was written against, as pyproject.toml has them: from, and below.
 VERSIONS = {"transformers": ((5, 23), (6, 0)), "peft": ((0, 21), (1, 0))}
 
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose libraries are of such a version
+
 
 class UnsupportedVersion(ImportError):
     """A library is installed in a version this one was not written for."""
@@ -76,9 +78,9 @@ def in_place_of_head(
     def head(hidden: Tensor) -> Tensor:
         _check_weight(causal, layer)
         result = compute(hidden)
-        # (A view of it would lose the hooks of fully_shard.)
         made.append(torch.cat([result[None, :, None], result.new_tensor(PROBES)[None, :, None]], dim=1))
-        return made[-1]
+        # Of a head that is a unit of fully_shard, the hooks of the backward go to what it returns.
+        return made[-1] if hasattr(layer, "reshard") else made[-1].detach()
 
     with _replaced(layer, _outside_graphs(head, inner=True)):
         output = forward()
@@ -207,8 +209,11 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 def check_versions(model: nn.Module) -> None:
     """Raises UnsupportedVersion for a transformers or PEFT that this was not written for."""
+    if model in _checked:
+        return
     for library, (first, last) in VERSIONS.items():
-        if library not in sys.modules:
+        used = library in sys.modules and any(type(m).__module__.split(".")[0] == library for m in model.modules())
+        if not used:
             continue
         version = sys.modules[library].__version__
         major, minor = map(int, re.match(r"(\d+)\.(\d+)", version).groups())
@@ -218,3 +223,4 @@ def check_versions(model: nn.Module) -> None:
                 f"{library} {version} is installed, but prefuse needs {library} >= {low}, < {high}: "
                 f"pip install '{library}>={low},<{high}'"
             )
+    _checked.add(model)
