@@ -816,7 +816,7 @@ def test_versions_are_those_of_the_package():
         ({"reduction": "total"}, 'reduction must be "sum", "mean" or "none", got \'total\''),
         ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"expected input_ids \(B, T\) of integers, got \(5,\)"),
         ({"input_ids": torch.zeros(4, 15)}, r"of integers, got \(4, 15\) of torch.float32"),
-        ({"labels": torch.zeros(4, 14)}, r"labels of input_ids' shape \(4, 15\), got \(4, 14\); labels are shifted inside"),
+        ({"labels": torch.zeros(4, 14)}, r"shape \(4, 15\), got \(4, 14\); labels are shifted inside"),
         ({"attention_mask": torch.ones(4, 3)}, r"expected attention_mask of input_ids' shape \(4, 15\), got \(4, 3\)"),
         ({"position_ids": torch.zeros(4, 9)}, r"expected position_ids for 15 tokens, got \(4, 9\)"),
         ({"cu_seqlens": torch.tensor([0, 15])}, "give cu_seqlens or attention_mask, not both"),
