@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import transformers
 from packaging.requirements import Requirement
 
 import prefuse
+import ranks
+import wrapped_worker
 from largest_tensor import LargestTensor
 from prefuse.packing import pack
 from prefuse.transformers import UnsupportedModel, UnsupportedVersion, head_of, sequence_logps, token_logps
@@ -556,6 +559,65 @@ def test_a_compiled_model_is_itself_before_and_after(how):
         assert_same_gradients(found, wanted)
         torch.testing.assert_close(compiled(batch["input_ids"]).logits, logits)  # no trace of ours is left in it
     torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory):
+    """{case: what two ranks found}; they start once for all cases."""
+    folder = tmp_path_factory.mktemp("wrapped")
+    ranks.run(2, folder, ranks.LIB / "wrapped_worker.py", "out", timeout=280)
+    return json.loads((folder / "out.json").read_text())
+
+
+WRAPPED = [*wrapped_worker.CASES, *(f"{name}, one rank alone has rows" for name in ("ddp", "fsdp")),
+           *(f"loss {name}" for name in wrapped_worker.LOSSES)]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WRAPPED)
+def test_wrappers_give_the_numbers_of_one_process(case, wrapped):
+    """To float32's rounding of a few layers, over two steps: against logits in float64, of one process."""
+    assert wrapped[case]["values"] <= 2e-5
+    assert wrapped[case]["gradients"]
+    for name, error in wrapped[case]["gradients"].items():
+        assert error <= 1e-5, name
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "ddp find_unused", "fsdp", "fsdp head alone resharded", "fsdp cast"])
+def test_wrappers_of_one_process(wrap, alone):
+    model, plain = wrapped_worker.CASES[wrap](), wrapped_worker.llama()
+    batch = padded()
+    with torch.no_grad():
+        reference = sequence_logps(model, **batch)
+    got = sequence_logps(model, **batch)
+    assert torch.equal(got, reference)
+    wanted = sequence_logps(plain, **batch)
+    assert torch.equal(got, wanted)
+    got.sum().backward()
+    expected = gradients(plain, wanted.sum())
+    found = wrapped_worker.gradients_of(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_a_part_of_a_sharded_model_is_refused(alone):
+    """The decoder's weights would be there, the head's are not: the root was gone around."""
+    model = wrapped_worker.fsdp(wrapped_worker.llama())
+    inner = wrapped_worker.llama()
+    inner.lm_head.weight = model.lm_head.weight
+    refuse(inner, "is a DTensor inside the model's forward", "under fully_shard, call the root module")
 
 
 # ---------------------------------------------------------------------------------------------------------
