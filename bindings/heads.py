@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+IGNORE = -100  # transformers' label of a token that does not count
+
 
 class UnsupportedModel(ValueError):
     """The model's head, or the way to its trunk, is not one this library computes."""

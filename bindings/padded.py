@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .heads import IGNORE
 from .kernels import linear_logprobs
 from .losses import DPO, Loss, Sequences
-
-IGNORE = -100  # the label of a token that does not count
 
 
 class PackedRows(NamedTuple):

@@ -22,10 +22,8 @@ B rows of T tokens, N completion tokens of S sequences, D hidden size, V vocabul
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
-import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -33,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 import prefuse
-from prefuse.causal_lm import UnsupportedVersion, causal_lm_of, check_versions, in_place_of_head, run_with_head
-from prefuse.heads import Head, UnsupportedModel, as_product, head_layer, head_of, transform_of
+from prefuse.causal_lm import UnsupportedVersion, causal_lm_of, check_versions, run_with_head
+from prefuse.fused_loss import fuse_loss, sft_loss
+from prefuse.heads import IGNORE, Head, UnsupportedModel, as_product, head_layer, head_of, transform_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +49,12 @@ __all__ = [
     "fuse_loss",
     "head_of",
     "sequence_logps",
+    "sft_loss",
     "token_logps",
     "trunk_hidden",
     "trunk_of",
 ]
 
-IGNORE = -100  # transformers' label of a token that does not count
 
 # ---------------------------------------------------------------------------------------------------------
 # Log-probabilities
@@ -156,101 +155,6 @@ def _run(model: nn.Module, batch: _Batch, temperature: float, impl: str) -> Tens
 
     with batch.attention(causal):
         return run_with_head(model, causal, layer, logps, **batch.inputs(causal))[: len(batch.targets)]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The loss of supervised fine-tuning, where the model itself computes it
-
-
-def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int | None = None, impl: str = "auto"):
-    """`model(..., labels=labels).loss` without the logits, from now on; returns `model`.
-
-    For `transformers.Trainer` as it is, and any loop that lets the model compute its loss: the same number, divided by
-    `num_items_in_batch` where that is given, from the same labels. The output's `logits` are None. Without labels, as
-    in `generate`, the model does what it did; `del model.forward` takes it back (on the transformers model itself).
-
-    Call it before the model is wrapped by DistributedDataParallel, `fully_shard` or the Trainer.
-
-    Args:
-        model: a causal LM of transformers, or one in PEFT.
-        logits_in_eval: in eval mode compute loss and logits as before, for a Trainer's `compute_metrics`.
-        workspace, impl: as in `prefuse.linear_preference_loss`.
-
-    Raises:
-        UnsupportedModel, UnsupportedVersion, TypeError: as `sequence_logps`; and for a loss of the model's own.
-    """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    check_versions(model)
-    causal = causal_lm_of(model)
-    head_layer(causal)
-    if causal.loss_function is not ForCausalLMLoss:
-        name = getattr(causal.loss_function, "__name__", causal.loss_function)
-        raise UnsupportedModel(
-            f"the loss of {type(causal).__name__} is {name}, expected transformers' ForCausalLMLoss: compute it from "
-            "token_logps"
-        )
-    # The class's own, so that a copy of the model runs itself; what a library put into the instance is bound already.
-    before = causal.__dict__.get("forward", type(causal).forward)
-    bound = "forward" in causal.__dict__
-
-    @functools.wraps(before)  # with its signature, by which the Trainer chooses columns
-    def forward(self, *args, **kwargs):
-        run = before if bound else functools.partial(before, self)
-        if kwargs.get("labels") is None or (logits_in_eval and not self.training):
-            return run(*args, **kwargs)
-        given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
-        layer = head_layer(self)
-        loss = functools.partial(_sft_loss, self, layer, **given, workspace=workspace, impl=impl)
-        made, output = in_place_of_head(self, layer, loss, lambda: run(*args, **kwargs))
-        return _with_loss(output, made[0, 0, 0].clone())  # (no view, for the hooks of fully_shard)
-
-    causal.forward = types.MethodType(torch.compiler.disable(forward, recursive=False), causal)
-    return model
-
-
-def _sft_loss(
-    causal: nn.Module,
-    layer: nn.Module,
-    hidden: Tensor,  # (B, T, D)
-    labels: Tensor,  # (B, T)
-    shift_labels: Tensor | None,  # (B, T) shifted already
-    num_items_in_batch: Tensor | int | None,
-    workspace: int | None,
-    impl: str,
-) -> Tensor:  # (1,)
-    """transformers' ForCausalLMLoss: a mean over the labels that are not -100, or their sum / num_items_in_batch."""
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(hidden.shape)}: "
-            "give labels of input_ids' shape, and no logits_to_keep"
-        )
-    counts = targets != IGNORE
-    places = counts.flatten().nonzero()[:, 0]
-    rows, weight, bias = as_product(layer, hidden.flatten(0, -2).index_select(0, places))
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
-    return prefuse.linear_preference_loss(
-        rows,
-        weight,
-        targets.flatten()[places],
-        nn.functional.pad(counts.sum(-1).cumsum(0), (1, 0)).int(),
-        None,
-        loss=prefuse.SFT(),
-        num_items=num_items_in_batch,
-        workspace=workspace,
-        bias=bias,
-        impl=impl,
-        **transform_of(causal.config.get_text_config()),
-    ).loss[None]
-
-
-def _with_loss(output: object, loss: Tensor) -> object:
-    if isinstance(output, tuple):
-        return (loss,)
-    rest = {name: x for name, x in output.items() if name not in ("loss", "logits")}
-    return type(output)(loss=loss, **rest)
 
 
 # ---------------------------------------------------------------------------------------------------------
