@@ -22,11 +22,12 @@ H query heads, K key and value heads, d per head; T tokens of a flat batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -378,8 +379,12 @@ class PackedMask:
 
 def packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (N, D)
     """The last hidden states that predict the completion tokens, as the head receives them."""
-    rows = packed.segments.once(_predictors, packed.input_ids.device)
-    return gather(flat_hidden(model, packed), rows)
+    return pick_predictors(flat_hidden(model, packed), packed.segments)
+
+
+def pick_predictors(hidden: Tensor, segments: Segments) -> Tensor:  # (T, D) -> (N, D)
+    """The states that predict the completion tokens: a prompt's last one for each of its completions."""
+    return gather(hidden, segments.once(_predictors, hidden.device))
 
 
 def _predictors(segments: Segments, device: torch.device) -> Gather:
@@ -388,18 +393,24 @@ def _predictors(segments: Segments, device: torch.device) -> Gather:
 
 def flat_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (T, D)
     """The last hidden state of every token of the flat batch."""
-    use_packed_attention(model)
-    trunk = trunk_of(model)
-    token = _running.set(packed.segments)
-    try:
+    with within(model, packed.segments):
         # A mask without zeros keeps transformers from making one of the position ids, which restart here.
-        return trunk(
+        return trunk_of(model)(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
             attention_mask=torch.ones_like(packed.input_ids, dtype=torch.bool),
             use_cache=False,
             packed_segments=packed.segments,
         )[0][0]
+
+
+@contextlib.contextmanager
+def within(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
+    """While this lasts, the model takes the flat batch of `segments`, given as its `packed_segments` too."""
+    use_packed_attention(model)
+    token = _running.set(segments)
+    try:
+        yield
     finally:
         _running.reset(token)
 

@@ -1,0 +1,212 @@
+"""What a causal LM's head computes, read from its layer: plain, behind PEFT, or refused by name.
+
+    logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+
+N tokens, D hidden size, V vocabulary, r rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # transformers' label of a token that does not count
+
+
+class UnsupportedModel(ValueError):
+    """The model's head, or the way to its trunk, is not one this library computes."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """`logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def options(self) -> dict:
+        """Keyword arguments for `linear_logprobs` and `linear_preference_loss`."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, V) float32
+        """The logits themselves, in float32: for a few rows."""
+        bias = None if self.bias is None else self.bias.float()
+        return self.after(nn.functional.linear(hidden.float(), self.weight.float(), bias))
+
+    def after(self, products: Tensor) -> Tensor:
+        """What comes after the matrix product: the factor and the cap."""
+        logits = products * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def transform_of(config) -> dict:
+    """`softcap` and `logit_scale` from a text config."""
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": _logit_scale(config)}
+
+
+def _logit_scale(config) -> float:
+    """What the logits are multiplied by: Cohere says it so, Granite names the divisor, HyperCLOVA X reuses
+    Granite's name for a factor."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The layer
+
+# What stands in the name of a quantized layer's module or class, or of its weight's, and how to load it without.
+QUANTIZED = {
+    "bitsandbytes": 'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"])',
+    "hqq": 'HqqConfig(..., skip_modules=["lm_head"])',
+    "torchao": 'TorchAoConfig(..., modules_to_not_convert=["lm_head"])',
+    "gptq": "a GPTQ checkpoint quantized with lm_head=False",
+    "awq": 'AwqConfig(..., modules_to_not_convert=["lm_head"])',
+    "quanto": 'QuantoConfig(..., modules_to_not_convert=["lm_head"])',
+    "eetq": 'EetqConfig(..., modules_to_not_convert=["lm_head"])',
+    "fp8": 'FineGrainedFP8Config(..., modules_to_not_convert=["lm_head"])',
+    "compressed_tensors": 'a checkpoint whose quantization config has "lm_head" under ignore',
+}
+
+WITHOUT_ADAPTER = (
+    'leave the head out of the adapter (exclude_modules=["lm_head"]), train it whole (modules_to_save=["lm_head"]), '
+    "or merge the adapter (merge_and_unload())"
+)
+
+
+def class_of(module: nn.Module) -> type:
+    """Its class, before `fully_shard` put one of its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def head_layer(model: nn.Module) -> nn.Module:
+    """The layer that makes the logits: an `nn.Linear`, or a LoRA layer around one. Raises UnsupportedModel for others.
+
+    Of a head in PEFT's `modules_to_save` it is the copy that runs: the trained one, or with adapters off the original.
+    """
+    name = class_of(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} is an encoder-decoder: expected a decoder-only causal LM")
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise UnsupportedModel(f"{name} has no output embeddings: expected a causal LM (AutoModelForCausalLM)")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedModel(
+            f"{name} adds an auxiliary router loss (output_router_logits is true) that would be left out: "
+            "set output_router_logits to false in its config.json"
+        )
+    layer = _running_copy(layer)
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    _check_linear(base, name)
+    if base is not layer and not is_lora(layer):
+        raise UnsupportedModel(f"the head of {name} is a {_words(layer)}, expected torch.nn.Linear: {WITHOUT_ADAPTER}")
+    return layer
+
+
+def _running_copy(layer: nn.Module) -> nn.Module:
+    if "peft" not in sys.modules:
+        return layer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if not isinstance(layer, ModulesToSaveWrapper):
+        return layer
+    if layer.disable_adapters or not layer.active_adapters:
+        return layer.original_module
+    return layer.modules_to_save[layer.active_adapters[0]]
+
+
+def is_lora(layer: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA around a linear layer; exactly that class, for others compute something else."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora.layer import Linear
+
+    return class_of(layer) is Linear
+
+
+def _check_linear(layer: nn.Module, name: str) -> None:
+    weight = getattr(layer, "weight", None)
+    words, plain = _words(layer), class_of(layer) is nn.Linear
+    if plain and type(weight) not in (Tensor, nn.Parameter, _dtensor()):
+        words += f" with a {type(weight).__module__}.{type(weight).__name__} as its weight"
+    elif plain and (weight.dtype.itemsize == 1 or not weight.is_floating_point()):
+        words += f" with a weight of {weight.dtype}"
+    elif plain:
+        return
+    family = next((family for family in QUANTIZED if family in words.lower()), None)
+    if family is not None or plain:
+        how = "" if family is None else f", for instance by {QUANTIZED[family]}"
+        raise UnsupportedModel(f"the head of {name} is quantized ({words}): load the model with a plain head{how}")
+    raise UnsupportedModel(
+        f"the head of {name} is a {words}, expected torch.nn.Linear: "
+        "merge adapters into the head, or load it without quantization"
+    )
+
+
+def _words(layer: nn.Module) -> str:
+    kind = class_of(layer)
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def _dtensor() -> type:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a causal LM; raises UnsupportedModel where it is not a plain linear layer."""
+    layer = head_layer(model)
+    if is_lora(layer):
+        raise UnsupportedModel(
+            f"the head of {class_of(model).__name__} has a LoRA adapter, so its weight is no single matrix: "
+            f"prefuse.transformers.sequence_logps computes it; else {WITHOUT_ADAPTER}"
+        )
+    return Head(layer.weight, layer.bias, **transform_of(model.config.get_text_config()))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The layer as one matrix product
+
+
+def as_product(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`layer(hidden) == hidden' @ weight'.T + bias'`: (N, D'), (V, D') and (V,), differentiable.
+
+    A plain layer is that already. A head with LoRA of rank r is one of width D + r, dropout and all: its product with
+    the base and that with the adapter are summed in the accumulator, so an adapter too small for the weight's last bit
+    still counts, as it would not in W + s B A rounded to bf16. It costs a copy of the head.
+
+        hidden @ W.T + s (dropout(hidden) @ A.T) @ B.T  ==  [hidden, s dropout(hidden) @ A.T] @ [W, B].T
+    """
+    if not is_lora(layer):
+        return hidden, layer.weight, layer.bias
+    base = layer.get_base_layer()
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    names = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+    rows, columns, bias = [hidden], [base.weight], base.bias
+    for name in (name for name in names if name in layer.lora_A):
+        if name in layer.lora_variant:
+            raise UnsupportedModel(
+                f"the head's adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, expected plain LoRA: "
+                f"{WITHOUT_ADAPTER}"
+            )
+        down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        x = layer._cast_input_dtype(hidden, down.weight.dtype)
+        rows.append((down(layer.lora_dropout[name](x)) * scale).to(hidden.dtype))
+        columns.append(up.weight.to(base.weight.dtype))
+        if up.bias is not None:
+            bias = up.bias * scale if bias is None else bias + up.bias * scale
+    if len(rows) == 1:
+        return hidden, base.weight, base.bias
+    return torch.cat(rows, dim=1), torch.cat(columns, dim=1), bias
