@@ -267,8 +267,8 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
     if weight.requires_grad and torch.is_grad_enabled() and type(weight.grad_fn).__name__ == "_ToTorchTensorBackward":
         raise ValueError(
             "the head is an FSDP2 unit of its own: TRL gathers its weight in a way whose backward does not add up the "
-            "ranks' gradients. Keep the head in the root unit (leave Linear and the head's class out of "
-            "fsdp_transformer_layer_cls_to_wrap), or freeze the head"
+            "ranks' gradients. Leave Linear and the head's class out of transformer_layer_cls_to_wrap (accelerate then "
+            "puts the head into one unit with the last norm, which is right), or freeze the head"
         )
 
 

@@ -1,6 +1,7 @@
 """TRL's trainers on prefuse's head: the same runs as on TRL's own, and nothing replaced that is not known."""
 
 import importlib.machinery
+import json
 import sys
 import threading
 import types
@@ -8,9 +9,11 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import oracle
 import prefuse.trl
+import ranks
 import trl_runs
 from prefuse.kernels.cost import count_cost
 
@@ -766,3 +769,61 @@ def test_trainers_are_looked_up_when_they_are_asked_for(monkeypatch):
         assert prefuse.trl.DPOTrainer == "the trainer"
     with pytest.raises(AttributeError, match="no attribute 'GRPOTrainer'"):
         prefuse.trl.GRPOTrainer  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------- two ranks
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+EVERY_LINEAR = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]}}
+RANKS = {
+    "dpo ddp": {"trainer": "dpo"},
+    "dpo lora ddp": {"trainer": "dpo", "lora": {}},
+    "dpo ipo gemma2 ddp": {"trainer": "dpo", "model": "gemma2", "loss_type": "ipo"},
+    "kto ddp": {"trainer": "kto"},
+    "sft qwen3 ddp": {"trainer": "sft", "model": "qwen3"},
+    "grpo ddp": {"trainer": "grpo"},
+    "dpo fsdp": {"trainer": "dpo", **FSDP},
+    "dpo mixture tied fsdp": {"trainer": "dpo", "model": "tied", **MIX, **FSDP},
+    "dpo gemma2 fsdp": {"trainer": "dpo", "model": "gemma2", **FSDP},
+    "dpo lora fsdp": {"trainer": "dpo", "lora": {}, **FSDP},
+    "kto fsdp": {"trainer": "kto", **FSDP},
+    "sft fsdp": {"trainer": "sft", **FSDP},
+    "head alone fsdp": {"trainer": "dpo", **EVERY_LINEAR},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """{case: folder}, all run by one start of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "cases.json").write_text(json.dumps(RANKS))
+    ranks.run(2, folder, ranks.LIB / "trl_worker.py", "cases.json", "out", timeout=280)
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RANKS if name != "head alone fsdp"])
+def test_two_ranks_log_and_learn_what_they_do_on_trls_own_function(name, two_ranks):
+    out = two_ranks / name
+    wrapped = json.loads((out / "wrapped.json").read_text())
+    assert wrapped["ddp"] == name.endswith("ddp")
+    assert ("lm_head" in str(wrapped["fsdp_units"])) == name.endswith("fsdp")
+    assert_same_logs(*(json.loads((out / f"{who}.json").read_text()) for who in ("theirs", "ours")))
+    theirs, ours = (load_file(out / f"{who}.safetensors") for who in ("theirs", "ours"))
+    assert_same_weights(theirs, ours, load_file(out / "start.safetensors"))
+
+
+@pytest.mark.slow
+def test_sharded_weights_become_those_of_whole_ones(two_ranks):
+    """So the head's gradient is summed over the ranks, whoever computed it."""
+    sharded, whole = (load_file(two_ranks / name / "ours.safetensors") for name in ("dpo fsdp", "dpo ddp"))
+    for name, x in sharded.items():
+        torch.testing.assert_close(x, whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_an_fsdp_unit_of_its_own_is_refused_on_every_rank(two_ranks):
+    for rank in range(2):
+        message = (two_ranks / "head alone fsdp" / f"refused{rank}.txt").read_text()
+        assert message.startswith("the head is an FSDP2 unit of its own")
+        assert "transformer_layer_cls_to_wrap" in message

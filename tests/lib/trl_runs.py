@@ -109,4 +109,5 @@ def logs_of(trainer) -> list[dict[str, float]]:
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+    return {name: x.detach().clone() for name, x in whole.items()}
