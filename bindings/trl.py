@@ -264,12 +264,21 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
             "codes. Leave the head out of quantization (llm_int8_skip_modules=['lm_head'] for bitsandbytes, "
             "modules_to_not_convert for others), or call prefuse.trl.disable()"
         )
-    if weight.requires_grad and torch.is_grad_enabled() and type(weight.grad_fn).__name__ == "_ToTorchTensorBackward":
+    if torch.is_grad_enabled() and _gathered_over_data(weight):
         raise ValueError(
             "the head is an FSDP2 unit of its own: TRL gathers its weight in a way whose backward does not add up the "
             "ranks' gradients. Leave Linear and the head's class out of transformer_layer_cls_to_wrap (accelerate then "
             "puts the head into one unit with the last norm, which is right), or freeze the head"
         )
+
+
+def _gathered_over_data(weight: Tensor) -> bool:
+    """Whether it is `DTensor.full_tensor()` of a trainable weight whose ranks see different rows.
+
+    Ranks that share the head's columns alone (tensor parallelism) compute the same, and there is nothing to add up.
+    """
+    spec = getattr(weight.grad_fn, "dtensor_spec", None)
+    return spec is not None and spec.mesh.mesh_dim_names != ("tp",)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 import importlib.machinery
 import json
+import re
 import sys
 import threading
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -432,6 +434,13 @@ def test_every_module_that_has_the_function_gets_the_replacement_and_back(monkey
     assert early.other == 1
 
 
+def test_the_line_of_the_page_enables():
+    page = (Path(__file__).parents[1] / "docs" / "trl.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(snippet, {})
+    assert prefuse.trl.is_enabled()
+
+
 def test_enable_and_disable_twice():
     prefuse.trl.enable()
     replacement = utils._ChunkedLogProbFunction
@@ -754,6 +763,33 @@ def test_zero_3_is_refused_by_name(monkeypatch):
             call(utils._ChunkedLogProbFunction, inputs, {})
 
 
+@pytest.mark.parametrize(("dimension", "trainable", "refused"), [
+    ("fsdp", True, True), ("fsdp", False, False), ("tp", True, False),
+])  # fmt: skip
+def test_a_weight_that_trl_gathered_itself(dimension, trainable, refused, tmp_path):
+    """Wrong where the ranks see different rows and the weight is trained."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    hidden, weight, _, targets = head_inputs()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=(dimension,))
+        shard = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_(trainable)
+        with prefuse.trl.enabled():
+            function = utils._ChunkedLogProbFunction
+            if refused:
+                with pytest.raises(ValueError, match="the head is an FSDP2 unit of its own"):
+                    call(function, (hidden, shard.full_tensor(), None, targets), {})
+            else:
+                call(function, (hidden, shard.full_tensor(), None, targets), {})[0].sum().backward()
+                assert (shard.grad is not None) == trainable
+            with torch.no_grad():  # a reference
+                call(function, (hidden, shard.full_tensor(), None, targets), {})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("trainer", ["dpo", "kto", "sft", "grpo", "rloo"])
 def test_lora_on_the_head_is_refused_by_trl_itself(trainer, tmp_path):
     run = {"trainer": trainer, "lora": {"target_modules": ["q_proj", "lm_head"]}}
@@ -827,3 +863,6 @@ def test_a_head_that_is_an_fsdp_unit_of_its_own_is_refused_on_every_rank(two_ran
         message = (two_ranks / "head alone fsdp" / f"refused{rank}.txt").read_text()
         assert message.startswith("the head is an FSDP2 unit of its own")
         assert "transformer_layer_cls_to_wrap" in message
+    # And rightly so: TRL trains another head there than whole ones become.
+    alone, whole = (load_file(two_ranks / name / "theirs.safetensors") for name in ("head alone fsdp", "dpo ddp"))
+    assert (alone["lm_head.weight"] - whole["lm_head.weight"]).abs().max() > 1e-3
