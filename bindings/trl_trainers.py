@@ -53,7 +53,9 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         given = self._start(args, kwargs, padding_free, workspace)
         config = given["args"]
         self._terms = self._terms_of(loss, config)
-        self._uses_reference = any(term.uses_reference for _, term in self._terms)
+        # (SFT alone trains without one, but TRL logs rewards all the same.)
+        preferences = [term for _, term in self._terms if not isinstance(term, prefuse.SFT)]
+        self._uses_reference = not preferences or any(term.uses_reference for term in preferences)
         # `padding_free` means nothing to TRL any more, and it would say so.
         flags = {"padding_free": False}
         if not self._uses_reference:
