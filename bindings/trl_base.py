@@ -119,6 +119,16 @@ def changed(config: Any, **flags) -> Iterator[None]:
             setattr(config, name, value)
 
 
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """With the forward of its class alone: accelerate's wrapper rounds in autocast, and hides it in float32."""
+    wrapped = model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
 def _base_of(model: nn.Module) -> nn.Module:
     """The causal LM itself, adapters aside."""
     return model.get_base_model() if has_adapters(model) else model
@@ -217,7 +227,8 @@ class FusedTrainer:
         vocabulary = base.config.get_text_config().vocab_size
         probe = torch.randint(vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(base.device)
         with _evaluating(base):
-            check_head(base, probe)
+            with _plain(base):
+                check_head(base, probe)
             if self._collate.flat:
                 self._check_flat(base)
         return model

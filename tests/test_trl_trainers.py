@@ -1,7 +1,10 @@
 """The trainers for TRL do what TRL's own do, number by number, on flat batches; KTO samples as its paper has it."""
 
+import copy
 import functools
+import importlib.metadata
 import math
+import re
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,12 +15,13 @@ import transformers
 import trl
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import prefuse
 import trl_runs
+from prefuse import trl_base
 from prefuse.kernels.cost import count_cost
-from prefuse.trl_batches import mismatches
+from prefuse.trl_batches import Collator, mismatches
 from prefuse.trl_trainers import DPOTrainer, KTOTrainer
 from trl_runs import CHATS, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
 
@@ -65,11 +69,17 @@ def compare(kind, model, tmp_path, rows=None, options=None, mine=None, **changes
     return got
 
 
+def models_and(first, *others):
+    """Every kind of model with the loss `first`, and one of them with the `others`; the rest of the pairs are slow."""
+    names = [*trl_runs.MODELS, "lora"]
+    slow = [pytest.param(name, other, marks=pytest.mark.slow) for name in names[1:] for other in others]
+    return [(name, first) for name in names] + [(names[0], other) for other in others] + slow
+
+
 # ---- DPO equals TRL's ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-@pytest.mark.parametrize("name", [*trl_runs.MODELS, "lora"])
+@pytest.mark.parametrize(("name", "loss_type"), models_and("sigmoid", "ipo"))
 def test_dpo_trains_and_logs_as_trls_trainer(name, loss_type, models, tmp_path):
     options = {"peft_config": LORA} if name == "lora" else {}
     model = models["llama" if name == "lora" else name]
@@ -91,11 +101,10 @@ CHANGES = {
     "precomputed": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
     "no checkpointing": {"activation_checkpointing": False, "gradient_checkpointing": False},
     "clipped": {"max_grad_norm": 0.1},
-    "bfloat16": {"bf16": True},
 }
 
 
-@pytest.mark.parametrize("change", [name for name in CHANGES if name != "bfloat16"])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_mean_what_they_mean_in_trl(kind, change, models, tmp_path):
     compare(kind, models["llama"], tmp_path, **CHANGES[change])
@@ -144,8 +153,7 @@ def test_mixtures_of_losses(models, tmp_path):
         compare("dpo", models["llama"], tmp_path, loss_type=loss_type, loss_weights=weights)
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-@pytest.mark.parametrize("name", [*trl_runs.MODELS, "lora"])
+@pytest.mark.parametrize(("name", "loss_type"), models_and("kto", "apo_zero_unpaired"))
 def test_kto_trains_and_logs_as_trls_trainer_where_it_samples_alike(name, loss_type, models, tmp_path):
     options = {"peft_config": LORA} if name == "lora" else {}
     model = models["llama" if name == "lora" else name]
@@ -450,3 +458,174 @@ def test_a_saved_model_is_loaded_without_this_library_and_a_run_goes_on(kind, mo
     whole.save_model(str(tmp_path / "end"))
     end = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "end")
     assert_same_weights(weights_of(end), weights_of(whole.model))
+
+
+# ---- what it runs on -----------------------------------------------------------------------------
+
+
+def test_half_precision_computes_and_float32_weights_learn(models, tmp_path):
+    """Under bfloat16's autocast too, the policy is its reference until it has moved."""
+    for ours, config, rows in (DPOTrainer, trl.DPOConfig, ROWS), (KTOTrainer, trl.KTOConfig, LABELLED):
+        trainer = build(ours, models["llama"], rows, tmp_path, config, {}, bf16=True)
+        trainer.train()
+        first, *_, last = log_of(trainer)[:5]
+        assert first["loss"] == pytest.approx(math.log(2) if ours is DPOTrainer else 0.5, abs=1e-7)
+        assert first["rewards/chosen"] == 0.0
+        assert last["loss"] < first["loss"]
+        assert trainer.model.dtype == torch.float32
+
+
+def test_batches_come_from_workers_and_from_streams(models, tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    logs = []
+    for train, changes in (rows, {}), (rows, {"dataloader_num_workers": 1}), (rows.to_iterable_dataset(), {}):
+        args = trl_runs.arguments(trl.DPOConfig, tmp_path, train_sampling_strategy="sequential", max_steps=2, **changes)
+        tokenizer = trl_runs.tiny_tokenizer()
+        trainer = DPOTrainer(models["llama"], args=args, train_dataset=train, processing_class=tokenizer)
+        trainer.train()
+        logs.append([{k: v for k, v in row.items() if k != "epoch"} for row in log_of(trainer)])
+    assert_same_log(logs[1], logs[0])
+    assert_same_log(logs[2][:2], logs[0][:2])
+
+
+def test_predict_has_metrics_and_no_predictions(models, tmp_path):
+    trainer = build(DPOTrainer, models["llama"], ROWS, tmp_path, trl.DPOConfig, {"eval_rows": ROWS[:4]})
+    out = trainer.predict(trainer.eval_dataset)
+    assert out.predictions is None
+    assert out.metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(ValueError, match="no logits to return"):
+        trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)), return_outputs=True)
+
+
+# ---- what it refuses -----------------------------------------------------------------------------
+
+SETTINGS_REFUSED = {
+    "use_liger_kernel=True": {"use_liger_kernel": True},
+    "sync_ref_model=True": {"sync_ref_model": True},
+    "torch_compile=True": {"torch_compile": True},
+    "dispatch_batches=True": {"accelerator_config": {"dispatch_batches": True}},
+}
+DPO_SETTINGS_REFUSED = {
+    "use_weighting=True": {"use_weighting": True},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "f_divergence_type": {"f_divergence_type": "js_divergence"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in KINDS for name in SETTINGS_REFUSED] + [("dpo", n) for n in DPO_SETTINGS_REFUSED],
+)
+def test_settings_that_cannot_be_had_are_refused_by_name(kind, name, models, tmp_path):
+    _, ours, config, rows, _ = KINDS[kind]
+    changes = (SETTINGS_REFUSED | DPO_SETTINGS_REFUSED)[name]
+    with pytest.raises(
+        ValueError, match=rf"prefuse's {ours.__name__} does not take {re.escape(name)}: .*trl\.{ours.__name__}"
+    ):
+        build(ours, models["llama"], rows, tmp_path, config, {}, **changes)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_truncation_at_the_start_is_refused(models, tmp_path):
+    with pytest.raises(ValueError, match='does not take truncation_mode="keep_end": it gives the sides of a pair two'):
+        build(DPOTrainer, models["llama"], ROWS, tmp_path, trl.DPOConfig, {}, truncation_mode="keep_end")
+
+
+def test_objects_that_cannot_be_had_are_refused_by_name(models, tmp_path):
+    for name in "data_collator", "compute_metrics":
+        with pytest.raises(ValueError, match=f"does not take {name}: "):
+            build(DPOTrainer, models["llama"], ROWS, tmp_path, trl.DPOConfig, {name: print})
+
+
+REFUSED_LOSSES = [
+    ({"loss": prefuse.DPO}, {}, TypeError, "loss must be an instance such as prefuse.DPO"),
+    ({"loss": prefuse.KTO()}, {}, ValueError, "KTO is a loss per sequence: DPOTrainer takes losses per pair"),
+    ({"loss": prefuse.SFT()}, {}, ValueError, "SFT is a loss per token: DPOTrainer takes losses per pair"),
+    (
+        {"loss": prefuse.IPO()},
+        {"loss_type": "ipo"},
+        ValueError,
+        "got both loss=IPO.* and loss_type=.'ipo'.: expected one",
+    ),
+    ({}, {"loss_type": "kto"}, ValueError, "KTO is a loss per sequence: DPOTrainer takes losses per pair"),
+    ({}, {"loss_type": "aot"}, ValueError, "loss_type='aot' is not a loss of prefuse: expected one of .*'dpo', 'ipo'"),
+    ({"loss": Likelihood(), "ref_model": "another"}, {}, ValueError, "uses no reference, so ref_model must be None"),
+]
+
+
+@pytest.mark.parametrize(("options", "changes", "error", "message"), REFUSED_LOSSES)
+def test_losses_that_do_not_fit_are_refused(options, changes, error, message, models, tmp_path):
+    with pytest.raises(error, match=message):
+        build(DPOTrainer, models["llama"], ROWS, tmp_path, trl.DPOConfig, options, **changes)
+
+
+REFUSED_OF_KTO = [
+    ({"loss": prefuse.DPO()}, {}, TypeError, r"loss must be a prefuse.KTO\(...\), got DPO"),
+    ({"loss": prefuse.KTO()}, {"loss_type": "apo_zero_unpaired"}, ValueError, "got both loss=KTO"),
+    ({}, {"loss_type": "bco"}, ValueError, 'loss_type must be "kto" or "apo_zero_unpaired", got \'bco\''),
+    ({"sampling": "batch"}, {}, ValueError, 'sampling must be "shuffled" or "trl", got \'batch\''),
+    ({}, {"precompute_ref_log_probs": True}, ValueError, "mismatched completions are drawn anew in every step"),
+]
+
+
+@pytest.mark.parametrize(("options", "changes", "error", "message"), REFUSED_OF_KTO)
+def test_what_kto_refuses(options, changes, error, message, models, tmp_path):
+    with pytest.raises(error, match=message):
+        build(KTOTrainer, models["llama"], LABELLED, tmp_path, trl.KTOConfig, options, **changes)
+
+
+def test_kto_takes_precomputed_numbers_where_the_reference_stays(models, tmp_path):
+    for options in (
+        {"peft_config": LORA},
+        {"ref_model": transformers.AutoModelForCausalLM.from_pretrained(models["other"])},
+    ):
+        changes = {"precompute_ref_log_probs": True, "max_steps": 2}
+        trainer = build(KTOTrainer, models["llama"], LABELLED, tmp_path, trl.KTOConfig, options, **changes)
+        assert len(trainer._cache) == len({(row["prompt"], row["completion"]) for row in LABELLED})
+        trainer.train()
+
+
+def test_adapters_that_prepend_tokens_are_refused(models, tmp_path):
+    options = {"peft_config": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}
+    with pytest.raises(ValueError, match=r"does not take prompt learning .*: use trl.DPOTrainer"):
+        build(DPOTrainer, models["llama"], ROWS, tmp_path, trl.DPOConfig, options)
+
+
+def test_a_head_that_is_no_plain_matrix_is_refused(models, tmp_path):
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
+    model.lm_head.__class__ = Twice
+    options = {"ref_model": transformers.AutoModelForCausalLM.from_pretrained(models["llama"])}
+    with pytest.raises(ValueError, match=r"the head of LlamaForCausalLM is a .*Twice, expected torch.nn.Linear"):
+        build(DPOTrainer, model, ROWS, tmp_path, trl.DPOConfig, options)
+
+
+def test_the_router_loss_of_experts_is_refused_until_it_is_turned_off(tmp_path):
+    config = transformers.MixtralConfig(
+        **trl_runs.SETTINGS | trl_runs.SHAPE, num_local_experts=2, router_aux_loss_coef=0.1
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    options = {"ref_model": copy.deepcopy(model)}
+    with pytest.raises(ValueError, match=r"does not take the router loss .*router_aux_loss_coef=0.0 turns it off"):
+        build(DPOTrainer, model, ROWS, tmp_path, trl.DPOConfig, options)
+    compare("dpo", model, tmp_path, options=options, router_aux_loss_coef=0.0)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    with pytest.raises(ValueError, match="a prompt of 3 tokens leaves no room for a completion within max_length = 3"):
+        Collator(max_length=3)([{"prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5]}])
+
+
+@pytest.mark.parametrize("have", [None, "1.15.2", "2.0.0"])
+def test_another_trl_is_refused_with_what_to_install(have, monkeypatch):
+    def version(name):
+        if have is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return have
+
+    monkeypatch.setattr(trl_base, "version", version)
+    with pytest.raises(ImportError, match=r"need TRL 1.16 or later, below 2: pip install 'trl>=1.16,<2'"):
+        trl_base._require_trl()
