@@ -3,10 +3,12 @@
 import copy
 import functools
 import importlib.metadata
+import json
 import math
 import re
+import socket
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 
 import datasets
 import pytest
@@ -16,14 +18,16 @@ import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 
 import prefuse
+import ranks
 import trl_runs
 from prefuse import trl_base
 from prefuse.kernels.cost import count_cost
 from prefuse.trl_batches import Collator, mismatches
 from prefuse.trl_trainers import DPOTrainer, KTOTrainer
-from trl_runs import CHATS, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
+from trl_runs import AGAIN, CHATS, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
 
 # What TRL 1.16 itself says on the transformers of constraints.txt.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
@@ -93,13 +97,14 @@ def test_conversations(models, tmp_path):
     compare("dpo", models["llama"], tmp_path, rows=CHATS)
 
 
+UNCHECKPOINTED = {"activation_checkpointing": False, "gradient_checkpointing": False}
 # One thing each that changes what a microbatch or a log line is.
 CHANGES = {
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2},
     "a last step of fewer": {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 4},
     "truncated": {"max_length": 12},
     "precomputed": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
-    "no checkpointing": {"activation_checkpointing": False, "gradient_checkpointing": False},
+    "no checkpointing": UNCHECKPOINTED,
     "clipped": {"max_grad_norm": 0.1},
 }
 
@@ -174,7 +179,7 @@ def test_unpaired_rows_come_from_pairs_too(models, tmp_path):
 
 
 def test_a_prompt_runs_once_for_all_of_its_completions(models, tmp_path):
-    rows = [ROWS[0], ROWS[1], ROWS[10], ROWS[2]]  # the third one has the first one's prompt
+    rows = [ROWS[0], ROWS[1], AGAIN[0], ROWS[2]]  # the third one has the first one's prompt
     trainer = build(DPOTrainer, models["llama"], rows, tmp_path, trl.DPOConfig, {})
     inputs = trainer.data_collator(list(trainer.train_dataset))
     tokenized = list(trainer.train_dataset)
@@ -629,3 +634,75 @@ def test_another_trl_is_refused_with_what_to_install(have, monkeypatch):
     monkeypatch.setattr(trl_base, "version", version)
     with pytest.raises(ImportError, match=r"need TRL 1.16 or later, below 2: pip install 'trl>=1.16,<2'"):
         trl_base._require_trl()
+
+
+# ---- several ranks -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models, tmp_path_factory):
+    """name -> (log, reductions, weights) of each of two ranks, for all cases in one pair of processes."""
+    settings = {
+        "plain": {"per_device_train_batch_size": 3},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2},
+        "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2} | UNCHECKPOINTED,
+        "precomputed": {},
+    }
+    cases = {}
+    for kind, (name, changes) in product(("trl dpo", "dpo", "trl kto", "kto"), settings.items()):
+        options = {"sampling": "trl"} if kind == "kto" else {}
+        if name == "precomputed":  # which TRL's own cannot, on several ranks, for a data set in memory
+            options["reference"] = models["other"]
+            changes = {"max_steps": 3} | ({} if kind.startswith("trl") else {"precompute_ref_log_probs": True})
+        cases[f"{kind} {name}"] = {"trainer": kind, "settings": changes, "options": options}
+    for kind in "trl dpo", "dpo":
+        cases[f"{kind} lora"] = {"trainer": kind, "settings": {}, "options": {"lora": True}}
+    cases["kto shuffled"] = {"trainer": "kto", "settings": settings["accumulated"]}
+    for case in cases.values():
+        case["model"] = models["llama"]
+        case["settings"] = {"per_device_train_batch_size": 3} | case["settings"]
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}.items():
+            patch.setenv(key, value)
+        ranks.run(2, folder, ranks.LIB / "trl_worker.py", folder / "cases.json", folder / "out")
+    return {name: [rank_of(folder / "out" / name, rank) for rank in range(2)] for name in cases}
+
+
+def rank_of(out, rank):
+    written = json.loads((out / f"log.{rank}.json").read_text())
+    return written["log"], written["reductions"], load_file(out / f"weights.{rank}.safetensors")
+
+
+CASES_OF_RANKS = [(kind, name) for kind in KINDS for name in ("plain", "accumulated", "evaluated", "precomputed")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [*CASES_OF_RANKS, ("dpo", "lora")])
+def test_two_ranks_train_and_log_as_trls_trainer_on_two_ranks(kind, name, two_ranks):
+    expected, got = two_ranks[f"trl {kind} {name}"], two_ranks[f"{kind} {name}"]
+    for (log, _, weights), (trls_log, _, trls_weights) in zip(got, expected, strict=True):
+        assert_same_log(log, trls_log)
+        assert_same_weights(weights, trls_weights)
+    for key, value in got[0][2].items():
+        assert torch.equal(value, got[1][2][key])
+
+
+@pytest.mark.slow
+def test_metrics_are_reduced_once_for_each_log_line(two_ranks):
+    for name in "plain", "accumulated", "evaluated", "precomputed", "lora":
+        log, reductions, _ = two_ranks[f"dpo {name}"][0]
+        assert reductions == sum("entropy" in row or "eval_entropy" in row for row in log)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_z0_of_a_step(two_ranks):
+    (log, reductions, weights), (_, _, other) = two_ranks["kto shuffled"]
+    assert max(row.get("kl", 0.0) for row in log) > 0
+    assert reductions == 5 + 2 + 1  # one z0 for each step; log lines after steps 2 and 4, and of the end
+    for key, value in weights.items():
+        assert torch.equal(value, other[key])
