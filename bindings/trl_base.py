@@ -303,6 +303,7 @@ class FusedTrainer:
                 "precompute_ref_log_probs=True needs a data set with a length, got an IterableDataset: "
                 "set precompute_ref_log_probs=False"
             )
+        self._refuse_setting()
         self._ready(self.model)
         loader = DataLoader(
             dataset, batch_size, collate_fn=self._collate, num_workers=self.args.dataloader_num_workers, shuffle=False

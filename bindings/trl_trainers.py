@@ -175,11 +175,11 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         """An optimizer step's microbatches, with the z0 they share."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._wants_z0 and self._sampling == "shuffled" and samples:
-            z0 = self._drawn_z0([row for inputs in samples for row in inputs["batch"].rows])
+            z0 = self._drawn_z0([row for inputs in samples for row in inputs["batch"].rows], keep=False)
             samples = [inputs | {"batch": replace(inputs["batch"], z0=z0)} for inputs in samples]
         return samples, num_items
 
-    def _drawn_z0(self, rows: list[Row]) -> Tensor:  # ()
+    def _drawn_z0(self, rows: list[Row], keep: bool) -> Tensor:  # ()
         partners = mismatches([row.prompt for row in rows])
         if None in partners and self._group is None:
             warnings.warn(
@@ -189,10 +189,13 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             )
         pairs = [(row, rows[other]) for row, other in zip(rows, partners, strict=True) if other is not None]
         cut = self._collate.cut
-        return self._z0([Row(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep=False)
+        return self._z0([Row(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep)
 
     def _z0(self, mismatched: list[Row], keep: bool) -> Tensor:  # ()
-        """Over these completions of other prompts and those of the other ranks, a microbatch at a time."""
+        """Over these completions of other prompts and those of the other ranks, a microbatch at a time.
+
+        `keep`: whether the same rows will come again, so that the cache is to have them.
+        """
         device, size = self.accelerator.device, self.args.per_device_train_batch_size
         none = torch.empty(0, device=device)
         logps, ref_logps, counts = [none], [none], []
@@ -212,7 +215,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         if batch.z0 is not None:
             return ref_logps, batch.z0
         if self._sampling == "shuffled":  # an evaluation's batch
-            return ref_logps, self._drawn_z0(batch.rows)
+            return ref_logps, self._drawn_z0(batch.rows, keep=True)
         return ref_logps, self._z0(_paired(batch), keep=True)
 
     def _precompute(self, batch: Batch) -> None:

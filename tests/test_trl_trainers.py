@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 
 import prefuse
 import ranks
-import trl_runs
+import trainer_runs
 from prefuse import trl_base
 from prefuse.kernels.cost import count_cost
 from prefuse.trl_batches import Collator, mismatches
 from prefuse.trl_trainers import DPOTrainer, KTOTrainer
-from trl_runs import AGAIN, CHATS, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
+from trainer_runs import AGAIN, CHATS, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
 
 # What TRL 1.16 itself says on the transformers of constraints.txt.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
@@ -43,8 +43,8 @@ KINDS = {
 def models(tmp_path_factory):
     """name -> folder"""
     folder = tmp_path_factory.mktemp("models")
-    return {name: trl_runs.save(folder, name) for name in trl_runs.MODELS} | {
-        "other": trl_runs.save(tmp_path_factory.mktemp("other"), "llama", seed=1)
+    return {name: trainer_runs.save(folder, name) for name in trainer_runs.MODELS} | {
+        "other": trainer_runs.save(tmp_path_factory.mktemp("other"), "llama", seed=1)
     }
 
 
@@ -75,7 +75,7 @@ def compare(kind, model, tmp_path, rows=None, options=None, mine=None, **changes
 
 def models_and(first, *others):
     """Every kind of model with the loss `first`, and one of them with the `others`; the rest of the pairs are slow."""
-    names = [*trl_runs.MODELS, "lora"]
+    names = [*trainer_runs.MODELS, "lora"]
     slow = [pytest.param(name, other, marks=pytest.mark.slow) for name in names[1:] for other in others]
     return [(name, first) for name in names] + [(names[0], other) for other in others] + slow
 
@@ -126,8 +126,10 @@ def test_evaluation(kind, models, tmp_path):
         run = build(trainer, models["llama"], rows[:8], tmp_path / trainer.__module__, config, options, **changes)
         metrics = [run.evaluate()]
         run.train()
-        metrics.append(run.evaluate(trl_runs.Dataset.from_list(rows[1:4])))
-        keep = [{k: v for k, v in m.items() if k not in trl_runs.TIMES} | {"step": i} for i, m in enumerate(metrics)]
+        metrics.append(run.evaluate(trainer_runs.Dataset.from_list(rows[1:4])))
+        keep = [
+            {k: v for k, v in m.items() if k not in trainer_runs.TIMES} | {"step": i} for i, m in enumerate(metrics)
+        ]
         logs.append(log_of(run) + keep)
     assert any("eval_rewards/margins" in row for row in logs[0])
     assert_same_log(logs[1], logs[0])
@@ -424,6 +426,27 @@ def test_a_step_of_one_prompt_has_no_mismatch_and_says_so(models, tmp_path):
     assert [row["kl"] for row in log_of(trainer)[:2]] == [0.0, 0.0]
 
 
+def test_an_evaluation_of_kto_has_a_z0_of_its_own_and_repeats_no_reference(models, tmp_path, monkeypatch):
+    passes = []
+    run = KTOTrainer._reference_pass
+
+    def counting(self, tokens):
+        passes.append(tokens)
+        return run(self, tokens)
+
+    monkeypatch.setattr(KTOTrainer, "_reference_pass", counting)
+    options = {"eval_rows": KTO_ROWS[:8]} | {
+        "ref_model": transformers.AutoModelForCausalLM.from_pretrained(models["other"])
+    }
+    trainer = build(KTOTrainer, models["llama"], KTO_ROWS, tmp_path, trl.KTOConfig, options)
+    first = {name: value for name, value in trainer.evaluate().items() if name not in trainer_runs.TIMES}
+    assert len(passes) == 4  # two batches, and the mismatches of each
+    second = trainer.evaluate()
+    assert len(passes) == 4
+    assert first["eval_kl"] > 0.1
+    assert first == {name: second[name] for name in first}
+
+
 def test_a_mismatched_completion_is_cut_at_max_length(models, tmp_path, monkeypatch):
     steps = recorded_steps(monkeypatch)
     seen = []
@@ -484,8 +507,10 @@ def test_batches_come_from_workers_and_from_streams(models, tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     logs = []
     for train, changes in (rows, {}), (rows, {"dataloader_num_workers": 1}), (rows.to_iterable_dataset(), {}):
-        args = trl_runs.arguments(trl.DPOConfig, tmp_path, train_sampling_strategy="sequential", max_steps=2, **changes)
-        tokenizer = trl_runs.tiny_tokenizer()
+        args = trainer_runs.arguments(
+            trl.DPOConfig, tmp_path, train_sampling_strategy="sequential", max_steps=2, **changes
+        )
+        tokenizer = trainer_runs.tiny_tokenizer()
         trainer = DPOTrainer(models["llama"], args=args, train_dataset=train, processing_class=tokenizer)
         trainer.train()
         logs.append([{k: v for k, v in row.items() if k != "epoch"} for row in log_of(trainer)])
@@ -553,7 +578,7 @@ REFUSED_LOSSES = [
         "got both loss=IPO.* and loss_type=.'ipo'.: expected one",
     ),
     ({}, {"loss_type": "kto"}, ValueError, "KTO is a loss per sequence: DPOTrainer takes losses per pair"),
-    ({}, {"loss_type": "aot"}, ValueError, "loss_type='aot' is not a loss of prefuse: expected one of .*'dpo', 'ipo'"),
+    ({}, {"loss_type": "nonsense"}, ValueError, "loss.*'nonsense'.*(expected one of|did you mean)"),
     ({"loss": Likelihood(), "ref_model": "another"}, {}, ValueError, "uses no reference, so ref_model must be None"),
 ]
 
@@ -610,7 +635,7 @@ def test_a_head_that_is_no_plain_matrix_is_refused(models, tmp_path):
 
 def test_the_router_loss_of_experts_is_refused_until_it_is_turned_off(tmp_path):
     config = transformers.MixtralConfig(
-        **trl_runs.SETTINGS | trl_runs.SHAPE, num_local_experts=2, router_aux_loss_coef=0.1
+        **trainer_runs.SETTINGS | trainer_runs.SHAPE, num_local_experts=2, router_aux_loss_coef=0.1
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     options = {"ref_model": copy.deepcopy(model)}
@@ -669,7 +694,7 @@ def two_ranks(models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}.items():
             patch.setenv(key, value)
-        ranks.run(2, folder, ranks.LIB / "trl_worker.py", folder / "cases.json", folder / "out")
+        ranks.run(2, folder, ranks.LIB / "trainer_worker.py", folder / "cases.json", folder / "out")
     return {name: [rank_of(folder / "out" / name, rank) for rank in range(2)] for name in cases}
 
 

@@ -1,6 +1,6 @@
 """One rank of the slow tests of the trainers for TRL: trains each case, and writes its log, weights and collectives.
 
-python trl_worker.py CASES.json OUT          with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+python trainer_worker.py CASES.json OUT          with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import prefuse.trl_batches
 from prefuse.trl_trainers import DPOTrainer, KTOTrainer
-from trl_runs import LABELLED, ROWS, build, log_of, weights_of
+from trainer_runs import LABELLED, ROWS, build, log_of, weights_of
 
 TRAINERS = {
     "trl dpo": (trl.DPOTrainer, trl.DPOConfig, ROWS),
