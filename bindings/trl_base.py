@@ -164,6 +164,13 @@ class FusedTrainer:
         self._checked: list[nn.Module] = []
         return given | {"data_collator": self._collate}
 
+    def _finish(self) -> None:
+        """After TRL's own __init__."""
+        self._refuse_setting()
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)  # trained on, by this rank
+        for model in filter(None, (self.model, self.ref_model)):
+            self._ready(model)
+
     def _refuse(self, given: dict[str, Any], args: Any) -> None:
         """Raises for what TRL would take and this trainer cannot."""
         refused = {
@@ -189,7 +196,7 @@ class FusedTrainer:
                 raise ValueError(f"{self._title} does not take {name}: {reason}. Leave it out, or use {self._trls}")
 
     def _refuse_setting(self) -> None:
-        """The same for what is known after TRL's own __init__."""
+        """The same for what is known when TRL has looked at its arguments."""
         adapters = getattr(self.model, "peft_config", {}) if has_adapters(self.model) else {}
         refused = {
             "vision-language models": self._is_vlm or self._is_vision_dataset,

@@ -65,11 +65,7 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         with changed(config, **flags):
             super().__init__(**given)
         self.precompute_ref_logps = config.precompute_ref_log_probs
-        self._refuse_setting()
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                self._ready(model)
+        self._finish()
 
     def _terms_of(self, loss: Loss | None, config: trl.DPOConfig) -> list[tuple[float, Loss]]:
         """(weight, loss) of each part of the mixture."""
@@ -156,11 +152,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         with changed(config, **flags):
             super().__init__(**given)
         self.loss_type = config.loss_type
-        self._refuse_setting()
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                self._ready(model)
+        self._finish()
 
     def _check_reference_stays(self, given: dict[str, Any], config: trl.KTOConfig) -> None:
         stays = given.get("ref_model") is not None or given.get("peft_config") is not None
