@@ -23,7 +23,7 @@ INNER = {
 OUTER_AT_IMPORT = {"kernels": {"torch", "triton"}, "bindings": {"torch"}}
 
 # Adapters for a library are imported by those who have it.
-NEEDS_ITS_LIBRARY = {"bindings/transformers.py": {"transformers"}}
+NEEDS_ITS_LIBRARY = {"bindings/transformers.py": {"transformers"}, "bindings/trl_base.py": {"trl"}}
 
 
 def files_of(folder):
