@@ -72,9 +72,9 @@ def measure_times(name: str, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def high_water() -> int:
-    """This process's peak resident bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def resident(kind: str) -> int:
+    """This process's resident bytes: VmRSS now, VmHWM at its peak."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def peak_bytes(variant: str, name: str) -> int:
@@ -85,9 +85,9 @@ def peak_bytes(variant: str, name: str) -> int:
 def print_peak(variant: str, name: str) -> None:
     make_step(variant, name, (1, 64, SHAPE[2], 512))()  # imports and BLAS workspaces are no part of the step
     step = make_step(variant, name, SHAPE)
-    before = high_water()
+    before = resident("VmRSS")
     step()
-    print(high_water() - before)
+    print(resident("VmHWM") - before)
 
 
 def main() -> None:

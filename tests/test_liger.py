@@ -424,7 +424,7 @@ def test_a_workspace_buys_a_product_and_changes_no_bit(name):
     (loss, aux, flops), (other, other_aux, less) = made
     assert torch.equal(loss, other)
     assert all(torch.equal(a, b) for a, b in zip(aux, other_aux, strict=True))
-    assert less <= 0.82 * flops  # 3 of 4, and the forward's row tiles are padded
+    assert less <= 0.85 * flops  # 3 of 4, and the forward rounds its rows up to a tile
 
 
 def test_ipo_works_where_liger_has_none(theirs):
