@@ -85,7 +85,7 @@ class Replacement:
 class _State:
     """What is replaced, and for whom. (Here, and in no module's namespace, where `_swap` would find it.)"""
 
-    lock = threading.Lock()
+    lock = threading.RLock()  # importing TRL may run code that comes here
     lasting = False  # enable() without disable()
     blocks = 0  # `with enabled()` that are open, in all threads
     original: Any = None
@@ -264,7 +264,7 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
             "codes. Leave the head out of quantization (llm_int8_skip_modules=['lm_head'] for bitsandbytes, "
             "modules_to_not_convert for others), or call prefuse.trl.disable()"
         )
-    if torch.is_grad_enabled() and _gathered_over_data(weight):
+    if _gathered_over_data(weight):
         raise ValueError(
             "the head is an FSDP2 unit of its own: TRL gathers its weight in a way whose backward does not add up the "
             "ranks' gradients. Leave Linear and the head's class out of transformer_layer_cls_to_wrap (accelerate then "
