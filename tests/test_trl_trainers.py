@@ -682,6 +682,7 @@ def two_ranks(models, tmp_path_factory):
         cases[f"{kind} {name}"] = {"trainer": kind, "settings": changes, "options": options}
     for kind in "trl dpo", "dpo":
         cases[f"{kind} lora"] = {"trainer": kind, "settings": {}, "options": {"lora": True}}
+    cases["dpo gone"] = {"trainer": "dpo", "settings": {"precompute_ref_log_probs": True}}
     cases["kto shuffled"] = {"trainer": "kto", "settings": settings["accumulated"]}
     for case in cases.values():
         case["model"] = models["llama"]
@@ -715,6 +716,16 @@ def test_two_ranks_train_and_log_as_trls_trainer_on_two_ranks(kind, name, two_ra
         assert_same_weights(weights, trls_weights)
     for key, value in got[0][2].items():
         assert torch.equal(value, got[1][2][key])
+
+
+@pytest.mark.slow
+def test_each_rank_has_the_reference_numbers_of_all(two_ranks):
+    """Rows change ranks as they are shuffled, and nobody keeps a reference model."""
+    for (log, _, weights), (trls_log, _, trls_weights) in zip(
+        two_ranks["dpo gone"], two_ranks["trl dpo plain"], strict=True
+    ):
+        assert_same_log(log, trls_log)
+        assert_same_weights(weights, trls_weights)
 
 
 @pytest.mark.slow
