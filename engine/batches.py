@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from prefuse.engine.data import Demonstration, Labelled, Pair
+from prefuse.engine.data import Demonstration, Labelled, Pair, cut_prompt
 from prefuse.packing import Packed, fill, pack
 
 Example = Pair | Labelled | Demonstration
@@ -87,6 +87,7 @@ class Examples:
     sequences: list[list[Tokens]]  # (E,) two for a pair (chosen, rejected), else one
     labels: list[bool] | None  # (E,)
     padding_free: bool = False  # their batches are flat
+    bos: int | None = None  # the token that a prompt keeps where it loses its start
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -132,8 +133,8 @@ class Examples:
 
     def select(self, indices: Sequence[int]) -> Examples:
         labels = None if self.labels is None else [self.labels[i] for i in indices]
-        chosen = ([self.rows[i] for i in indices], [self.sequences[i] for i in indices])
-        return Examples(*chosen, labels, self.padding_free)
+        rows, sequences = [self.rows[i] for i in indices], [self.sequences[i] for i in indices]
+        return replace(self, rows=rows, sequences=sequences, labels=labels)
 
     def fingerprint(self) -> str:
         """Changes with any token, and with nothing else."""
@@ -143,9 +144,10 @@ class Examples:
         return digest.hexdigest()
 
 
-def examples_of(dataset: Sequence[Example]) -> Examples:
+def examples_of(dataset: Sequence[Example], bos: int | None = None) -> Examples:
     labels = [example.label for example in dataset] if isinstance(dataset[0], Labelled) else None
-    return Examples([example.row for example in dataset], [_sequences(example) for example in dataset], labels)
+    rows, sequences = [example.row for example in dataset], [_sequences(example) for example in dataset]
+    return Examples(rows, sequences, labels, bos=bos)
 
 
 def _sequences(example: Example) -> list[Tokens]:
@@ -159,8 +161,8 @@ def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Ex
     sequences = []
     for (own,), other in zip(examples.sequences, others, strict=True):
         prompt, completion = own[0], examples.sequences[other][0][1]
-        sequences.append([(prompt[-(max_length - len(completion)) :], completion)])
-    return Examples(examples.rows, sequences, None, examples.padding_free)
+        sequences.append([(cut_prompt(prompt, max_length - len(completion), examples.bos), completion)])
+    return replace(examples, sequences=sequences, labels=None)
 
 
 def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tensor] | None = None) -> Batch:

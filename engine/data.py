@@ -240,12 +240,15 @@ def _fit(record: Record, max_length: int, bos: int | None) -> Record:
     room = max_length - tokens
     if room < 1:
         raise BadRow(f'"{side}" has {tokens} tokens: max_length={max_length} leaves no room for the prompt')
-    prompt = record.prompt
+    return replace(record, prompt=cut_prompt(record.prompt, room, bos))
+
+
+def cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    """The prompt's end, as much as there is room for. The BOS stays: models lean on it."""
     if len(prompt) <= room:
-        return record
-    # The BOS stays: models lean on it.
+        return prompt
     kept = prompt[:1] if prompt[0] == bos and room > 1 else []
-    return replace(record, prompt=kept + prompt[len(prompt) - room + len(kept) :])
+    return kept + prompt[len(prompt) - room + len(kept) :]
 
 
 def _count_cut(before: list[Record | Skipped], after: list[Record | Skipped]) -> int:

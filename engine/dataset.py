@@ -21,7 +21,7 @@ def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int
     if kind == "labelled" and "chosen" in dataset.form:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
-    return examples_of(dataset.examples), dataset.skipped
+    return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped
 
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:

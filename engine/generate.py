@@ -18,6 +18,7 @@ from prefuse.engine.model import device_of, load_model, load_tokenizer
 from prefuse.engine.report import progress_bar, say, table
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
+SHOWN_ANSWERS = 20  # where output_file has all
 
 
 def generate(config: Config) -> list[dict[str, str]]:
@@ -40,7 +41,8 @@ def generate(config: Config) -> list[dict[str, str]]:
     title = f"greedy, at most {config.max_new_tokens} tokens"
     if config.temperature > 0:
         title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
-    rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in results]
+    shown = results if config.output_file is None else results[:SHOWN_ANSWERS]
+    rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in shown]
     table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
     if config.output_file is not None:
         lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)

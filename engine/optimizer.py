@@ -1,5 +1,6 @@
 """AdamW, torch's or that of bitsandbytes, with its parameter groups, and the learning rate over the steps."""
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -34,10 +35,10 @@ def adamw_of(name: str) -> Callable[..., torch.optim.Optimizer]:
     if name not in BITSANDBYTES:
         return partial(torch.optim.AdamW, fused=True) if name == "adamw_torch_fused" else torch.optim.AdamW
     try:
-        from bitsandbytes.optim import AdamW
+        library = importlib.import_module("bitsandbytes.optim")  # no dependency: for those who have it
     except ImportError as error:
         raise UserError(f"optim {name}: {error}; pip install bitsandbytes, or take optim adamw_torch") from None
-    return partial(AdamW, optim_bits=32 if "32bit" in name else 8, is_paged="paged" in name)
+    return partial(library.AdamW, optim_bits=32 if "32bit" in name else 8, is_paged="paged" in name)
 
 
 def _try_out(make: Callable[..., torch.optim.Optimizer], name: str, device: torch.device) -> None:

@@ -111,6 +111,10 @@ def test_mismatched_prompts_lose_their_start_where_the_completion_needs_room():
     swapped = mismatched(examples_of(rows), [1, 0], max_length=5)
     assert swapped.sequences == [[([3, 4], [7, 8, 9])], [([6], [5])]]
     assert not swapped.padding_free
+    kept = mismatched(examples_of(rows, bos=1), [1, 0], max_length=5)  # as where a prompt is too long for its own row
+    assert kept.sequences == [[([1, 4], [7, 8, 9])], [([6], [5])]]
+    assert mismatched(examples_of(rows, bos=1), [1, 0], max_length=4).sequences[0] == [([4], [7, 8, 9])]
+    assert kept.select([1]).bos == 1
     assert mismatched(FLAT, [1, 0, 3, 2], max_length=5).padding_free
 
 

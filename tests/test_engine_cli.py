@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from prefuse.engine import cli
+from prefuse.engine import cli, generate
 from tiny_run import PAIRS, save_model, weights, write_rows
 
 
@@ -97,6 +97,19 @@ def test_generation_does_not_depend_on_what_shares_a_batch_and_sampling_on_the_s
     sampled = answers("--temperature", "1.0")
     assert sampled == answers("--temperature", "1.0")
     assert greedy != sampled != answers("--temperature", "1.0", "--seed", "1")
+
+
+def test_the_screen_shows_some_answers_and_the_file_has_all(files, tmp_path, monkeypatch):
+    tables = []
+    monkeypatch.setattr(generate, "table", lambda title, header, rows: tables.append(rows))
+    monkeypatch.setattr(generate, "SHOWN_ANSWERS", 2)
+    command = ["generate", "--model_name_or_path", files["model"], "--dataset_name", files["pairs"]]
+    command += ["--max_new_tokens", "2", "--num_prompts", "0"]
+    assert prefuse(*command) == 0
+    assert prefuse(*command, "--output_file", tmp_path / "answers.jsonl") == 0
+    prompts = len({pair["prompt"] for pair in PAIRS})
+    assert [len(rows) for rows in tables] == [prompts, 2]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == prompts
 
 
 def test_sft_then_resume_of_a_finished_run_changes_nothing(files, tmp_path, capsys):

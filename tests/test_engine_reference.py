@@ -94,7 +94,11 @@ def rewrite(entry, change):
     (entry / "about.json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("change", [lambda x: x - 0.01, lambda x: x * 1.001, lambda x: x.roll(1), torch.zeros_like])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x - 0.01, lambda x: x * 1.001, lambda x: x.roll(1), torch.zeros_like],
+    ids=["shifted", "scaled", "rolled", "zeros"],
+)
 def test_numbers_that_the_reference_would_not_say_now_are_computed_again(change, setup, passes, caplog):
     lm, examples, cache = setup
     computed = reference_logps(lm, examples, ORDER, str(cache))
@@ -172,7 +176,7 @@ def test_where_nothing_can_be_written_the_numbers_are_there_all_the_same(error, 
     assert "could not be written" in caplog.text
 
 
-def test_ranks_that_write_at_once_leave_one_whole_entry(setup, monkeypatch):
+def test_runs_that_write_at_once_leave_one_whole_entry(setup, monkeypatch, caplog):
     """Two runs of a sweep find nothing, compute the same, and write it: the second while the first is not done."""
     lm, examples, cache = setup
     real, nested = reference.publish, []
@@ -187,6 +191,8 @@ def test_ranks_that_write_at_once_leave_one_whole_entry(setup, monkeypatch):
     computed = reference_logps(lm, examples, ORDER, str(cache))
     assert len(list(cache.iterdir())) == 1
     assert same(reference_logps(lm, examples, ORDER, str(cache)), computed)
+    assert nested
+    assert not caplog.records
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 12))

@@ -69,7 +69,9 @@ def gradients(lm, batch):
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}, LORA, LORA | {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"bf16": True}, LORA, LORA | {"lora_dropout": 0.5}], ids=["float32", "bf16", "lora", "dropout"]
+)
 def test_checkpointed_gradients_are_the_same_bits(changes, padding_free, model, pairs):
     batch = batch_of(examples_at(pairs, model, padding_free), range(8))
     plain, again = loaded(model, **changes), loaded(model, gradient_checkpointing=True, **changes)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import prefuse
 from prefuse.engine import train as train_module
-from prefuse.engine.adapters import adapters_off, base_state
+from prefuse.engine.adapters import adapter_state, adapters_off, base_state
 from prefuse.engine.batches import collate, examples_of
 from prefuse.engine.cli import main
 from prefuse.engine.data import load_examples
@@ -259,6 +259,10 @@ def test_adapters_are_float32_on_a_bfloat16_base(changes, model, pairs, tmp_path
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert log[-1]["loss"] < log[0]["loss"]
     assert "too coarse" not in caplog.text
+    lm = load_model(str(out), lora(model, **changes), CPU)  # as `eval` reads it
+    read, written = adapter_state(lm.model, lm.adapters), weights(out)
+    assert read.keys() == written.keys()
+    assert all(torch.equal(value, written[name]) for name, value in read.items())
 
 
 def test_eval_and_generate_read_adapters(model, pairs, tmp_path, capsys):

@@ -28,11 +28,8 @@ class Coarse(torch.optim.Optimizer):
         self.table = torch.linspace(-1, 1, 256) ** 3
         self.made.append(self)
 
-    def get_state_buffer(self, p, dtype=torch.float32):
-        buffer = torch.zeros_like(p, dtype=dtype)
-        if self.is_paged:
-            self.paged.append(buffer.data_ptr())
-        return buffer
+    def buffer(self, p, dtype):
+        return torch.zeros_like(p, dtype=dtype)
 
     @torch.no_grad()
     def step(self):
@@ -47,7 +44,7 @@ class Coarse(torch.optim.Optimizer):
         dtype = torch.uint8 if coarse else torch.float32
         if not state:
             state["step"] = 0
-            state["state1"], state["state2"] = (self.get_state_buffer(p, dtype) for _ in range(2))
+            state["state1"], state["state2"] = (self.buffer(p, dtype) for _ in range(2))
             if coarse:
                 state["qmap1"] = state["qmap2"] = self.table
                 blocks = -(-p.numel() // self.BLOCK)
@@ -84,10 +81,25 @@ class Coarse(torch.optim.Optimizer):
         state[f"state{number}"].copy_(torch.bucketize(values, middles).to(torch.uint8).view(moment.shape))
 
 
+class Paged(Coarse):
+    """States of its own making alone: what is loaded must have been asked for here."""
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        self.paged.append(buffer.data_ptr())
+        return buffer
+
+    buffer = get_state_buffer
+
+
+def adamw(params, is_paged=False, **options):
+    return (Paged if is_paged else Coarse)(params, is_paged=is_paged, **options)
+
+
 @pytest.fixture
 def library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW=Coarse))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW=adamw))
     Coarse.made.clear()
 
 
