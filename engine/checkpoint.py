@@ -25,7 +25,8 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.files import published_folder, require_space, sha256_of
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.model import save_model
-from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, class_of, fill_, whole, whole_weights
+from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, fill_, whole, whole_weights
+from prefuse.heads import class_of
 
 logger = logging.getLogger(__name__)
 
