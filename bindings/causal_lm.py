@@ -52,17 +52,33 @@ def run_with_head(
     made = []
 
     def forward(*args, **kwargs) -> Tensor:  # (1, K + probes, 1)
-        made.append(in_place_of_head(causal, layer, compute, lambda: before(*args, **kwargs))[0])
+        _running.add(causal)
+        try:
+            made.append(in_place_of_head(causal, layer, compute, lambda: before(*args, **kwargs))[0])
+        finally:
+            _running.discard(causal)
         return made[-1]
 
     before = causal.forward
     with _replaced(causal, _outside_graphs(forward, inner=False)):
         result = model(**inputs)
+    if not made:
+        raise UnsupportedModel(
+            f"{type(model).__name__} did not call the forward of its {class_of(causal).__name__}: give the model inside"
+        )
     _reshard(model, result)
     # fully_shard may cast what its root returns, to bf16; its hooks are on the tensor that went in. (DDP's are on the
     # one that comes out.)
     result = made[0] if result.dtype != made[0].dtype else result
     return result[0, : result.shape[1] - len(PROBES), 0]
+
+
+_running: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head is another at this moment
+
+
+def is_running(causal: nn.Module) -> bool:
+    """Whether `run_with_head` has replaced the model's head already."""
+    return causal in _running
 
 
 def in_place_of_head(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import prefuse
-from prefuse.causal_lm import causal_lm_of, check_versions, in_place_of_head
+from prefuse.causal_lm import causal_lm_of, check_versions, in_place_of_head, is_running
 from prefuse.heads import IGNORE, UnsupportedModel, as_product, head_layer, transform_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def sft_loss(
     causal = _with_causal_loss(model)
 
     def forward(self, run, *args, **kwargs):
-        if kwargs.get("labels") is not None or not (self.training and torch.is_grad_enabled()):
+        asked = self.training and torch.is_grad_enabled() and not is_running(self)
+        if not asked or kwargs.get("labels") is not None:
             return run(*args, **kwargs)
         if any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise UnsupportedModel(

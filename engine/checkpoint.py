@@ -27,7 +27,7 @@ from prefuse.engine.files import published_folder, require_space, sha256_of
 from prefuse.engine.forward import LanguageModel
 from prefuse.engine.model import save_model, trained_weights
 from prefuse.engine.parallel import ALONE, Ranks, check_same_weights, fill_, whole
-from prefuse.engine.sharding import class_of
+from prefuse.heads import class_of
 
 logger = logging.getLogger(__name__)
 

@@ -50,13 +50,6 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dty
     return model
 
 
-def class_of(model: nn.Module) -> type:
-    """Its class, before `fully_shard` put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-
-
 def where_weights_are(function: Callable) -> Callable:
     """For a function of (lm, ...) that reads the head: under fsdp it runs as a forward of the root module, in which
     the head's weight is a plain tensor and its gradient is summed over the ranks. Elsewhere it just runs."""

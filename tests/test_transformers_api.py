@@ -620,6 +620,14 @@ def test_wrappers_of_one_process(wrap, alone):
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
+def test_a_wrapper_that_goes_around_the_model(alone):
+    class Deaf(torch.nn.parallel.DistributedDataParallel):
+        def forward(self, **inputs):
+            return torch.zeros(1, 30, 1)
+
+    refuse(Deaf(build()), "Deaf did not call the forward of its LlamaForCausalLM: give the model inside")
+
+
 def test_a_part_of_a_sharded_model_is_refused(alone):
     """The decoder's weights would be there, the head's are not: the root was gone around."""
     model = wrapped_worker.fsdp(wrapped_worker.llama())
@@ -722,6 +730,14 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights():
     assert (twin(**batch).loss - model(**batch).loss).abs() > 1e-3
     gradients(twin, twin(**batch).loss)
     assert model.lm_head.weight.grad is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_log_probabilities_of_a_model_in_training_with_a_fused_loss(way):
+    model = build().train()
+    wanted = sequence_logps(model, **padded())
+    WAYS[way](model)
+    assert torch.equal(sequence_logps(model, **padded()), wanted)
 
 
 @pytest.mark.parametrize("way", WAYS)
