@@ -45,11 +45,18 @@ def trls_trainer() -> type:
     return DPOTrainer
 
 
+def our_trainer() -> type:
+    from prefuse.trl import DPOTrainer
+
+    return DPOTrainer
+
+
 # name: (what is in force while it trains, the trainer's class)
 VARIANTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], Callable[[], type]]] = {
     "TRL": (contextlib.nullcontext, trls_trainer),
     "TRL, prefuse.trl.enable()": (enabled, trls_trainer),
     "TRL, prefuse.trl.enable(workspace=1 << 30)": (lambda: enabled(1 << 30), trls_trainer),
+    "prefuse.trl.DPOTrainer": (contextlib.nullcontext, our_trainer),
 }
 KEEPING = "TRL, prefuse.trl.enable(workspace=1 << 30)"  # of no use where the head is frozen
 TUNED = {"all weights": list(VARIANTS), "LoRA": [name for name in VARIANTS if name != KEEPING]}

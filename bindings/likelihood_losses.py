@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import Loss, Sequences, _check_beta
-from .pair_losses import _check_smoothing, smoothed
+from .losses import Loss, Sequences, _check_beta, _check_smoothing, smoothed
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -57,6 +57,18 @@ def _check_beta(beta: float) -> None:
         raise ValueError(f"beta must be > 0, got {beta}")
 
 
+def _check_smoothing(label_smoothing: float, above_zero: bool = False) -> None:
+    if not (0.0 < label_smoothing if above_zero else 0.0 <= label_smoothing) or not label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in {'(' if above_zero else '['}0, 0.5), got {label_smoothing}")
+
+
+def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x)"""
+    if label_smoothing == 0.0:
+        return -logsigmoid(x)
+    return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
+
+
 @dataclass(frozen=True)
 class DPO:
     """Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; with smoothing, cDPO.
@@ -74,14 +86,10 @@ class DPO:
 
     def __post_init__(self):
         _check_beta(self.beta)
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        _check_smoothing(self.label_smoothing)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
-        x = self.beta * (seq.chosen - seq.rejected)
-        if self.label_smoothing == 0.0:
-            return -logsigmoid(x)
-        return -(1 - self.label_smoothing) * logsigmoid(x) - self.label_smoothing * logsigmoid(-x)
+        return smoothed(self.beta * (seq.chosen - seq.rejected), self.label_smoothing)
 
     def rewards(self, seq: Sequences) -> Tensor:  # (S,)
         return self.beta * seq.ratios

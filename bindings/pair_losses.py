@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import Sequences, _check_beta
+from .losses import Sequences, _check_beta, _check_smoothing, smoothed
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,6 @@ class _Pairs:
 
     def rewards(self, seq: Sequences) -> Tensor:  # (S,)
         return self.beta * seq.ratios
-
-
-def _check_smoothing(label_smoothing: float, above_zero: bool = False) -> None:
-    if not (0.0 < label_smoothing if above_zero else 0.0 <= label_smoothing) or not label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in {'(' if above_zero else '['}0, 0.5), got {label_smoothing}")
-
-
-def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log sigmoid(x) - e log sigmoid(-x)"""
-    if label_smoothing == 0.0:
-        return -logsigmoid(x)
-    return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
 
 
 # ---- functions of the margin ---------------------------------------------------------------------

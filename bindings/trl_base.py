@@ -13,7 +13,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,6 +25,7 @@ import prefuse
 from prefuse.attention import check_packing
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.linear_logprobs import logprobs_within
+from prefuse.loss_names import fields_of
 from prefuse.losses import Loss
 from prefuse.packing import Packed
 from prefuse.preference import WORKSPACE
@@ -51,19 +51,15 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # Losses by name
 
-TRLS_NAMES = {"sigmoid": "dpo"}  # where TRL's name is not that of the class here
+CONFIGS_NAMES = {"tau": "discopop_tau"}  # where a field of the loss has another name in the config
 
 
 def loss_named(name: str, args: Any) -> Loss:
-    """The loss of this name, TRL's or the class's, its fields taken from the config's of the same names."""
-    classes = {key.lower(): value for key, value in vars(prefuse).items() if hasattr(value, "losses")}
-    cls = classes.get(TRLS_NAMES.get(name, name))
-    if cls is None:
-        raise ValueError(
-            f"loss_type={name!r} is not a loss of prefuse: expected one of {sorted({*classes, *TRLS_NAMES})}, or an "
-            "instance as loss=; for TRL's other losses take its own trainer"
-        )
-    return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+    """The loss of this name, its hyperparameters those of the config."""
+    if name == "sft":  # in TRL a mean over all of a microbatch's tokens
+        return prefuse.SFT()
+    given = {field: getattr(args, CONFIGS_NAMES.get(field, field), None) for field in fields_of(name)}
+    return prefuse.loss_named(name, **{field: value for field, value in given.items() if value is not None})
 
 
 def check_loss(loss: Any, per: str, trainer: str) -> None:

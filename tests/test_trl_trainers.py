@@ -93,6 +93,16 @@ def test_dpo_trains_and_logs_as_trls_trainer(name, loss_type, models, tmp_path):
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0.0
 
 
+TRLS_OTHERS = ["hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+               "apo_down", "discopop", "sigmoid_norm"]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", TRLS_OTHERS)
+def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
+    smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
+    compare("dpo", models["llama"], tmp_path, loss_type=loss_type, beta=0.5, label_smoothing=smoothing)
+
+
 def test_conversations(models, tmp_path):
     compare("dpo", models["llama"], tmp_path, rows=CHATS)
 
