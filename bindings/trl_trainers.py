@@ -1,6 +1,6 @@
 """TRL's DPOTrainer and KTOTrainer on flat batches: their configs, data sets and logged names, this library's losses.
 
-    from prefuse.trl_trainers import DPOTrainer
+    from prefuse.trl import DPOTrainer
 
     DPOTrainer("path/to/model", args=DPOConfig(output_dir="out"), train_dataset=dataset).train()
 

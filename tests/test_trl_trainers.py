@@ -80,6 +80,12 @@ def models_and(first, *others):
     return [(name, first) for name in names] + [(names[0], other) for other in others] + slow
 
 
+def test_they_stand_in_prefuse_trl():
+    from prefuse import trl as door
+
+    assert door.DPOTrainer is DPOTrainer and door.KTOTrainer is KTOTrainer
+
+
 # ---- DPO equals TRL's ----------------------------------------------------------------------------
 
 
