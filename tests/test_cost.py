@@ -6,7 +6,7 @@ import torch
 import prefuse
 from head_cases import random_inputs
 from memory import peak_bytes
-from prefuse.kernels import HeadOptions, portable
+from prefuse.kernels import HeadOptions, portable, portable_tiles
 from prefuse.kernels.cost import Cost, count_cost
 from prefuse.kernels.linear_logprobs import logprobs_within
 
@@ -82,7 +82,7 @@ def test_the_tiles_pass_memory_once_out_and_once_for_each_product(mode, device):
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(portable, "TILE", {"cpu": (32, 64), "cuda": (32, 64)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (32, 64), "cuda": (32, 64)})
     monkeypatch.setattr(portable, "BUFFER_BYTES", 4 * 32 * 64)
 
 

@@ -14,7 +14,7 @@ import oracle
 import prefuse
 from kl_cases import NAMES, both_logits, check_kl, evaluate, exact, random_models
 from largest_tensor import LargestTensor
-from prefuse.kernels import portable, portable_kl
+from prefuse.kernels import portable, portable_kl, portable_tiles
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.portable_kl import Side
 
@@ -57,7 +57,7 @@ def on(impl, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles, and a backward in several row blocks and slices, at sizes that take no time."""
-    monkeypatch.setattr(portable, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
     monkeypatch.setattr(portable, "BUFFER_BYTES", 2 * 8 * 16 * 4)
     from prefuse.kernels import triton_kl
 
@@ -556,7 +556,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     from prefuse.kernels import triton_kl
 
     n, d, v = (130, 4, 500) if impl == "torch" else (66, 4, 300)
-    monkeypatch.setattr(portable, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
     monkeypatch.setattr(portable, "BUFFER_BYTES", 16 * 32 * 4)
     monkeypatch.setattr(triton_kl, "SLICE", 64)
     monkeypatch.setattr(triton_kl, "BUFFER_BYTES", 16 * 64 * 4)

@@ -11,7 +11,7 @@ import oracle
 import prefuse
 from head_cases import NEEDS, evaluate, random_inputs
 from largest_tensor import LargestTensor
-from prefuse.kernels import configs, portable
+from prefuse.kernels import configs, portable, portable_tiles
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.portable import RowGrads
 
@@ -283,7 +283,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     from prefuse.kernels import triton_head
 
     n, d, v = (130, 3, 500) if impl == "torch" else (66, 3, 300)
-    monkeypatch.setattr(portable, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
+    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
     monkeypatch.setattr(portable, "BUFFER_BYTES", 16 * 32 * 4)
     monkeypatch.setattr(triton_head, "SLICE", 64)
     monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 64 * 4)

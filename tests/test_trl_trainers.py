@@ -83,7 +83,7 @@ def models_and(first, *others):
 def test_they_stand_in_prefuse_trl():
     from prefuse import trl as door
 
-    assert door.DPOTrainer is DPOTrainer and door.KTOTrainer is KTOTrainer
+    assert (door.DPOTrainer, door.KTOTrainer) == (DPOTrainer, KTOTrainer)
 
 
 # ---- DPO equals TRL's ----------------------------------------------------------------------------
