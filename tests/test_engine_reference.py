@@ -24,6 +24,12 @@ from prefuse.engine.train import train
 from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
 
 
+@pytest.fixture(autouse=True)
+def _warnings_alone(caplog):
+    """A command that ran in this process before has left the level at INFO."""
+    caplog.set_level("WARNING", logger="prefuse")
+
+
 @pytest.fixture
 def setup(tmp_path):
     config = settings(model_name_or_path=save_model(tmp_path / "m"), dataset_name="d", output_dir="o")
