@@ -203,12 +203,12 @@ def test_a_compiler_that_cannot_run_is_one_line(model, compilations, monkeypatch
 
 
 @pytest.mark.slow
-def test_without_a_cpp_compiler_inductor_is_refused(model, compilations, monkeypatch):
+def test_without_a_cpp_compiler_inductor_is_refused(model, compilations):
     from torch._inductor import config as inductor
 
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"the backend inductor cannot compile on cpu: .*inductor needs a C"):
+    refused = pytest.raises(UserError, match=r"the backend inductor cannot compile on cpu: .*inductor needs a C")
+    # (patch, since a setting that was assigned, even what it was before, is no longer what it was.)
+    with inductor.patch({"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}), refused:
         loaded(model, torch_compile=True)
 
 
