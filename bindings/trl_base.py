@@ -28,9 +28,10 @@ from prefuse.kernels.linear_logprobs import logprobs_within
 from prefuse.loss_names import fields_of
 from prefuse.losses import Loss
 from prefuse.packing import Packed
+from prefuse.padding import Padded, completion_hidden
 from prefuse.preference import WORKSPACE
 from prefuse.transformers import UnsupportedModel, check_head, head_of
-from prefuse.trl_batches import Batch, Collator, Padded, ReferenceCache, Row, Window, counted, hidden_of
+from prefuse.trl_batches import Batch, Collator, ReferenceCache, Row, Window, counted
 
 
 def _require_trl() -> None:
@@ -252,7 +253,7 @@ class FusedTrainer:
         def run(base: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
             head, tokens = head_of(base), batch.tokens
             options = HeadOptions(head.softcap, head.logit_scale)
-            hidden = hidden_of(base, tokens)
+            hidden = completion_hidden(base, tokens)
             return logprobs_within(
                 self._workspace, hidden, head.weight, tokens.targets, head.bias, options, self.OUTPUTS, "auto"
             )
@@ -265,7 +266,8 @@ class FusedTrainer:
 
         def run(base: nn.Module) -> Tensor:
             head = head_of(base)
-            return prefuse.linear_logprobs(hidden_of(base, tokens), head.weight, tokens.targets, **head.options())
+            hidden = completion_hidden(base, tokens)
+            return prefuse.linear_logprobs(hidden, head.weight, tokens.targets, **head.options())
 
         with _evaluating(model), self.accelerator.autocast():
             return model(prefuse=run)

@@ -2,7 +2,7 @@
 
     collate = Collator(max_length=1024)
     inputs = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
-    hidden = hidden_of(model, inputs["batch"].tokens)       # (N, D)
+    hidden = completion_hidden(model, inputs["batch"].tokens)       # (N, D), of `padding`
 
 E rows of a microbatch (pairs, or labelled completions), S sequences, N completion tokens.
 """
@@ -12,20 +12,18 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.attention import packed_hidden
 from prefuse.packing import Group, Packed, pack
-from prefuse.transformers import trunk_hidden
+from prefuse.padding import Padded, padded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows and their batches
@@ -56,20 +54,6 @@ class Row:
     @property
     def lengths(self) -> list[int]:
         return [len(completion) for completion in self.completions]
-
-
-@dataclass(frozen=True)
-class Padded:
-    """What `Packed` is, padded on the right: for a model that takes no flat batches."""
-
-    input_ids: Tensor  # (S, T)
-    attention_mask: Tensor  # (S, T)
-    predictors: Tensor  # (N,) in the S * T: the position before each completion token
-    targets: Tensor  # (N,)
-    cu_seqlens: Tensor  # (S + 1,) int32
-
-    def to(self, device: torch.device | str) -> Padded:
-        return Padded(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,9 @@ class Collator:
         return Batch(rows, self.tokens([(row.prompt, row.completions) for row in rows]), preferred, labels)
 
     def tokens(self, groups: Sequence[Group]) -> Packed | Padded:
-        return pack(_shared(groups)) if self.flat else pad(groups)
+        if self.flat:
+            return pack(_shared(groups))
+        return padded([(list(prompt), list(side)) for prompt, sides in groups for side in sides])
 
     def _row(self, example: dict[str, Any]) -> Row:
         prompt = list(example["prompt_ids"])
@@ -150,30 +136,6 @@ def _shared(groups: Sequence[Group]) -> list[Group]:
     return merged
 
 
-def pad(groups: Sequence[Group]) -> Padded:
-    """Each completion in a row of its own, after its prompt, padded on the right."""
-    pairs = [(list(prompt), list(completion)) for prompt, completions in groups for completion in completions]
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)  # (whatever stands under the mask, nobody reads it)
-    mask = torch.zeros_like(ids)
-    predictors = []
-    for i, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        ids[i, :end], mask[i, :end] = torch.tensor(prompt + completion), 1
-        predictors += range(i * width + len(prompt) - 1, i * width + end - 1)
-    targets = torch.tensor([token for _, completion in pairs for token in completion])
-    cu_seqlens = torch.tensor([0, *accumulate(len(completion) for _, completion in pairs)]).int()
-    return Padded(ids, mask, torch.tensor(predictors), targets, cu_seqlens)
-
-
-def hidden_of(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor:  # (N, D)
-    """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
-    if isinstance(tokens, Packed):
-        return packed_hidden(model, tokens)
-    hidden = trunk_hidden(model, tokens.input_ids, tokens.attention_mask)  # (S, T, D)
-    return hidden.flatten(0, 1).index_select(0, tokens.predictors)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # KTO's mismatches
 
@@ -192,9 +154,7 @@ def mismatches(prompts: Sequence[Sequence[int]]) -> list[int | None]:
     others = size - largest
     partners: list[int | None] = [None] * size
     for place, row in enumerate(order):
-        if (
-            others >= largest
-        ):  # with each prompt's rows end to end, a shift by the most that one has meets none of its own
+        if others >= largest:  # each prompt's rows are end to end: a shift by the most that one has leaves them
             partners[row] = order[(place + largest) % size]
         elif others:
             partners[row] = order[largest + place % others if place < largest else place - largest]

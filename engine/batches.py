@@ -19,29 +19,10 @@ from torch import Tensor
 
 from prefuse.engine.data import Demonstration, Labelled, Pair, cut_prompt
 from prefuse.packing import Packed, fill, pack
+from prefuse.padding import Padded, padded
 
 Example = Pair | Labelled | Demonstration
 Tokens = tuple[list[int], list[int]]  # a prompt and a completion
-
-
-@dataclass(frozen=True)
-class Padded:
-    """What `Packed` is without padding."""
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T)
-    predictors: Tensor  # (N,) in the flattened (B * T): the position before each completion token
-    targets: Tensor  # (N,) the completion tokens, packed
-    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts in the N
-    unshared_tokens: int  # without padding
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that run."""
-        return self.input_ids.numel()
-
-    def to(self, device: torch.device) -> Padded:
-        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -172,7 +153,7 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
     counts = [len(group) for group in chosen.sequences]
     return Batch(
         rows=chosen.rows,
-        tokens=_packed(sequences) if examples.padding_free else _padded(sequences),
+        tokens=_packed(sequences) if examples.padding_free else padded(sequences),
         labels=None if chosen.labels is None else torch.tensor(chosen.labels),
         ref_logps=None if ref_logps is None else torch.cat([ref_logps[i] for i in indices]),
         shapes=list(zip(counts, chosen.lengths, strict=True)),
@@ -185,35 +166,8 @@ def _packed(sequences: Sequence[Tokens]) -> Packed:
     return pack([(prompt, [completion for _, completion in group]) for prompt, group in groups])
 
 
-def _padded(sequences: Sequence[Tokens]) -> Padded:
-    input_ids, attention_mask = pad([prompt + completion for prompt, completion in sequences])
-    width = input_ids.shape[1]
-    predictors = [
-        torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1) + i * width
-        for i, (prompt, completion) in enumerate(sequences)
-    ]
-    counts = torch.tensor([0] + [len(completion) for _, completion in sequences])
-    return Padded(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        predictors=torch.cat(predictors),
-        targets=torch.tensor([token for _, completion in sequences for token in completion]),
-        cu_seqlens=counts.cumsum(0).int(),
-        unshared_tokens=int(attention_mask.sum()),
-    )
-
-
 def padded_tokens(batches: Sequence[Batch], microbatch: int) -> int:
     """What the examples of `batches` would run as padded batches of `microbatch` examples, longest first."""
     shapes = sorted((shape for batch in batches for shape in batch.shapes), key=lambda shape: -shape[1])
     cuts = [shapes[start : start + microbatch] for start in range(0, len(shapes), microbatch)]
     return sum(sum(count for count, _ in cut) * cut[0][1] for cut in cuts)
-
-
-def pad(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:  # (B, T) ids, (B, T) mask
-    """Pad on the right. The mask comes from the lengths: a pad id may also be a real token (pad is often eos)."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    attention_mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.zeros(attention_mask.shape, dtype=torch.long)
-    input_ids[attention_mask] = torch.tensor([token for ids in sequences for token in ids])
-    return input_ids, attention_mask.long()

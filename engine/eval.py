@@ -21,7 +21,7 @@ import prefuse
 from prefuse.engine.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.config import Config
 from prefuse.engine.dataset import KIND_OF, read_evaluation_data
-from prefuse.engine.forward import LanguageModel, completion_hidden, count_items, fused_loss, reference_point
+from prefuse.engine.forward import LanguageModel, count_items, fused_loss, reference_point
 from prefuse.engine.model import (
     check_model,
     check_same_vocabulary,
@@ -35,6 +35,7 @@ from prefuse.engine.parallel import ALONE, Ranks
 from prefuse.engine.reference import reference_logps
 from prefuse.engine.report import add_metrics, table
 from prefuse.engine.sharding import where_weights_are
+from prefuse.padding import completion_hidden
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most, while training
@@ -179,4 +180,4 @@ def _kl_sum(logits: Tensor, ref_logprobs: Tensor) -> Tensor:  # (K, V), (K, V) -
 
 def _hidden(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
     with lm.autocast():
-        return completion_hidden(lm, batch)
+        return completion_hidden(lm.model, batch.tokens)

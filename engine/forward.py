@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.attention import packed_hidden
 from prefuse.engine.batches import Batch
 from prefuse.engine.parallel import ALONE, Ranks
 from prefuse.engine.sharding import where_weights_are
-from prefuse.packing import Packed
-from prefuse.transformers import Head, trunk_hidden
+from prefuse.padding import completion_hidden
+from prefuse.transformers import Head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,14 +36,6 @@ class LanguageModel:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
 
 
-def completion_hidden(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
-    """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
-    if isinstance(batch.tokens, Packed):
-        return packed_hidden(lm.model, batch.tokens)
-    hidden = trunk_hidden(lm.model, batch.tokens.input_ids, batch.tokens.attention_mask)  # (B, T, D)
-    return hidden.flatten(0, 1).index_select(0, batch.tokens.predictors)
-
-
 def count_items(batch: Batch, loss) -> int:
     """What `loss` is a mean over, in this batch."""
     return len(batch.targets) if loss.per == "token" else batch.num_items
@@ -61,7 +52,7 @@ def fused_loss(
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
     with lm.autocast():
         return prefuse.linear_preference_loss(
-            completion_hidden(lm, batch),
+            completion_hidden(lm.model, batch.tokens),
             lm.head.weight,
             batch.targets,
             batch.cu_seqlens,
@@ -79,7 +70,7 @@ def fused_loss(
 @where_weights_are
 def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
     with lm.autocast():
-        hidden = completion_hidden(lm, batch)
+        hidden = completion_hidden(lm.model, batch.tokens)
         return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
 
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefuse.engine.batches import collate, examples_of, mismatched, pad, padded_tokens
+from prefuse.engine.batches import collate, examples_of, mismatched, padded_tokens
 from prefuse.engine.data import Labelled, Pair
 from prefuse.engine.errors import UserError
 from prefuse.engine.order import draw_mismatches, hold_out, plan_epoch, plan_evaluation
+from prefuse.padding import pad
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

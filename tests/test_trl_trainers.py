@@ -106,7 +106,8 @@ TRLS_OTHERS = ["hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard
 @pytest.mark.parametrize("loss_type", TRLS_OTHERS)
 def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
     smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
-    compare("dpo", models["llama"], tmp_path, loss_type=loss_type, beta=0.5, label_smoothing=smoothing)
+    settings = {"beta": 0.5, "label_smoothing": smoothing, "discopop_tau": 0.3}
+    compare("dpo", models["llama"], tmp_path, loss_type=loss_type, **settings)
 
 
 def test_conversations(models, tmp_path):
