@@ -23,9 +23,9 @@ from head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inpu
 from kl_cases import Models, check_kl, random_models
 from kl_cases import evaluate as evaluate_kl
 from prefuse.kernels.cost import count_cost
-from prefuse.kernels.linear_logprobs import logprobs_within
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
+from prefuse.kernels.logprobs.portable import row_tile, stash_size
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.portable import row_tile, stash_size
 from prefuse.losses import Loss
 
 Check = Callable[[], None]  # raises AssertionError

@@ -28,8 +28,9 @@ from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from torch import Tensor
 
 import prefuse
-from prefuse.kernels import portable, portable_tiles
-from prefuse.kernels.linear_logprobs import logprobs_within
+from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels.logprobs import portable
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
 
 PRESETS = {"tiny": (256, 128, 2000), "small": (512, 512, 8000), "head": (2048, 1024, 32000)}  # (N, D, V)

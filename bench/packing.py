@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefuse
 from prefuse.attention import check_packing
-from prefuse.engine.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data import Pair
-from prefuse.engine.forward import LanguageModel, fused_loss, token_logps
-from prefuse.engine.order import plan_epoch
+from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
+from prefuse.engine.data.order import plan_epoch
+from prefuse.engine.model.forward import LanguageModel, fused_loss, token_logps
 from prefuse.transformers import head_of
 
 VOCABULARY = 8192

@@ -44,10 +44,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
-import prefuse.engine.report
-import prefuse.engine.run
+import prefuse.engine.report.log
+import prefuse.engine.run.setup
 from prefuse.attention import packed_hidden
-from prefuse.engine.config import Config, validate
+from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import Pair, load_examples
 from prefuse.engine.train import train_loop
 from prefuse.packing import Packed, fill, pack
@@ -108,8 +108,8 @@ def by_prefuse(given: Prepared) -> Outcome:
             num_train_epochs=arguments.num_train_epochs, seed=SEED, save_steps=0, logging_steps=1,
             max_tokens_per_batch=arguments.max_tokens_per_batch, device=arguments.device,
         )  # fmt: skip
-        with timed(prefuse.engine.run, "reference_logps", arguments) as reference:
-            run = prefuse.engine.run.prepare(validate(config, "train"), "train")
+        with timed(prefuse.engine.run.setup, "reference_logps", arguments) as reference:
+            run = prefuse.engine.run.setup.prepare(validate(config, "train"), "train")
         if not given.order:
             # A step's rows in the order of the file: which of them share a microbatch is chance, as in TRL.
             given.order += [
@@ -381,7 +381,7 @@ def main() -> None:
 
 def quiet() -> None:
     """The tables are what is wanted on the screen."""
-    prefuse.engine.report.console.quiet = True
+    prefuse.engine.report.log.console.quiet = True
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

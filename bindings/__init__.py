@@ -1,12 +1,12 @@
 """Preference optimization of language models, fused before the logits exist."""
 
-from .kernels import linear_kl, linear_logprobs
-from .kl import kl_estimate
-from .likelihood_losses import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
-from .loss_names import loss_named
-from .losses import DPO, IPO, KTO, SFT
-from .pair_losses import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
-from .preference import (
+from prefuse.kernels import linear_kl, linear_logprobs
+from prefuse.kl import kl_estimate
+from prefuse.losses.contract import DPO, IPO, KTO, SFT
+from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
+from prefuse.losses.names import loss_named
+from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.preference import (
     Mismatched,
     PreferenceOutput,
     kto_reference_point,

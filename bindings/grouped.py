@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import HeadOptions
-from .kernels.grouped import GroupedHead, group_rows
-from .kernels.linear_logprobs import fits, prepare, refuse_double_backward
+from prefuse.kernels import HeadOptions
+from prefuse.kernels.logprobs.grouped import GroupedHead, group_rows
+from prefuse.kernels.logprobs.linear_logprobs import fits, prepare, refuse_double_backward
 
 
 class Group(NamedTuple):

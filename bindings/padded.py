@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .heads import IGNORE
-from .kernels import linear_logprobs
-from .losses import DPO, Loss, Sequences
+from prefuse.kernels import linear_logprobs
+from prefuse.losses.contract import DPO, Loss, Sequences
+from prefuse.models.head import IGNORE
 
 
 class PackedRows(NamedTuple):
@@ -106,7 +106,7 @@ def concatenated_forward(
     `batch` has `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` and the same of `rejected`. What `model`
     may be, and what is refused, is `prefuse.transformers.sequence_logps`'s.
     """
-    from .transformers import sequence_logps
+    from prefuse.models.logps import sequence_logps
 
     rows = concatenated_inputs(batch)
     logps = sequence_logps(

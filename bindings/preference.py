@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .grouped import WithGradients, cut, gradients_in_forward
-from .kernels import HeadOptions
-from .kernels.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
-from .kernels.tail import METRICS, preference_tail
-from .losses import DPO, IPO, KTO, Loss, Sequences
+from prefuse.grouped import WithGradients, cut, gradients_in_forward
+from prefuse.kernels import HeadOptions
+from prefuse.kernels.logprobs.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
+from prefuse.kernels.preference.tail import METRICS, preference_tail
+from prefuse.losses.contract import DPO, IPO, KTO, Loss, Sequences
 
 # What `linear_preference_loss` may keep from the forward to the backward, unless told otherwise.
 WORKSPACE = 1 << 30

@@ -15,11 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from prefuse.engine.config import TRAINING_COMMANDS, Config, validate
+from prefuse.engine.config.settings import TRAINING_COMMANDS, Config, validate
+from prefuse.engine.config.yaml_file import read_yaml
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.launch import launch
-from prefuse.engine.settings import read_yaml
-from prefuse.engine.signals import Stopped
+from prefuse.engine.run.launch import launch
+from prefuse.engine.run.signals import Stopped
 
 COMMANDS = {
     "sft": "Fine-tune a causal LM on completions, or on the chosen side of pairs.",
@@ -91,7 +91,7 @@ def run(command: str, config: Config) -> None:
 
         train(config, command)
     elif command == "eval":
-        from prefuse.engine.eval import evaluate_command
+        from prefuse.engine.evaluate import evaluate_command
 
         evaluate_command(config)
     else:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from prefuse.engine.config import Config
-from prefuse.engine.data import Prompt, load_prompts
-from prefuse.engine.dataset import hold_out_rows
-from prefuse.engine.forward import LanguageModel
-from prefuse.engine.model import device_of, load_model, load_tokenizer
-from prefuse.engine.report import progress_bar, say, table
+from prefuse.engine.config.settings import Config
+from prefuse.engine.data.dataset import hold_out_rows
+from prefuse.engine.data.examples import Prompt, load_prompts
+from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.load import device_of, load_model, load_tokenizer
+from prefuse.engine.report.log import progress_bar, say, table
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
 SHOWN_ANSWERS = 20  # where output_file has all

@@ -5,7 +5,7 @@
 
 An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items of every rank, and its loss is
 their sum divided by their true number, so how they are cut into microbatches does not matter, nor who works on them
-(engine/parallel.py). The last step of an epoch is smaller; no row is dropped. KTO's z0 is one number per optimizer
+(engine/run/ranks.py). The last step of an epoch is smaller; no row is dropped. KTO's z0 is one number per optimizer
 step, from a pass over all its mismatches before the update, where the paper and TRL take one per microbatch
 (`z0_scope`).
 """
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.batches import padded_tokens
-from prefuse.engine.checkpoint import save_checkpoint
-from prefuse.engine.config import Config
-from prefuse.engine.eval import evaluate
-from prefuse.engine.flops import training_flops
-from prefuse.engine.forward import count_items, fused_loss, reference_point
-from prefuse.engine.model import save_model, trained_weights
-from prefuse.engine.optimizer import learning_rate
-from prefuse.engine.parallel import clip_gradients, reduce_in_backward, sum_gradients
-from prefuse.engine.plots import plot_curves
-from prefuse.engine.report import add_metrics, progress_bar, say, say_metrics
-from prefuse.engine.run import Run, Share, prepare, state_of
-from prefuse.engine.signals import Stopped, StopSignals
+from prefuse.engine.config.settings import Config
+from prefuse.engine.data.batches import padded_tokens
+from prefuse.engine.evaluate import evaluate
+from prefuse.engine.model.flops import training_flops
+from prefuse.engine.model.forward import count_items, fused_loss, reference_point
+from prefuse.engine.model.load import save_model, trained_weights
+from prefuse.engine.report.log import add_metrics, progress_bar, say, say_metrics
+from prefuse.engine.report.plots import plot_curves
+from prefuse.engine.run.checkpoint import save_checkpoint
+from prefuse.engine.run.optimizer import learning_rate
+from prefuse.engine.run.ranks import clip_gradients, reduce_in_backward, sum_gradients
+from prefuse.engine.run.setup import Run, Share, prepare, state_of
+from prefuse.engine.run.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cost import report, size
+from prefuse.kernels.cost import report, size
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from prefuse.kernels import aot
+from prefuse.kernels.tiles import aot
 
 
 @triton.jit

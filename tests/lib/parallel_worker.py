@@ -1,4 +1,4 @@
-"""One rank of tests/test_parallel.py: runs every case with the ranks there are, and writes gradients and metrics.
+"""One rank of tests/engine/test_parallel.py: all cases with the ranks there are, and writes gradients and metrics.
 
 python parallel_worker.py CASES.json OUT          with RANK, WORLD_SIZE and PREFUSE_RENDEZVOUS set, or alone
 """
@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from prefuse.engine import run as run_module
 from prefuse.engine import train as train_module
-from prefuse.engine.parallel import whole
+from prefuse.engine.run import setup as run_module
+from prefuse.engine.run.ranks import whole
 from prefuse.engine.train import train
 from tiny_run import read_log, settings
 

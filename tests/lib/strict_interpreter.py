@@ -27,7 +27,7 @@ A kernel's failure surfaces as itself, not inside of Triton's InterpreterError.
 
 Not seen here: the reduced precision of TF32 and of approximate exp and log; 32-bit overflow between loop
 indices and constants, which are Python integers; a missing barrier inside of one program; all that the
-compiler refuses, for which there is ahead-of-time compilation (prefuse.kernels.aot).
+compiler refuses, for which there is ahead-of-time compilation (prefuse.kernels.tiles.aot).
 """
 
 import contextlib

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefuse.engine.config import Config, validate
+from prefuse.engine.config.settings import Config, validate
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 SHAPE = {

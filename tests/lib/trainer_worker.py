@@ -16,8 +16,8 @@ import trl
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-import prefuse.trl_batches
-from prefuse.trl_trainers import DPOTrainer, KTOTrainer
+import prefuse.trl.batches
+from prefuse.trl.trainers import DPOTrainer, KTOTrainer
 from trainer_runs import LABELLED, ROWS, build, log_of, weights_of
 
 TRAINERS = {
@@ -43,12 +43,12 @@ def run_case(case: dict, out: Path) -> None:
             calls.append(tensor.numel())
         return reduce(tensor, *args, **kwargs)
 
-    prefuse.trl_batches.dist.all_reduce = counting
+    prefuse.trl.batches.dist.all_reduce = counting
     try:
         run = build(trainer, case["model"], rows, out, config, options, ddp_backend="gloo", **case["settings"])
         run.train()
     finally:
-        prefuse.trl_batches.dist.all_reduce = reduce
+        prefuse.trl.batches.dist.all_reduce = reduce
     rank = os.environ["RANK"]
     save_file(weights_of(run.model), out / f"weights.{rank}.safetensors")
     (out / f"log.{rank}.json").write_text(json.dumps({"log": log_of(run), "reductions": len(calls)}))

@@ -1,4 +1,4 @@
-"""One rank of tests/test_trl.py: trains every case on TRL's own function, then on prefuse's, and writes what it got.
+"""One rank of tests/bindings/test_trl.py: trains every case on TRL's own function, then on ours; writes what it got.
 
 python trl_worker.py CASES.json OUT          with RANK, WORLD_SIZE and PREFUSE_RENDEZVOUS set
 """

@@ -1,4 +1,4 @@
-"""One rank of a head that is spread over several: what tests/test_vocab_group.py runs in processes of its own."""
+"""One rank of a head that is spread over several: what tests/kernels/test_vocab_group.py runs in processes."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ import oracle
 import prefuse
 import strict_interpreter
 from head_cases import EVERY_OPTION, NEEDS, check_head, evaluate, random_inputs
-from prefuse.kernels import portable_tiles
+from prefuse.kernels import slices as portable_tiles
 
 N, D, V = 37, 24, 70
 SHARDS = {1: [70], 2: [31, 39], 3: [9, 1, 60]}  # rows of the weight on each rank

@@ -1,0 +1,35 @@
+"""Every preference loss, once: a small function of the numbers of each sequence."""
+
+from prefuse.losses.contract import DPO, IPO, KTO, SFT, Loss, Sequences
+from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
+from prefuse.losses.names import LOSSES, fields_of, loss_named
+from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+
+__all__ = [
+    "AOT",
+    "APO",
+    "BCO",
+    "CPO",
+    "DPO",
+    "EXO",
+    "IPO",
+    "KTO",
+    "LOSSES",
+    "NCA",
+    "ORPO",
+    "RPO",
+    "SFT",
+    "SPPO",
+    "ChosenNLL",
+    "DPONorm",
+    "DiscoPOP",
+    "Hinge",
+    "Loss",
+    "Mixture",
+    "RobustDPO",
+    "SLiC",
+    "Sequences",
+    "SimPO",
+    "fields_of",
+    "loss_named",
+]

@@ -1,0 +1,65 @@
+"""Losses by name: TRL's `loss_type`s and the papers' own names, in one table.
+
+prefuse.loss_named("simpo", beta=2.0, gamma=1.0) == prefuse.SimPO(beta=2.0, gamma=1.0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from prefuse.losses.contract import DPO, IPO, KTO, Loss
+from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, SimPO, SLiC
+from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+
+# name -> the class, and the fields that the name itself decides
+LOSSES: dict[str, tuple[type, dict[str, object]]] = {
+    "dpo": (DPO, {}),
+    "ipo": (IPO, {}),
+    "kto": (KTO, {}),
+    "simpo": (SimPO, {}),
+    "orpo": (ORPO, {}),
+    "cpo": (CPO, {}),
+    "slic": (SLiC, {}),
+    "rpo": (RPO, {}),
+    # TRL's DPOTrainer
+    "sigmoid": (DPO, {}),
+    "sigmoid_norm": (DPONorm, {}),
+    "hinge": (Hinge, {}),
+    "robust": (RobustDPO, {}),
+    "exo_pair": (EXO, {}),
+    "nca_pair": (NCA, {}),
+    "bco_pair": (BCO, {}),
+    "sppo_hard": (SPPO, {}),
+    "aot": (AOT, {"paired": True}),
+    "aot_unpaired": (AOT, {"paired": False}),
+    "apo_zero": (APO, {"anchor": "zero"}),
+    "apo_down": (APO, {"anchor": "down"}),
+    "discopop": (DiscoPOP, {}),
+    "sft": (ChosenNLL, {}),
+}
+
+
+def fields_of(name: str) -> tuple[str, ...]:
+    """The hyperparameters that the loss of this name takes."""
+    cls, fixed = _entry(name)
+    return tuple(field.name for field in dataclasses.fields(cls) if field.name not in fixed)
+
+
+def loss_named(name: str, **hyperparameters: object) -> Loss:
+    """The loss of this name; ValueError for a name that is none, TypeError for a hyperparameter it does not have.
+
+    `fields_of(name)` tells which it has.
+    """
+    cls, fixed = _entry(name)
+    unknown = sorted(set(hyperparameters) - set(fields_of(name)))
+    if unknown:
+        raise TypeError(f"the loss {name!r} has no {', '.join(unknown)}; it takes {', '.join(fields_of(name))}")
+    return cls(**fixed, **hyperparameters)
+
+
+def _entry(name: str) -> tuple[type, dict[str, object]]:
+    if name not in LOSSES:
+        near = difflib.get_close_matches(str(name), LOSSES, n=3, cutoff=0.5) or list(LOSSES)
+        raise ValueError(f"unknown loss {name!r}; did you mean {' or '.join(near)}?")
+    return LOSSES[name]

@@ -1,0 +1,200 @@
+"""The loss of supervised fine-tuning where a transformers model or its Trainer computes it, without the logits.
+
+    Trainer(model=fuse_loss(model), ...)        # or Trainer(model=model, compute_loss_func=sft_loss(model), ...)
+
+B rows of T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import prefuse
+from prefuse.models.head import IGNORE, UnsupportedModel, as_product, head_layer, transform_of
+from prefuse.models.inside import causal_lm_of, check_versions, in_place_of_head, is_running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int | None = None, impl: str = "auto"):
+    """`model(..., labels=labels).loss` without the logits, from now on; returns `model`.
+
+    For `transformers.Trainer` as it is, and any loop that lets the model compute its loss: the same number, divided by
+    `num_items_in_batch` where that is given, from the same labels. The output's `logits` are None. Without labels, as
+    in `generate`, the model does what it did; `del model.forward` takes it back (on the transformers model itself).
+
+    Call it before the model is wrapped by DistributedDataParallel, `fully_shard` or the Trainer.
+
+    Args:
+        model: a causal LM of transformers, or one in PEFT.
+        logits_in_eval: in eval mode compute loss and logits as before, for a Trainer's `compute_metrics`.
+        workspace, impl: as in `prefuse.linear_preference_loss`.
+
+    Raises:
+        UnsupportedModel, UnsupportedVersion, TypeError: as `sequence_logps`; and for a loss of the model's own.
+    """
+    causal = _with_causal_loss(model)
+
+    def forward(self, run, *args, **kwargs):
+        if kwargs.get("labels") is None or (logits_in_eval and not self.training):
+            return run(*args, **kwargs)
+        given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
+        layer = head_layer(self)
+
+        def loss(hidden: Tensor) -> Tensor:  # (1,)
+            inputs = _head_inputs(self, layer, hidden)
+            return _sft_loss(inputs, **given, workspace=workspace, impl=impl)[None]
+
+        made, output = in_place_of_head(self, layer, loss, lambda: run(*args, **kwargs))
+        return _with_loss(output, made[0, 0, 0].clone())  # (no view, for the hooks of fully_shard)
+
+    _install(causal, forward)
+    return model
+
+
+def sft_loss(
+    model: nn.Module, *, workspace: int | None = None, impl: str = "auto"
+) -> Callable[[object, Tensor, Tensor | int | None], Tensor]:
+    """A `compute_loss_func` for `transformers.Trainer`, of the number that the Trainer has without one.
+
+        Trainer(model=model, compute_loss_func=sft_loss(model), ...)
+
+    The Trainer keeps the labels from the forward then. So from now on the model, in training mode and without labels,
+    returns the hidden states and the head in place of logits, and the loss makes one of the two; in eval mode it is as
+    it was. The head thus runs after the forward, where `fully_shard` (FSDP2) has taken its weight away, which is
+    refused: there, or where you are free to choose, `fuse_loss(model)` needs no `compute_loss_func`.
+    """
+    causal = _with_causal_loss(model)
+
+    def forward(self, run, *args, **kwargs):
+        asked = self.training and torch.is_grad_enabled() and not is_running(self)
+        if not asked or kwargs.get("labels") is not None:
+            return run(*args, **kwargs)
+        if any(hasattr(p, "full_tensor") for p in self.parameters()):
+            raise UnsupportedModel(
+                "sft_loss runs the head after the forward, where fully_shard has taken its weight away: use "
+                "prefuse.transformers.fuse_loss(model), and no compute_loss_func"
+            )
+        layer, inputs = head_layer(self), []
+
+        def keep(hidden: Tensor) -> Tensor:  # (0,)
+            inputs.append(_head_inputs(self, layer, hidden))
+            return hidden.new_zeros(0, dtype=torch.float32)
+
+        in_place_of_head(self, layer, keep, lambda: run(*args, **kwargs))
+        return inputs[0]
+
+    def loss(outputs: object, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if isinstance(outputs, HeadInputs):
+            return _sft_loss(outputs, labels, None, num_items_in_batch, workspace, impl)
+        logits = outputs["logits"]
+        return causal.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+
+    _install(causal, forward)
+    return loss
+
+
+def _with_causal_loss(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, once it is sure that its head and its loss are computed here."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    check_versions(model)
+    causal = causal_lm_of(model)
+    head_layer(causal)
+    if causal.loss_function is not ForCausalLMLoss:
+        name = getattr(causal.loss_function, "__name__", causal.loss_function)
+        raise UnsupportedModel(
+            f"the loss of {type(causal).__name__} is {name}, expected transformers' ForCausalLMLoss: compute it from "
+            "token_logps"
+        )
+    return causal
+
+
+def _install(causal: PreTrainedModel, forward: Callable) -> None:
+    """`forward(self, run, ...)` becomes the model's, `run` being the one it had.
+
+    That is looked up in the class, so that a copy of the model runs itself; what a library put into the instance is
+    bound already.
+    """
+    before = causal.__dict__.get("forward", type(causal).forward)
+    bound = "forward" in causal.__dict__
+
+    @functools.wraps(before)  # with its signature, by which the Trainer chooses columns
+    def installed(self, *args, **kwargs):
+        return forward(self, before if bound else functools.partial(before, self), *args, **kwargs)
+
+    causal.forward = types.MethodType(torch.compiler.disable(installed, recursive=False), causal)
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What `sft_loss` has a model return: the head as one matrix product, not done yet."""
+
+    # (A dataclass: DistributedDataParallel looks into those for what the loss will depend on, and accelerate, which
+    # casts outputs to float32, does not.)
+    hidden: Tensor  # (B, T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    transform: dict  # softcap and logit_scale
+    autocast: torch.dtype | None  # the model's
+
+
+def _head_inputs(causal: nn.Module, layer: nn.Module, hidden: Tensor) -> HeadInputs:
+    rows, weight, bias = as_product(layer, hidden.flatten(0, -2))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # Views of the parameters: a leaf among the outputs does not count as used.
+    weight, bias = (None if x is None else x.view_as(x) for x in (weight, bias))
+    transform = transform_of(causal.config.get_text_config())
+    return HeadInputs(rows.view(*hidden.shape[:-1], -1), weight, bias, transform, dtype)
+
+
+def _sft_loss(
+    head: HeadInputs,
+    labels: Tensor,  # (B, T)
+    shift_labels: Tensor | None,  # (B, T) shifted already
+    num_items_in_batch: Tensor | int | None,
+    workspace: int | None,
+    impl: str,
+) -> Tensor:  # ()
+    """transformers' ForCausalLMLoss: a mean over the labels that are not -100, or their sum / num_items_in_batch."""
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
+    if targets.shape != head.hidden.shape[:-1]:
+        raise ValueError(
+            f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(head.hidden.shape)}: "
+            "give labels of input_ids' shape, and no logits_to_keep"
+        )
+    counts = targets != IGNORE
+    places = counts.flatten().nonzero()[:, 0]
+    device = head.hidden.device
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(device)
+    with torch.autocast(device.type, dtype=head.autocast, enabled=head.autocast is not None):
+        return prefuse.linear_preference_loss(
+            head.hidden.flatten(0, -2).index_select(0, places),
+            head.weight,
+            targets.flatten()[places],
+            nn.functional.pad(counts.sum(-1).cumsum(0), (1, 0)).int(),
+            None,
+            loss=prefuse.SFT(),
+            num_items=num_items_in_batch,
+            workspace=workspace,
+            bias=head.bias,
+            impl=impl,
+            **head.transform,
+        ).loss
+
+
+def _with_loss(output: object, loss: Tensor) -> object:
+    if isinstance(output, tuple):
+        return (loss,)
+    rest = {name: x for name, x in output.items() if name not in ("loss", "logits")}
+    return type(output)(loss=loss, **rest)

@@ -1,0 +1,92 @@
+"""Records -> token ids.
+
+A prompt and its completion are tokenized apart and their ids are concatenated, so the prompt is a true prefix
+of both sides of a pair. Two kinds of text:
+
+* Strings: the prompt gets the tokens this tokenizer puts before a text (BOS, where it has that habit), once;
+  the completion gets an EOS behind it, once.
+* Messages: the chat template has rendered them (templates.py) and has written its special tokens itself.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from prefuse.engine.data.forms import BadRow, Record, Skipped
+from prefuse.engine.data.outcomes import each
+
+TEXTS_PER_CALL = 2048  # bounds what the tokenizer's own encodings hold in memory
+
+
+def tokenize(texts: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
+    """Every text as token ids, special tokens included."""
+    bare = _encode(texts, tokenizer)
+    before = _tokens_before_text(texts, bare, tokenizer)
+    return each(bare, lambda record: _finish(record, tokenizer, before))
+
+
+def _encode(records: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
+    """Every text as its bare token ids, in few calls of the tokenizer."""
+    texts = [text for record in records if isinstance(record, Record) for text in _texts(record)]
+    ids = _token_ids(texts, tokenizer)
+
+    def encode(record: Record) -> Record:
+        return replace(record, prompt=next(ids), sides={side: next(ids) for side in record.sides})
+
+    return each(records, encode)
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.prompt, *record.sides.values()]
+
+
+def _token_ids(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    one: dict[int, int] = {}  # one int object per token id, not per token: a quarter of the memory
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        batch = texts[start : start + TEXTS_PER_CALL]
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield [one.setdefault(token, token) for token in ids]
+
+
+def _tokens_before_text(texts: list[Record | Skipped], bare: list[Record | Skipped], tokenizer: Any) -> list[int]:
+    """The tokens this tokenizer puts before a text, usually [BOS] or [], found by trying one string."""
+    for record, ids in zip(texts, bare, strict=True):
+        if isinstance(record, Skipped) or record.rendered:
+            continue
+        for text, alone in zip(_texts(record), _texts(ids), strict=True):
+            if alone:
+                whole = tokenizer(text, verbose=False)["input_ids"]
+                starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
+                assert starts, "special tokens change how this tokenizer reads the text between them"
+                return whole[: starts[0]]
+    return []
+
+
+def _finish(record: Record, tokenizer: Any, before: list[int]) -> Record:
+    """Adds the special tokens that strings lack and checks that nothing is empty."""
+    prompt, sides, eos = record.prompt, record.sides, tokenizer.eos_token_id
+    if not record.rendered:
+        if prompt[: len(before)] != before:  # a text may begin with them itself
+            prompt = before + prompt
+        if not record.prompt:  # the first token of a completion needs one before it
+            prompt = before or _start_of_text(tokenizer)
+            sides = {side: _without_start(ids, prompt) for side, ids in sides.items()}
+    for side, ids in sides.items():
+        if not ids:
+            raise BadRow(f'"{side}" is empty: it has no token')
+    if not prompt:
+        raise BadRow("the prompt is empty: it has no token")
+    if not record.rendered and eos is not None:
+        sides = {side: ids if ids[-1] == eos else [*ids, eos] for side, ids in sides.items()}
+    return replace(record, prompt=prompt, sides=sides)
+
+
+def _start_of_text(tokenizer: Any) -> list[int]:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise BadRow("the prompt is empty, and the tokenizer has neither BOS nor EOS to start from")
+
+
+def _without_start(ids: list[int], start: list[int]) -> list[int]:
+    return ids[len(start) :] if ids[: len(start)] == start else ids

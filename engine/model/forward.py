@@ -1,0 +1,89 @@
+"""Batch -> trunk -> hidden states of the completion tokens -> fused head."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import prefuse
+from prefuse.engine.data.batches import Batch
+from prefuse.engine.model.sharding import where_weights_are
+from prefuse.engine.run.ranks import ALONE, Ranks
+from prefuse.models.logps import Head
+from prefuse.models.padding import completion_hidden
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM with all it takes to compute with it."""
+
+    model: torch.nn.Module  # a transformers PreTrainedModel
+    head: Head
+    device: torch.device
+    compute_dtype: torch.dtype
+    impl: str
+    adapters: "PeftModel | None" = None  # the same model, as peft sees it
+
+    def autocast(self) -> AbstractContextManager:
+        weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters are, on any base
+        mixed = self.compute_dtype != weights
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
+
+
+def count_items(batch: Batch, loss) -> int:
+    """What `loss` is a mean over, in this batch."""
+    return len(batch.targets) if loss.per == "token" else batch.num_items
+
+
+@where_weights_are
+def fused_loss(
+    lm: LanguageModel,
+    batch: Batch,
+    loss,  # prefuse.DPO | prefuse.IPO | prefuse.KTO | prefuse.SFT
+    num_items: int | None = None,
+    z0: Tensor | None = None,  # ()
+):
+    """The loss of one batch, summed and divided by `num_items`, with its metrics."""
+    with lm.autocast():
+        return prefuse.linear_preference_loss(
+            completion_hidden(lm.model, batch.tokens),
+            lm.head.weight,
+            batch.targets,
+            batch.cu_seqlens,
+            batch.ref_logps,
+            loss=loss,
+            labels=batch.labels,
+            z0=z0,
+            num_items=num_items,
+            impl=lm.impl,
+            **lm.head.options(),
+        )
+
+
+@torch.no_grad()
+@where_weights_are
+def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
+    with lm.autocast():
+        hidden = completion_hidden(lm.model, batch.tokens)
+        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+
+
+@torch.no_grad()
+def reference_point(
+    lm: LanguageModel, batches: Sequence[Batch], ranks: Ranks = ALONE, spare: Sequence[Batch] = ()
+) -> Tensor:  # () >= 0
+    """KTO's z0 over the mismatched completions of all `batches`, of all ranks; `spare` see `Ranks.in_step`."""
+    none = torch.empty(0, device=lm.device)
+    logps = torch.cat([none, *(token_logps(lm, batch) for batch in batches)])
+    for batch in spare:
+        token_logps(lm, batch)
+    ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)])
+    counts = torch.cat([none.int(), *(batch.cu_seqlens.diff() for batch in batches)])
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    return prefuse.kto_reference_point(logps, ref_logps, cu_seqlens, group=ranks.group)

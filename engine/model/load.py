@@ -1,0 +1,203 @@
+"""Load and save a causal LM with its tokenizer; where and in which precision it computes."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from prefuse.engine.config.settings import Config
+from prefuse.engine.data.batches import Examples
+from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
+from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.layers import prepare_layers, use_liger
+from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
+from prefuse.engine.run.files import file_faults_as_oserror
+from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
+from prefuse.models.flat import check_packing
+from prefuse.models.logps import UnsupportedModel, check_head, head_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+SHARD_SIZE = "5GB"  # of a file of weights
+WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def device_of(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL and fully_shard look
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 where the trunk and the head run under autocast, else the weights' dtype."""
+    mixed = config.bf16
+    if mixed is None:
+        mixed = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if mixed else getattr(torch, config.dtype)
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    base = base_of(Path(path))
+    if base is not None and not any(Path(path).glob("tokenizer*")):
+        path, base = base, None
+    if base is None:
+        _require_model_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+
+
+def load_model(
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
+) -> LanguageModel:
+    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained.
+
+    It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
+    calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, base = Path(path), base_of(Path(path))
+    if base is not None:
+        if trains:
+            raise UserError(
+                f"{path} holds adapters, and training starts from a whole model: merge them into it first "
+                "(peft's merge_and_unload, then save_pretrained)"
+            )
+        path = base
+    _require_model_folder(path)
+    try:
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, config.dtype), output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
+            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+        )
+    adapters = None
+    if config.use_liger_kernel:
+        use_liger(model, device)
+    if base is not None:
+        adapters = load_adapters(model, folder)
+    elif trains and config.use_peft:
+        adapters = add_adapters(model, config)
+    if trains:
+        prepare_layers(model, config, device)
+    model = model.eval() if ranks.sharded else model.to(device).eval()
+    try:
+        head = head_of(model)
+    except UnsupportedModel as error:
+        raise UserError(str(error)) from None
+    dtype = compute_dtype(config, device)
+    if ranks.sharded:
+        model = shard(model, ranks, device, dtype)
+    if ranks.sharded or adapters is not None:
+        head = LiveHead(model.get_output_embeddings(), head)
+    return LanguageModel(model, head, device, dtype, config.impl, adapters)
+
+
+def check_model(lm: LanguageModel, examples: Examples) -> None:
+    """Before the first step: every token has a row in the head, and the fused head is the model's own."""
+    vocabulary = lm.head.weight.shape[0]
+    sequences = [prompt + completion for group in examples.sequences for prompt, completion in group]
+    largest = max(max(ids) for ids in sequences)
+    if largest >= vocabulary:
+        raise UserError(
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
+            "the model was trained with"
+        )
+    probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
+    try:
+        # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
+        # So are adapters, in float32 whatever the base has.
+        mixed = hasattr(lm.model, "with_weights") or lm.adapters is not None
+        with lm.autocast() if mixed else contextlib.nullcontext():
+            where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
+    except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
+        raise UserError(str(error)) from None
+
+
+def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
+    """`examples` for flat batches, if all models take them (each compared with itself), else as they are."""
+    if config.padding_free is False:
+        return examples
+    for lm in models:
+        try:
+            with lm.autocast():
+                where_weights_are(lambda lm: check_packing(lm.model))(lm)
+        except UnsupportedModel as error:
+            if config.padding_free:
+                raise UserError(f"{error}; set padding_free to false") from None
+            logger.warning("%s. Batches are padded, and prompts run once for each completion", error)
+            return examples
+    return dataclasses.replace(examples, padding_free=True)
+
+
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+    own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
+    if own != theirs:
+        raise UserError(
+            f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
+        )
+
+
+def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What `save_model` writes, on the CPU of the main rank: the whole model, or what stands beside it."""
+    return whole_weights(lm.model, ranks, trained_only=lm.adapters is not None)
+
+
+def save_model(
+    lm: LanguageModel, tokenizer: "PreTrainedTokenizerBase", folder: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    """Safetensors weights, config and tokenizer: what `from_pretrained(folder)` reads, peft's with adapters."""
+    with file_faults_as_oserror():
+        if lm.adapters is None:
+            lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        else:
+            save_adapters(lm.adapters, folder, weights)
+    tokenizer.save_pretrained(folder)
+
+
+def _require_model_folder(path: str) -> None:
+    """A path that exists must be a whole model; any other name is left to the hub."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")):
+            raise UserError(f"model folder {path} does not exist")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is no model folder: expected config.json in it")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,141 @@
+"""What a run tells: a line per log step on the screen, the same as JSON in metrics.jsonl, a summary at the end."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import prefuse
+from prefuse.engine.run.files import write_whole
+
+console = Console(highlight=False, soft_wrap=True)
+
+SHOWN = (  # on the screen, as far as a run has them
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kl",
+    "kl_to_ref",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "samples_per_second",
+    "pairs_per_second",
+    "tokens_saved",
+    "mfu",
+)
+
+
+def add_metrics(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    """Add [sum, count] per name; nothing waits for the device."""
+    for name, value in metrics.items():
+        totals[name] = totals[name] + value.double() if name in totals else value.double()
+
+
+class Window:
+    """Sums since the last log line. They stay on the device until `means` waits for it, once."""
+
+    def __init__(self, peak_flops: float | None = None, item: str = "sample") -> None:
+        self.peak_flops = peak_flops  # of the device, per second, if it is known
+        self.item = item  # "pair" where a sample is one
+        self.clear()
+
+    def clear(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.tokens = self.samples = self.flops = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        add_metrics(self.totals, metrics)
+
+    def count(self, tokens: int, samples: int, flops: float) -> None:
+        """What all ranks have done since the last log line, for the rates."""
+        self.tokens += tokens
+        self.samples += samples
+        self.flops += flops
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric, and rates since the last log line."""
+        seconds = time.perf_counter() - self.started
+        rates = {"tokens_per_second": self.tokens / seconds, "samples_per_second": self.samples / seconds}
+        rates |= {f"{self.item}s_per_second": self.samples / seconds}
+        if self.peak_flops is not None:
+            rates["mfu"] = self.flops / seconds / self.peak_flops
+        return prefuse.reduce_metrics(self.totals) | rates
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: value.tolist() for name, value in self.totals.items()}
+
+    def restore(self, state: dict[str, list[float]], device: torch.device) -> None:
+        self.totals = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state.items()}
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line. A resumed run keeps the `lines` that its checkpoint knew, and writes the
+    others again. Of several ranks only the main one `writes`.
+    """
+
+    def __init__(self, path: Path, lines: int = 0, writes: bool = True):
+        self.path = path
+        self.lines = lines
+        self.writes = writes
+        if writes:
+            kept = read_metrics(path)[:lines]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        self.lines += 1
+        if not self.writes:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def say(message: str) -> None:
+    console.print(message, markup=False)
+
+
+def say_metrics(step: int, total: int, metrics: dict[str, float], prefix: str = "") -> None:
+    shown = [f"{name} {metrics[prefix + name]:.4g}" for name in SHOWN if prefix + name in metrics]
+    say(f"{prefix.rstrip('_') or 'step'} {step}/{total}  " + "  ".join(shown))
+
+
+def progress_bar() -> Progress:
+    """On a terminal only; in a file or a pipe the log lines are enough."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    grid = Table(*header, title=title, show_lines=True)
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(grid, soft_wrap=False)

@@ -1,0 +1,47 @@
+"""curves.png from metrics.jsonl: what was trained on as lines, what was held out as dots and lines."""
+
+from pathlib import Path
+
+from prefuse.engine.report.log import read_metrics
+
+PANELS = {  # title -> metrics that share an axis
+    "loss": ("loss",),
+    "reward margin": ("rewards/margins",),
+    "reward accuracy": ("rewards/accuracies",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "KL to the reference, nats per token": ("kl_to_ref",),
+    "KTO's z0, nats per completion": ("kl",),
+    "gradient norm": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+}
+
+
+def plot_curves(metrics_path: Path, image: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics_path)
+    recorded = {name.removeprefix("eval_") for row in rows for name in row}
+    panels = {title: names for title, names in PANELS.items() if recorded.intersection(names)}
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
+        for name in names:
+            for prefix, style in ("", {}), ("eval_", {"marker": "o", "markersize": 3, "linestyle": "--"}):
+                if points := _curve(rows, name, prefix):
+                    label = f"{'held-out' if prefix else 'train'} {name}"
+                    axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    figure.savefig(image, dpi=120)
+
+
+def _curve(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[prefix + name]) for row in rows if prefix + name in row]

@@ -1,0 +1,110 @@
+"""`--nproc k`: the processes of one machine, started, watched and, after a death, started again.
+
+    prefuse train --nproc 8 --max_restarts 3 ...
+
+The same as `torchrun --nproc-per-node 8 --max-restarts 3 -m prefuse.engine train ...`, with its environment variables,
+but it says which rank died of what, passes on SIGUSR1 too, and does not start again what a user must mend. Across
+machines torchrun (or Slurm) does the launching.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefuse.engine.run.signals import SIGNALS
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 15  # for the other ranks, once one is dead
+MENDED_BY_HAND = 2  # the exit code of a UserError
+
+
+def launch(argv: Sequence[str], nproc: int, max_restarts: int) -> int:
+    """The exit code of the run: 0, or that of the rank that failed first."""
+    received: list[int] = []
+    workers: list[subprocess.Popen] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        for worker in workers:
+            _signal(worker, number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        for attempt in range(max_restarts + 1):
+            rank, code = _run(argv, nproc, attempt, workers, received)
+            if code == 0 or received or code == MENDED_BY_HAND:
+                return code
+            whose = f"rank {rank} of {nproc}" if nproc > 1 else "the run"
+            _say(f"{whose} {_death(code)}" + ("; the others were ended" if nproc > 1 else ""))
+            if attempt < max_restarts:
+                _say(f"starting again from the last checkpoint ({attempt + 1} of {max_restarts})")
+        _say(
+            "the last checkpoint is whole: --resume goes on from it"
+            + ("" if max_restarts else ", --max_restarts does so by itself")
+        )
+        return code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(
+    argv: Sequence[str], nproc: int, attempt: int, workers: list[subprocess.Popen], received: list[int]
+) -> tuple[int, int]:
+    """(rank, exit code) of the first that failed, or (0, 0), with all processes gone."""
+    with tempfile.TemporaryDirectory(prefix="prefuse-") as folder:
+        workers[:] = [_start(argv, rank, nproc, attempt, Path(folder)) for rank in range(nproc)]
+        if received:  # while they were started
+            for worker in workers:
+                _signal(worker, received[0])
+        failed = None
+        deadline = float("inf")
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(POLL_SECONDS)
+            if failed is None:
+                failed = next(((rank, w.returncode) for rank, w in enumerate(workers) if w.poll()), None)
+                if failed is not None and not received:
+                    deadline = time.monotonic() + GRACE_SECONDS
+                    for worker in workers:
+                        _signal(worker, signal.SIGTERM)
+            if time.monotonic() > deadline:
+                for worker in workers:
+                    _signal(worker, signal.SIGKILL)
+        if failed is None:
+            failed = next(((rank, w.returncode) for rank, w in enumerate(workers) if w.returncode), (0, 0))
+        return failed[0], failed[1] if failed[1] >= 0 else 128 - failed[1]
+
+
+def _start(argv: Sequence[str], rank: int, nproc: int, attempt: int, folder: Path) -> subprocess.Popen:
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "PREFUSE_RENDEZVOUS": f"file://{folder}/store",
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+    }  # fmt: skip
+    # In a session of its own: Ctrl-C in the terminal reaches it once, through the launcher.
+    return subprocess.Popen([sys.executable, "-m", "prefuse.engine", *argv], env=environment, start_new_session=True)
+
+
+def _signal(worker: subprocess.Popen, number: int) -> None:
+    if worker.poll() is None:
+        worker.send_signal(number)
+
+
+def _death(code: int) -> str:
+    if code > 128:
+        name = signal.Signals(code - 128).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}"
+    return f"ended with exit code {code}"
+
+
+def _say(message: str) -> None:
+    print(f"prefuse: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,292 @@
+"""One run on many processes: who does what of an optimizer step, and how the parts become one update.
+
+    torchrun --nproc-per-node 8 -m prefuse.engine train ...     or     prefuse train --nproc 8 ...
+
+A loss is a sum over items divided by the number of items of the whole step, so what ranks add to it is summed, never
+averaged, and the same step on 1 rank, on k, and under accumulation is the same update but for rounding.
+
+`ddp`: every rank holds the model. There is no DistributedDataParallel around it: its hooks fire on the module's own
+forward, which the fused head goes around, and it averages. Here microbatches accumulate locally and the gradients are
+summed once per step, in float32, bucket by bucket in the order of the parameters.
+
+`fsdp`: weights, gradients and optimizer states are spread over the ranks (engine/model/sharding.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import heapq
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prefuse.engine.errors import OtherRankFailed, UserError
+
+if TYPE_CHECKING:
+    from prefuse.engine.config.settings import Config
+
+BUCKET_BYTES = 1 << 26  # of float32 gradients summed at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run as one of them sees them. Every method is called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False  # fsdp
+    offload: bool = False  # its shards stay in the CPU's memory
+
+    @property
+    def main(self) -> bool:
+        """The rank that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.size > 1 else None
+
+    def sum_(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:  # (ranks, *x.shape)
+        if self.size == 1:
+            return x[None]
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    def texts(self, text: str) -> list[str]:
+        """What every rank has to say. (As bytes in a tensor: gathering objects would pickle them.)"""
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor([len(data)]))[:, 0].tolist()
+        padded = nn.functional.pad(data, (0, max(lengths) - len(data)))
+        return [bytes(row[:n].tolist()).decode() for row, n in zip(self.gather(padded), lengths, strict=True)]
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum_(torch.tensor([int(flag)])).item())
+
+    def wait(self) -> None:
+        """For all the others, before the end: a rank that just exits may reset a connection another still reads on."""
+        if self.size > 1:
+            dist.barrier()
+
+    def together(self, function: Callable[[], object]) -> object:
+        """`function()` on every rank, which talks to none of the others; where it fails on one it fails on all."""
+        result, error = None, None
+        try:
+            result = function()
+        except (UserError, OSError) as mistake:
+            error = mistake
+        self._fail_together(error)
+        return result
+
+    def from_main(self, function: Callable[[], object], meanwhile: Callable[[], None] | None = None) -> object:
+        """The JSON value of `function()`, called by the main rank alone; the others call `meanwhile`."""
+        result, error = None, None
+        try:
+            if self.main:
+                result = function()
+            elif meanwhile is not None:
+                meanwhile()
+        except (UserError, OSError) as mistake:
+            error = mistake
+        self._fail_together(error)
+        return json.loads(self.texts(json.dumps(result))[0]) if self.size > 1 else result
+
+    def _fail_together(self, error: Exception | None) -> None:
+        said = self.texts("" if error is None else str(error) or type(error).__name__) if self.size > 1 else []
+        if error is not None and not any(said[: self.rank]):
+            raise error
+        if any(said):
+            raise OtherRankFailed(next(text for text in said if text))
+
+    def in_step(self, own: Sequence, spare: object, always: bool = False) -> Iterator[tuple[object, bool]]:
+        """This rank's batches, each with True. Under fsdp (or `always`) a forward takes all ranks, so one that has
+        fewer than another goes through the motions: `spare`, with False, whose numbers are to be dropped."""
+        count = len(own)
+        if (self.sharded or always) and self.size > 1:
+            count = int(self.gather(torch.tensor([count])).max())
+        for number in range(count):
+            yield (own[number], True) if number < len(own) else (spare, False)
+
+
+ALONE = Ranks()
+
+
+def join(config: Config) -> Ranks:
+    """The ranks that a launcher (torchrun, Slurm, `--nproc`) has started, or this process alone."""
+    sharded = config.parallel == "fsdp"
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 and not sharded:
+        return ALONE
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if not dist.is_initialized():
+        where = (
+            {"init_method": os.environ.get("PREFUSE_RENDEZVOUS", "env://")} if size > 1 else {"store": dist.HashStore()}
+        )
+        dist.init_process_group(
+            # gloo too where there is NCCL: what the ranks agree on before each step never waits for the device.
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            rank=rank, world_size=size, timeout=datetime.timedelta(seconds=config.ddp_timeout), **where,
+        )  # fmt: skip
+    if rank > 0:
+        from prefuse.engine.report.log import console
+
+        console.quiet = True
+        logging.getLogger("prefuse").setLevel(logging.ERROR)
+    return Ranks(rank, size, sharded, config.fsdp_cpu_offload)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Who does what
+
+
+def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -> list[list[list[int]]]:
+    """The microbatches of each of `size` ranks, by their number of tokens as even as it goes.
+
+    All get the same number of microbatches; for that the largest are split. Only where all have a single example and
+    their number does not divide do some get one less. `tokens` is by example.
+    """
+    if size == 1:
+        return [list(microbatches)]
+    weight = lambda indices: sum(tokens[i] for i in indices)  # noqa: E731
+    bins = list(microbatches)
+    while len(bins) % size and any(len(indices) > 1 for indices in bins):
+        largest = max((indices for indices in bins if len(indices) > 1), key=weight)
+        bins.remove(largest)
+        bins += _halves(largest, tokens)
+    room, extra = divmod(len(bins), size)
+    parts: list[list[list[int]]] = [[] for _ in range(size)]
+    lightest = [(0, rank) for rank in range(size)]
+    for indices in sorted(bins, key=lambda indices: (-weight(indices), indices)):
+        load, rank = heapq.heappop(lightest)
+        while len(parts[rank]) == room and not extra:
+            load, rank = heapq.heappop(lightest)
+        extra -= len(parts[rank]) == room
+        parts[rank].append(indices)
+        if len(parts[rank]) <= room:
+            heapq.heappush(lightest, (load + weight(indices), rank))
+    return parts
+
+
+def _halves(indices: list[int], tokens: Sequence[int]) -> list[list[int]]:
+    """Two parts of about the same number of tokens, neither empty, each in the order it had."""
+    parts: tuple[set[int], set[int]] = (set(), set())
+    loads = [0, 0]
+    for i in sorted(indices, key=lambda i: -tokens[i]):
+        side = int(loads[1] < loads[0])
+        parts[side].add(i)
+        loads[side] += tokens[i]
+    return [[i for i in indices if i in part] for part in parts]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Gradients and weights
+
+
+def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Every parameter's gradient becomes its sum over the ranks. (fully_shard has done so in the backward.)"""
+    if ranks.size == 1 or ranks.sharded:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # An expert that no token of this rank went to has no gradient here, though perhaps elsewhere.
+    used = ranks.sum_(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)).tolist()
+    parameters = [p for p, anywhere in zip(parameters, used, strict=True) if anywhere]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in parameters]):
+        flat = torch.cat([grad.flatten().float() for grad in bucket])
+        ranks.sum_(flat)
+        for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and size + 4 * tensor.numel() > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += 4 * tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def reduce_in_backward(model: nn.Module, last: bool) -> None:
+    """Of a sharded model's microbatches only the last sends its gradients, with what the others have added."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:  # ()
+    """The norm of all gradients, before they are scaled down to `limit`."""
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+def check_same_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Ranks that each hold the model must hold the same one; a gradient that was not summed shows here."""
+    if ranks.size == 1 or ranks.sharded:
+        return
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sums = torch.stack([_byte_sum(p) for p in parameters])
+    different = (ranks.gather(sums) != sums).any(0).tolist()
+    if ranks.any(any(different)):
+        name = next((name for name, differs in zip(names, different, strict=True) if differs), "some weights")
+        raise AssertionError(f"{name} is no longer the same on all ranks: nothing was saved of it")
+
+
+def fingerprint(tensors: dict[str, Tensor], ranks: Ranks) -> str:
+    """Of tensors by name, however they are spread over the ranks: another one where any of them is changed."""
+    local = [x.to_local() if isinstance(x, dist.tensor.DTensor) else x for x in tensors.values()]
+    sums = torch.stack([_byte_sum(x) for x in local]).cpu()
+    sums = ranks.sum_(sums) if ranks.sharded else sums
+    about = [[name, str(x.dtype), list(x.shape)] for name, x in tensors.items()]
+    return hashlib.sha256(json.dumps([about, sums.tolist()]).encode()).hexdigest()
+
+
+def _byte_sum(x: Tensor) -> Tensor:  # ()
+    return x.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor itself, gathered where it is spread over the ranks."""
+    return x.full_tensor() if isinstance(x, dist.tensor.DTensor) else x
+
+
+def fill_(target: Tensor, x: Tensor) -> None:
+    """Copy a whole tensor into `target`, or this rank's part of it into its part, without a word to other ranks."""
+    if isinstance(target, dist.tensor.DTensor):
+        mesh = target.device_mesh
+        x = dist.tensor.distribute_tensor(x.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
+        target, x = target.to_local(), x.to_local()
+    target.copy_(x)
+
+
+def whole_weights(model: nn.Module, ranks: Ranks, trained_only: bool = False) -> dict[str, Tensor]:
+    """The model's state on the CPU of the main rank; the others help and get nothing. Tied names share a tensor."""
+    gathered: dict[int, Tensor] = {}
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    state = {}
+    for name, value in model.state_dict().items():
+        if trained_only and not (name in tied and tied[name].requires_grad):
+            continue
+        key = id(tied.get(name, value))
+        if key not in gathered:
+            full = whole(value)
+            gathered[key] = full.cpu() if ranks.main else torch.empty(0)
+        state[name] = gathered[key]
+    return state if ranks.main else {}

@@ -1,0 +1,268 @@
+"""Exact per-token KL(policy || reference) straight from two sets of hidden states: the public door, and the autograd.
+
+    N tokens, D hidden (its own for each model), V vocabulary.
+
+The door checks its arguments; the private operators below it have fixed arity and scalar arguments, as torch.library
+wants them, and call `portable_kl` or `triton_kl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels import reference
+from prefuse.kernels.gemm import accumulator_dtype
+from prefuse.kernels.kl import portable as portable_kl
+from prefuse.kernels.kl.portable import Forward, Side
+from prefuse.kernels.logprobs.linear_logprobs import _check_options, _check_tensors, _empty_backward, _resolve
+from prefuse.kernels.options import HeadOptions
+
+REF_OPTIONS = ("softcap", "logit_scale", "temperature")
+
+
+def linear_kl(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (N, ref D)
+    ref_weight: Tensor,  # (V, ref D)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,)
+    mask: Tensor | None = None,  # (N,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ref_options: Mapping[str, float | None] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Equals, without either model's `(N, V)` logits ever existing::
+
+        logp = torch.log_softmax(logits(hidden, weight, bias), -1)                # kept in float32
+        with torch.no_grad():
+            logr = torch.log_softmax(logits(ref_hidden, ref_weight, ref_bias), -1)
+        kl = (logp.exp() * (logp - logr)).sum(-1)                                 # 0 where `mask` is False
+
+        def logits(hidden, weight, bias):
+            return softcap * torch.tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+
+    It keeps its digits where that sum cancels: the error is that of logits rounded to float32, about
+    `eps * largest |logit| * sqrt(2 KL)`, plus a few `eps * KL`. Equal inputs give exactly 0, and no row is negative.
+
+    One pass over the vocabulary folds both heads' tiles together: N D V multiply-adds for each head. The backward
+    recomputes the tiles, and takes as much again for each of `hidden` and `weight` that needs a gradient.
+
+    Args:
+        hidden, ref_hidden: (N, D) and (N, ref D) of one dtype, in which the op computes (under autocast: in
+            autocast's); it accumulates, exponentiates and returns in float32 (float64 for float64).
+        weight, ref_weight: (V, D) and (V, ref D), over the same vocabulary; may be one tensor, and of another dtype.
+        bias, ref_bias: (V,) added to the products. Columns that are -inf in both heads count nowhere.
+        mask: (N,) bool, True for the rows that count. The others are exactly 0, with exactly zero gradient, whatever
+            their hidden states hold.
+        softcap, logit_scale, temperature: as in `linear_logprobs`, for both heads.
+        ref_options: those of the reference where they differ, such as `{"softcap": None}`.
+        impl: as in `linear_logprobs`.
+
+    Returns:
+        (N,) nats, float32. The gradient goes to hidden, weight and bias alone: the reference's tensors are taken as
+        constants, also those that require one. Where a token has p > 0 and r = 0 the row is inf, and its gradient NaN.
+
+    Raises:
+        TypeError: a tensor of the wrong kind (not floating, a mask that is not bool, a DTensor, mixed devices or
+            dtypes of the hidden states).
+        ValueError: shapes that do not fit, unequal vocabularies, an option out of range or unknown.
+        RuntimeError: an `impl` that cannot run here.
+    """
+    options = HeadOptions(softcap, float(logit_scale), float(temperature))
+    _check_options(options, (), impl)
+    _check_head(hidden, weight, bias)
+    _of_reference(_check_head, ref_hidden, ref_weight, ref_bias)
+    _check_both(hidden, weight, ref_hidden, ref_weight, mask)
+    ref_options = _reference_options(options, ref_options, impl)
+    impl = _resolve(impl, hidden)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, ref_hidden = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, ref_hidden))
+    if ref_hidden.dtype != hidden.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them")
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+
+    if impl == "reference":
+        scalars = _scalars(options, ref_options)
+        kl = reference.linear_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *scalars)
+        return kl.to(accumulator_dtype(hidden.dtype))
+    return _forward_op(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *_scalars(options, ref_options), impl
+    )[0]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("prefuse::linear_kl_forward", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+    ref_temperature: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if len(hidden) == 0:
+        return tuple(portable_kl.empty_forward(hidden))
+    policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
+    other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
+    return tuple(_module(impl).forward(policy, other, mask))
+
+
+@_forward_op.register_fake
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *_):
+    return tuple(portable_kl.empty_forward(hidden))
+
+
+@torch.library.custom_op("prefuse::linear_kl_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,  # (N,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    anchor: Tensor,
+    mean: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+    ref_temperature: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (needs_hidden, needs_weight, needs_bias)
+    nothing = _empty_backward(hidden, weight, bias, needs)
+    if len(hidden) == 0:
+        return tuple(x.zero_() for x in nothing)
+    policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
+    other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
+    made = Forward(grad, lse, anchor, mean)  # (its first field, the KL, is not needed again)
+    grads = _module(impl).backward(grad, policy, other, mask, made, needs)
+    return tuple(empty if g is None else g for g, empty in zip(grads, nothing, strict=True))
+
+
+@_backward_op.register_fake
+def _(
+    grad, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, lse, anchor, mean, softcap, logit_scale,
+    temperature, ref_softcap, ref_logit_scale, ref_temperature, needs_hidden, needs_weight, needs_bias, impl,
+):  # fmt: skip
+    return _empty_backward(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, softcap, scale, temperature, ref_softcap, ref_scale, ref_temperature, impl = inputs
+    _, lse, anchor, mean = output
+    ctx.set_materialize_grads(False)
+    ctx.scalars = (softcap, scale, temperature, ref_softcap, ref_scale, ref_temperature)
+    ctx.impl = impl
+    ctx.save_for_backward(*tensors, lse, anchor, mean)
+
+
+def _backward(ctx, grad, *_):
+    nothing = (None,) * 11
+    if grad is None:
+        return None, None, None, *nothing
+    needs = ctx.needs_input_grad[:3]
+    grads = _backward_op(grad, *ctx.saved_tensors, *ctx.scalars, *needs, ctx.impl)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "linear_kl has no second derivative: its backward was differentiated (create_graph=True?). "
+        'Use impl="reference" where a double backward is needed.'
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+_backward_op.register_autograd(_refuse_double_backward)
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+def _module(impl: str):
+    if impl == "torch":
+        return portable_kl
+    from prefuse.kernels.kl import launch as triton_kl
+
+    return triton_kl
+
+
+def _scalars(options: HeadOptions, ref_options: HeadOptions) -> tuple[float | None, ...]:
+    return tuple(getattr(o, name) for o in (options, ref_options) for name in REF_OPTIONS)
+
+
+def _reference_options(options: HeadOptions, given: Mapping[str, float | None] | None, impl: str) -> HeadOptions:
+    """The policy's options, with those that are given in their place."""
+    given = {} if given is None else dict(given)
+    if unknown := [name for name in given if name not in REF_OPTIONS]:
+        raise ValueError(f"unknown ref_options {unknown}; choose from {list(REF_OPTIONS)}")
+    made = {name: given.get(name, getattr(options, name)) for name in REF_OPTIONS}
+    made = HeadOptions(made["softcap"], float(made["logit_scale"]), float(made["temperature"]))
+    _of_reference(_check_options, made, (), impl)
+    return made
+
+
+def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, mask: Tensor | None) -> None:
+    if ref_hidden.device != hidden.device:
+        raise TypeError(f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}; move one of them")
+    if len(ref_hidden) != len(hidden):
+        raise ValueError(
+            f"expected ref_hidden ({len(hidden)}, D), a row for each row of hidden, got {tuple(ref_hidden.shape)}"
+        )
+    if len(ref_weight) != len(weight):
+        raise ValueError(
+            f"policy and reference must share one vocabulary, but weight has {len(weight)} rows and ref_weight "
+            f"{len(ref_weight)}; if the surplus is padding, cut it off: ref_weight[:V]"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, True for the rows that count, got {got}")
+    if mask.shape != hidden.shape[:1]:
+        raise ValueError(f"expected mask ({len(hidden)},), one per row of hidden, got {tuple(mask.shape)}")
+    if mask.device != hidden.device:
+        raise TypeError(f"mask is on {mask.device} but hidden is on {hidden.device}; move one of them")
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What `linear_logprobs` asks of hidden, weight and bias; there are no targets here to be wrong."""
+    targets = hidden
+    if isinstance(hidden, Tensor):
+        targets = torch.zeros(hidden.shape[:1], dtype=torch.uint8, device=hidden.device)
+    _check_tensors(hidden, weight, targets, bias)
+
+
+def _of_reference(check, *args) -> None:
+    """`check(*args)`, whose complaint then says that it is about the reference."""
+    try:
+        check(*args)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"of the reference: {error}") from None

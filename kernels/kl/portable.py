@@ -1,0 +1,268 @@
+"""`linear_kl` in plain PyTorch: both heads' tiles of logits side by side, no `(N, V)` tensor, any device.
+
+    N tokens, D hidden (its own for each model), V vocabulary; R rows and C columns of one tile.
+    p, r: probabilities of policy and reference; z, ref_z: their logits; x = log(r / p)
+
+`sum of p (log p - log r)` loses its digits when the two are close: each term is as large as x, their sum as x^2.
+Two identities keep them. Since p and r both sum to 1,
+
+    KL(p || r) = sum of p (e^x - 1 - x)
+
+whose terms are never negative, and which an error e of x's normalizer changes by e^2 / 2 only. And KL is additive over
+any partition of the vocabulary: with p_t, r_t the two masses of a tile and KL_t that of its own normalized softmaxes,
+
+    KL(p || r) = KL of the masses + sum of p_t KL_t
+
+so that a tile needs nothing from the other tiles, one pass is enough, and folding adds numbers of one sign.
+
+Backward: dKL/dz_v = p_v (mean - (d_v - anchor)), where d = ref_z - z and mean = sum of p (d - anchor). The anchor is d
+of the policy's most likely token: where that has nearly all of p, its d and the mean of d agree in most digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels.gemm import accumulator_dtype, addmm_, mm, narrow, operand
+from prefuse.kernels.logprobs import portable
+from prefuse.kernels.options import HeadOptions
+from prefuse.kernels.slices import Head
+
+# Stands for -inf where a difference of two of them must not be NaN.
+LOWEST = -1e30
+# From here on e^x - 1 - x is e^x to the last bit of a float64, and p e^x is taken as r: e^x may be infinite.
+FAR = 40.0
+
+
+class Side(NamedTuple):
+    """One of the two models."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    options: HeadOptions
+
+    def rows(self, index: Tensor) -> Side:
+        return self._replace(hidden=self.hidden[index])
+
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, self.options, self.hidden.dtype)
+
+
+class Forward(NamedTuple):
+    """What the forward leaves for each row, (N,) each; the last three are what the backward needs."""
+
+    kl: Tensor
+    lse: Tensor  # logsumexp of the policy's logits
+    anchor: Tensor  # d of the policy's most likely token, in the units of who made it
+    mean: Tensor  # sum of p (d - anchor)
+
+
+class Fold(NamedTuple):
+    """What a set of columns makes of each row, (R, 1) each, both softmaxes normalized over these columns alone."""
+
+    top: Tensor  # largest logit of the policy
+    total: Tensor  # sum of exp(z - top)
+    ref_top: Tensor
+    ref_total: Tensor
+    kl: Tensor
+    anchor: Tensor
+    mean: Tensor
+
+
+def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:  # mask (N,) bool: the rows that count
+    """One pass over the vocabulary. Rows that do not count are 0 everywhere."""
+    rows = _counted(mask)
+    if rows is None:
+        return _forward_counted(policy, reference)
+    result = empty_forward(policy.hidden)
+    if len(rows):
+        made = _forward_counted(policy.rows(rows), reference.rows(rows))
+        for x, values in zip(result, made, strict=True):
+            x[rows] = values
+    return result
+
+
+def empty_forward(hidden: Tensor) -> Forward:
+    return Forward(*(hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden.dtype)) for _ in range(4)))
+
+
+def _forward_counted(policy: Side, reference: Side) -> Forward:
+    head, ref_head = policy.head(), reference.head()
+    # Products of one shape, whatever N is: see `portable`.
+    tiles = portable._row_tiles(policy.hidden, head.rows)
+    ref_tiles = portable._row_tiles(reference.hidden, head.rows)
+    folded: list[Fold | None] = [None] * len(tiles)
+    # Two tiles of logits, and two of what is made from them.
+    buffer = policy.hidden.new_empty(4, head.rows * head.columns, dtype=head.acc)
+    for _, (w, b), (ref_w, ref_b) in _slices(head, ref_head):
+        z, ref_z, x, spare = (part[: head.rows * len(w)].view(head.rows, len(w)) for part in buffer)
+        for i, (h, ref_h) in enumerate(zip(tiles, ref_tiles, strict=True)):
+            head.logits(h, w, b, out=z)
+            ref_head.logits(ref_h, ref_w, ref_b, out=ref_z)
+            tile = _fold(z, ref_z, x, spare)
+            folded[i] = tile if folded[i] is None else _merge(folded[i], tile)
+    parts = [_finish(fold) for fold in folded]
+    return Forward(*(torch.cat(column)[: len(policy.hidden)] for column in zip(*parts, strict=True)))
+
+
+def _fold(z: Tensor, ref_z: Tensor, x: Tensor, spare: Tensor) -> Fold:
+    """The logits (R, C) of one tile -> its `Fold`; all four are overwritten."""
+    top, at = z.max(-1, keepdim=True)
+    top, ref_top = top.clamp_min(LOWEST), ref_z.amax(-1, keepdim=True).clamp_min(LOWEST)
+    torch.sub(ref_z, z, out=x)
+    anchor = x.gather(-1, at)
+    p, r = z.sub_(top).exp_(), ref_z.sub_(ref_top).exp_()
+    total, ref_total = p.sum(-1, keepdim=True), r.sum(-1, keepdim=True)
+    p.div_(_or_one(total))
+    r.div_(_or_one(ref_total))
+    # x = d - (log-sum-exp of the reference - that of the policy), the difference taken before it is rounded
+    shift = (ref_top - top) + (_or_one(ref_total) / _or_one(total)).log()
+    # Where p is 0, x may be anything, NaN included; the term is then r.
+    x.sub_(shift).masked_fill_(p == 0, 2 * FAR)
+    mean = torch.sub(x, anchor - shift, out=spare).mul_(p).sum(-1, keepdim=True)
+    terms = _terms(p, r, x, spare)
+    anchor = torch.where(total == 0, 0.0, anchor)
+    return Fold(top, total, ref_top, ref_total, terms.sum(-1, keepdim=True), anchor, mean)
+
+
+def _terms(p: Tensor, r: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """p (e^x - 1 - x), where r = p e^x."""
+    # An error of expm1 is one of x by as little as x's last bit, which the logits do not have right either.
+    near = torch.expm1(x, out=out).sub_(x).mul_(p)
+    return torch.where(x > FAR, r, near, out=out) if out is not None else torch.where(x > FAR, r, near)
+
+
+def _merge(a: Fold, b: Fold) -> Fold:
+    """Two sets of columns -> their union."""
+    top, ref_top = torch.maximum(a.top, b.top), torch.maximum(a.ref_top, b.ref_top)
+    totals = [f.total * (f.top - top).exp() for f in (a, b)]
+    ref_totals = [f.ref_total * (f.ref_top - ref_top).exp() for f in (a, b)]
+    total, ref_total = sum(totals), sum(ref_totals)
+    anchor = torch.where(a.top >= b.top, a.anchor, b.anchor)
+    kl, mean = torch.zeros_like(total), torch.zeros_like(total)
+    for f, part, ref_part in zip((a, b), totals, ref_totals, strict=True):
+        p, r = part / _or_one(total), ref_part / _or_one(ref_total)
+        # x = log(r / p), in which neither r nor p may underflow; of equal sides exactly 0
+        ratio = (f.ref_total * total) / _or_one(ref_total * f.total)
+        x = (f.ref_top - ref_top) - (f.top - top) + ratio.log()
+        x = x.masked_fill(p == 0, 2 * FAR)
+        kl = kl + _terms(p, r, x) + torch.where(p == 0, 0.0, p * f.kl)
+        mean = mean + torch.where(p == 0, 0.0, p * (f.mean + (f.anchor - anchor)))
+    return Fold(top, total, ref_top, ref_total, kl, anchor, mean)
+
+
+def _finish(fold: Fold) -> Forward:
+    fold = Fold(*(x[:, 0] for x in fold))
+    # A policy all of whose logits are -inf is no distribution.
+    kl = torch.where(fold.total == 0, torch.nan, fold.kl)
+    return Forward(kl, fold.top + fold.total.log(), fold.anchor, fold.mean)
+
+
+def backward(
+    grad: Tensor,  # (N,) dL/dKL
+    policy: Side,
+    reference: Side,
+    mask: Tensor | None,  # (N,)
+    made: Forward,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias: the policy's
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
+    rows = _counted(mask)
+    if rows is None:
+        return _backward_counted(grad, policy, reference, made, needs)
+    if len(rows) == 0:
+        return tuple(
+            x.new_zeros(x.shape) if need else None for x, need in zip(policy[:3], needs, strict=True)
+        )  # fmt: skip
+    part = Forward(*(x[rows] for x in made))
+    dhidden, dweight, dbias = _backward_counted(grad[rows], policy.rows(rows), reference.rows(rows), part, needs)
+    if needs[0]:
+        dhidden = policy.hidden.new_zeros(policy.hidden.shape).index_copy_(0, rows, dhidden)
+    return dhidden, dweight, dbias
+
+
+def _backward_counted(grad: Tensor, policy: Side, reference: Side, made: Forward, needs: tuple[bool, bool, bool]):
+    head, ref_head = policy.head(), reference.head()
+    weight, bias, (n, d) = policy.weight, policy.bias, policy.hidden.shape
+    # The forward's own tiles, so that the anchor meets the very difference that it was taken from.
+    tiles = portable._row_tiles(policy.hidden, head.rows)
+    ref_tiles = portable._row_tiles(reference.hidden, head.rows)
+    hidden = operand(policy.hidden, head.dtype)
+    dhidden = hidden.new_zeros(n, d, dtype=head.acc) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias) if needs[2] else None
+    row = [grad.to(head.acc), *made[1:]]
+    block = max(1, min(len(tiles), portable.BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
+    buffer = hidden.new_empty(block * head.rows * head.columns, dtype=head.acc)
+    ref_buffer = hidden.new_empty(head.rows * head.columns, dtype=head.acc)
+    for first, (w, b), (ref_w, ref_b) in _slices(head, ref_head):
+        dw = w.new_empty(w.shape, dtype=head.acc) if needs[1] else None
+        db = hidden.new_zeros(len(w), dtype=head.acc)
+        ref_z = ref_buffer[: head.rows * len(w)].view(head.rows, len(w))
+        for i in range(0, len(tiles), block):
+            start, stop = i * head.rows, min((i + block) * head.rows, n)
+            dz = buffer[: block * head.rows * len(w)].view(-1, len(w))
+            for j in range(i, min(i + block, len(tiles))):
+                # Turned into dlogits while the tiles are in cache.
+                z = head.logits(tiles[j], w, b, out=dz[(j - i) * head.rows : (j - i + 1) * head.rows])
+                ref_head.logits(ref_tiles[j], ref_w, ref_b, out=ref_z)
+                counted = slice(j * head.rows, min((j + 1) * head.rows, n))
+                size = counted.stop - counted.start
+                _dlogits_(z[:size], ref_z[:size], head, *(x[counted, None] for x in row))
+            dz = dz[: stop - start]
+            if needs[2]:
+                db += dz.sum(0)
+            dz = narrow(dz, head.dtype)
+            if needs[0]:
+                addmm_(dhidden[start:stop], dz, w)
+            if needs[1]:
+                mm(dz.T, hidden[start:stop], out=dw) if i == 0 else addmm_(dw, dz.T, hidden[start:stop])
+        if needs[1]:
+            dweight[first : first + len(w)] = dw
+        if needs[2]:
+            dbias[first : first + len(w)] = db
+    return None if dhidden is None else dhidden.to(head.dtype), dweight, dbias
+
+
+def _dlogits_(
+    z: Tensor,  # (R, C)
+    ref_z: Tensor,  # (R, C)
+    head: Head,
+    grad: Tensor,  # (R, 1), and so are the rest
+    lse: Tensor,
+    anchor: Tensor,
+    mean: Tensor,
+) -> Tensor:
+    """Logits of both -> dL/dx of the policy's in the place of `z`, x being the matrix product."""
+    logits = z.clone() if head.options.softcap is not None else None
+    # dz_v = g p_v (mean - (d_v - anchor)),  d = ref_z - z
+    factor = ref_z.sub_(z).sub_(anchor).sub_(mean)
+    p = z.sub_(lse).exp_()
+    factor.masked_fill_(p == 0, 0.0)
+    return head.slope_(p.mul_(factor.mul_(-grad)), logits)
+
+
+def _slices(head: Head, ref_head: Head) -> Iterator[tuple[int, tuple, tuple]]:
+    """Yields (first column, (weight, bias) of the policy, of the reference)."""
+    for (first, w, b), (_, ref_w, ref_b) in zip(head.slices(), ref_head.slices(), strict=True):
+        yield first, (_settled(w), b), (_settled(ref_w), ref_b)
+
+
+def _settled(w: Tensor) -> Tensor:
+    """`w` where a BLAS gives equal weights equal bits: its choice may depend on alignment and layout."""
+    return w if w.is_contiguous() and w.data_ptr() % 64 == 0 else w.clone(memory_format=torch.contiguous_format)
+
+
+def _counted(mask: Tensor | None) -> Tensor | None:
+    """The rows that count, or None when all do."""
+    return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """A divisor: 1 where every exponential of a tile is 0. (A NaN stays.)"""
+    return torch.where(total == 0, 1.0, total)
