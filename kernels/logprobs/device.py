@@ -37,6 +37,104 @@ OWN = tl.constexpr(7)
 AFTER = tl.constexpr(8)
 
 
+# ------------------------------------------------------- the sums of a fold: one place for each of them in every helper
+
+
+@triton.jit
+def _no_columns(BLOCK: tl.constexpr):
+    """total, weighted, squared, plain, before, own, after: the sums of no column, (BLOCK,) each."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    lowest = tl.full([BLOCK], NEG_INF, tl.float32)
+    return zero, zero, zero, zero, lowest, lowest, lowest
+
+
+@triton.jit
+def _add_logits(sums, b_z, b_local, o_v, columns, MEAN: tl.constexpr, TOP1: tl.constexpr):
+    """Adds a tile's logits to the sums that include the target's column."""
+    total, weighted, squared, plain, before, own, after = sums
+    if MEAN:
+        plain += tl.sum(tl.where((o_v < columns)[None, :], b_z, 0.0), 1)
+    if TOP1:
+        m_v = (o_v < columns)[None, :]
+        m_before = m_v & (o_v[None, :] < b_local[:, None])
+        m_after = m_v & (o_v[None, :] > b_local[:, None])
+        before = tl.maximum(before, tl.max(tl.where(m_before, b_z, NEG_INF), 1))
+        own = tl.maximum(own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
+        after = tl.maximum(after, tl.max(tl.where(m_after, b_z, NEG_INF), 1))
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _move_shift(sums, b_from, b_to):
+    """The sums of exponentials, taken against another shift."""
+    total, weighted, squared, plain, before, own, after = sums
+    b_scale = tl.exp2(b_from - b_to)
+    # The moment moves with its shift: sum e (z - to) = scale * (sum e (z - from) + (from - to) sum e).
+    weighted = b_scale * (weighted + (b_from - b_to) * total)
+    squared *= b_scale * b_scale
+    total *= b_scale
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _add_exponentials(sums, b_e, b_gap, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """Adds a tile's e = exp2(gap) to the sums that leave the target's column out."""
+    total, weighted, squared, plain, before, own, after = sums
+    total += tl.sum(b_e, 1)
+    if ENTROPY:
+        weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
+    if SQUARES:
+        squared += tl.sum(b_e * b_e, 1)
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _store_sums(
+    p_part, plane, m_n, sums, b_shift,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums into their planes, those that are asked for."""
+    total, weighted, squared, plain, before, own, after = sums
+    tl.store(p_part + TOTAL * plane, total, mask=m_n)
+    if RESCUE:
+        tl.store(p_part + SHIFT * plane, b_shift, mask=m_n)
+    if ENTROPY:
+        tl.store(p_part + WEIGHTED * plane, weighted, mask=m_n)
+    if SQUARES:
+        tl.store(p_part + SQUARED * plane, squared, mask=m_n)
+    if MEAN:
+        tl.store(p_part + PLAIN * plane, plain, mask=m_n)
+    if TOP1:
+        tl.store(p_part + BEFORE * plane, before, mask=m_n)
+        tl.store(p_part + OWN * plane, own, mask=m_n)
+        tl.store(p_part + AFTER * plane, after, mask=m_n)
+
+
+@triton.jit
+def _add_segment(
+    sums, p_part, plane, m_n, b_moved,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    """Adds one segment's planes; `b_moved` is its shift - the common one."""
+    total, weighted, squared, plain, before, own, after = sums
+    b_part = tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0)
+    b_scale = tl.full(b_part.shape, 1.0, tl.float32)
+    if RESCUE:
+        b_scale = tl.exp2(b_moved)
+    total += b_part * b_scale
+    if ENTROPY:
+        weighted += b_scale * (tl.load(p_part + WEIGHTED * plane, mask=m_n, other=0.0) + b_moved * b_part)
+    if SQUARES:
+        squared += b_scale * b_scale * tl.load(p_part + SQUARED * plane, mask=m_n, other=0.0)
+    if MEAN:
+        plain += tl.load(p_part + PLAIN * plane, mask=m_n, other=0.0)
+    if TOP1:
+        before = tl.maximum(before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
+        own = tl.maximum(own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
+        after = tl.maximum(after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
+    return total, weighted, squared, plain, before, own, after
+
+
 # ------------------------------------------------------------------------------------------------- forward
 
 
@@ -95,13 +193,7 @@ def fold_kernel(
     b_shift = tl.load(z2_y + o_n, mask=m_n, other=0.0)
     if RESCUE:
         b_shift = tl.full([BLOCK_N], -1e30, tl.float32)  # finite: -inf - -inf is NaN
-    b_total = tl.zeros([BLOCK_N], tl.float32)
-    b_weighted = tl.zeros([BLOCK_N], tl.float32)
-    b_squared = tl.zeros([BLOCK_N], tl.float32)
-    b_plain = tl.zeros([BLOCK_N], tl.float32)
-    b_before = tl.full([BLOCK_N], NEG_INF, tl.float32)
-    b_own = tl.full([BLOCK_N], NEG_INF, tl.float32)
-    b_after = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    sums = _no_columns(BLOCK_N)
     # (planes, segments, N): 64-bit, for their product may pass 2^31
     p_part = parts + i_s.to(tl.int64) * row + o_n
     plane = tl.cast(plane, tl.int64)
@@ -118,68 +210,44 @@ def fold_kernel(
         )  # fmt: skip
         o_v = column + tl.arange(0, BLOCK_V)
         b_z, b_tanh = logits_of(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
-        if MEAN:
-            b_plain += tl.sum(tl.where((o_v < V - first)[None, :], b_z, 0.0), 1)
-        if TOP1:
-            m_v = (o_v < V - first)[None, :]
-            before = m_v & (o_v[None, :] < b_local[:, None])
-            after = m_v & (o_v[None, :] > b_local[:, None])
-            b_before = tl.maximum(b_before, tl.max(tl.where(before, b_z, NEG_INF), 1))
-            b_own = tl.maximum(b_own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
-            b_after = tl.maximum(b_after, tl.max(tl.where(after, b_z, NEG_INF), 1))
-        # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
-        special = (b_local >= column) & (b_local < column + BLOCK_V)
-        if PULL:
-            special |= b_y == IGNORED
-        # (With SOFTCAP and PULL always mask: the branch would spill.)
-        if (tl.max(special.to(tl.int32), 0) > 0) | (column + BLOCK_V > V - first) | (PULL and SOFTCAP):
-            drop = (o_v[None, :] == b_local[:, None]) | (o_v >= V - first)[None, :]
-            if PULL:
-                drop |= (b_y == IGNORED)[:, None]
-            b_z = tl.where(drop, NEG_INF, b_z)
+        sums = _add_logits(sums, b_z, b_local, o_v, V - first, MEAN, TOP1)
+        b_z = _without_targets(b_z, b_y, b_local, o_v, column, V - first, PULL, SOFTCAP, BLOCK_V)
         if RESCUE:
             b_new = tl.maximum(b_shift, tl.max(b_z, 1))
-            b_scale = tl.exp2(b_shift - b_new)
-            # The moment moves with its shift: sum e (z - new) = scale * (sum e (z - old) + (old - new) sum e).
-            b_weighted = b_scale * (b_weighted + (b_shift - b_new) * b_total)
-            b_squared *= b_scale * b_scale
-            b_total *= b_scale
+            sums = _move_shift(sums, b_shift, b_new)
             b_shift = b_new
         b_gap = b_z - b_shift[:, None]
         if PULL:  # a far row stays finite, for it shares matrix products with others
             b_gap = tl.minimum(b_gap, 60.0)
         b_e = tl.exp2(b_gap)
-        b_total += tl.sum(b_e, 1)
-        if ENTROPY:
-            b_weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
-        if SQUARES:
-            b_squared += tl.sum(b_e * b_e, 1)
+        sums = _add_exponentials(sums, b_e, b_gap, ENTROPY, SQUARES)
         if PULL:
             if SOFTCAP:
                 b_e *= 1.0 - b_tanh * b_tanh
                 tl.store(p_part + EXACT * plane, tl.sum(b_e, 1), mask=m_n)
-            if DESC:
-                b_pull = b_e.to(pulls.dtype)
-                pulls.store([i_n * BLOCK_N, column], b_pull)
-            else:
-                b_pull = b_e.to(pulls.dtype.element_ty)
-                p_pull = pulls + o_n[:, None].to(tl.int64) * stride_pn + o_v[None, :]
-                tl.store(p_pull, b_pull, mask=m_n[:, None] & (o_v < V - first)[None, :])
+            b_pull = b_e.to(pulls.dtype if DESC else pulls.dtype.element_ty)
+            store_tile(pulls, b_pull, i_n * BLOCK_N, column, o_n, o_v, N, V - first, stride_pn, DESC)
             tl.store(p_part + ROUNDED * plane, tl.sum(b_pull.to(tl.float32), 1), mask=m_n)
 
-    tl.store(p_part + TOTAL * plane, b_total, mask=m_n)
-    if RESCUE:
-        tl.store(p_part + SHIFT * plane, b_shift, mask=m_n)
-    if ENTROPY:
-        tl.store(p_part + WEIGHTED * plane, b_weighted, mask=m_n)
-    if SQUARES:
-        tl.store(p_part + SQUARED * plane, b_squared, mask=m_n)
-    if MEAN:
-        tl.store(p_part + PLAIN * plane, b_plain, mask=m_n)
-    if TOP1:
-        tl.store(p_part + BEFORE * plane, b_before, mask=m_n)
-        tl.store(p_part + OWN * plane, b_own, mask=m_n)
-        tl.store(p_part + AFTER * plane, b_after, mask=m_n)
+    _store_sums(p_part, plane, m_n, sums, b_shift, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
+
+
+@triton.jit
+def _without_targets(
+    b_z, b_y, b_local, o_v, column, columns, PULL: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """-inf in each row's own target, past the last column, and, where weights are stored, in ignored rows."""
+    # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
+    special = (b_local >= column) & (b_local < column + BLOCK_V)
+    if PULL:
+        special |= b_y == IGNORED
+    # (With SOFTCAP and PULL always mask: the branch would spill.)
+    if (tl.max(special.to(tl.int32), 0) > 0) | (column + BLOCK_V > columns) | (PULL and SOFTCAP):
+        drop = (o_v[None, :] == b_local[:, None]) | (o_v >= columns)[None, :]
+        if PULL:
+            drop |= (b_y == IGNORED)[:, None]
+        b_z = tl.where(drop, NEG_INF, b_z)
+    return b_z
 
 
 @triton.jit
@@ -207,51 +275,40 @@ def merge_kernel(
 
 
 @triton.jit
-def _segment_sum(
+def _all_segments(
     parts, o_n, m_n, N, b_shift,  # (planes, SEGMENTS, N)
-    SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
-    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The segments' sums, added in their order: every plane for all of the vocabulary that is here."""
+    """The segments' sums, added in their order: those of all of the vocabulary that is here, and their shift."""
     plane = tl.cast(SEGMENTS, tl.int64) * N
     if RESCUE:
         b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
         for s in range(SEGMENTS):
             p_part = parts + tl.cast(s, tl.int64) * N + o_n
             b_shift = tl.maximum(b_shift, tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0))
-    b_total = tl.zeros([BLOCK], tl.float32)
-    b_rounded = tl.zeros([BLOCK], tl.float32)
-    b_exact = tl.zeros([BLOCK], tl.float32)
-    b_weighted = tl.zeros([BLOCK], tl.float32)
-    b_squared = tl.zeros([BLOCK], tl.float32)
-    b_plain = tl.zeros([BLOCK], tl.float32)
-    b_before = tl.full([BLOCK], NEG_INF, tl.float32)
-    b_own = tl.full([BLOCK], NEG_INF, tl.float32)
-    b_after = tl.full([BLOCK], NEG_INF, tl.float32)
+    sums = _no_columns(BLOCK)
     for s in range(SEGMENTS):
         p_part = parts + tl.cast(s, tl.int64) * N + o_n
-        b_part = tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0)
-        b_moved = tl.zeros([BLOCK], tl.float32)  # this segment's shift - the common one
-        b_scale = tl.full([BLOCK], 1.0, tl.float32)
+        b_moved = tl.zeros([BLOCK], tl.float32)
         if RESCUE:
             b_moved = tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0) - b_shift
-            b_scale = tl.exp2(b_moved)
-        b_total += b_part * b_scale
-        if PULL:
-            b_rounded += tl.load(p_part + ROUNDED * plane, mask=m_n, other=0.0)
-            if SOFTCAP:
-                b_exact += tl.load(p_part + EXACT * plane, mask=m_n, other=0.0)
-        if ENTROPY:
-            b_weighted += b_scale * (tl.load(p_part + WEIGHTED * plane, mask=m_n, other=0.0) + b_moved * b_part)
-        if SQUARES:
-            b_squared += b_scale * b_scale * tl.load(p_part + SQUARED * plane, mask=m_n, other=0.0)
-        if MEAN:
-            b_plain += tl.load(p_part + PLAIN * plane, mask=m_n, other=0.0)
-        if TOP1:
-            b_before = tl.maximum(b_before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
-            b_own = tl.maximum(b_own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
-            b_after = tl.maximum(b_after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
-    return b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after
+        sums = _add_segment(sums, p_part, plane, m_n, b_moved, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
+    return sums, b_shift
+
+
+@triton.jit
+def _all_pulls(parts, o_n, m_n, N, SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of the stored weights over the segments: after rounding, and before (under a softcap)."""
+    plane = tl.cast(SEGMENTS, tl.int64) * N
+    b_rounded = tl.zeros([BLOCK], tl.float32)
+    b_exact = tl.zeros([BLOCK], tl.float32)
+    for s in range(SEGMENTS):
+        p_part = parts + tl.cast(s, tl.int64) * N + o_n
+        b_rounded += tl.load(p_part + ROUNDED * plane, mask=m_n, other=0.0)
+        if SOFTCAP:
+            b_exact += tl.load(p_part + EXACT * plane, mask=m_n, other=0.0)
+    return b_rounded, b_exact
 
 
 @triton.jit
@@ -267,29 +324,16 @@ def shard_kernel(
         m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
         if tl.max(m_n.to(tl.int32), 0) == 0:
             return
-    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
-        parts, o_n, m_n, N, tl.zeros([BLOCK], tl.float32), SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1,
-        SEGMENTS, BLOCK,
-    )  # fmt: skip
+    b_none = tl.zeros([BLOCK], tl.float32)
+    sums, b_shift = _all_segments(parts, o_n, m_n, N, b_none, RESCUE, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK)
     p_mine = mine + o_n
     plane = tl.cast(N, tl.int64)
-    tl.store(p_mine + TOTAL * plane, b_total, mask=m_n)
-    if RESCUE:
-        tl.store(p_mine + SHIFT * plane, b_shift, mask=m_n)
+    _store_sums(p_mine, plane, m_n, sums, b_shift, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
     if PULL:
+        b_rounded, b_exact = _all_pulls(parts, o_n, m_n, N, SOFTCAP, SEGMENTS, BLOCK)
         tl.store(p_mine + ROUNDED * plane, b_rounded, mask=m_n)
         if SOFTCAP:
             tl.store(p_mine + EXACT * plane, b_exact, mask=m_n)
-    if ENTROPY:
-        tl.store(p_mine + WEIGHTED * plane, b_weighted, mask=m_n)
-    if SQUARES:
-        tl.store(p_mine + SQUARED * plane, b_squared, mask=m_n)
-    if MEAN:
-        tl.store(p_mine + PLAIN * plane, b_plain, mask=m_n)
-    if TOP1:
-        tl.store(p_mine + BEFORE * plane, b_before, mask=m_n)
-        tl.store(p_mine + OWN * plane, b_own, mask=m_n)
-        tl.store(p_mine + AFTER * plane, b_after, mask=m_n)
 
 
 @triton.jit
@@ -307,9 +351,8 @@ def finish_kernel(
             return
     b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
     b_zy = tl.load(z2_y + o_n, mask=m_n, other=0.0)
-    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
-        parts, o_n, m_n, N, b_zy, SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK
-    )
+    sums, b_shift = _all_segments(parts, o_n, m_n, N, b_zy, RESCUE, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK)
+    b_total, b_weighted, b_squared, b_plain, b_before, b_own, b_after = sums
 
     kept = b_y != IGNORED
     b_log = tl.log(b_total)
@@ -324,6 +367,7 @@ def finish_kernel(
     if not RESCUE:
         tl.store(far + o_n, (kept & ~(b_total < FAR)).to(tl.int32), mask=m_n)
     if PULL:
+        b_rounded, b_exact = _all_pulls(parts, o_n, m_n, N, SOFTCAP, SEGMENTS, BLOCK)
         # The pull's mean is over weights that sum to `rounded`, so rounding them does not shift it.
         b_sum = b_total
         if SOFTCAP:
