@@ -210,4 +210,4 @@ def _example(record: Record) -> Example:
 
 
 def _shown_text(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
