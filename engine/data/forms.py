@@ -34,6 +34,7 @@ class Record:
     sides: dict[str, Any]  # {"chosen": ..., "rejected": ...}, {"completion": ...} or {} (a prompt alone)
     label: bool | None = None
     rendered: bool = False  # text came from a chat template, which writes its own special tokens
+    learned: dict[str, list[bool]] | None = None  # of each side, which of its ids are; None: all
 
 
 def read_records(source: str, kind: str, split: str) -> tuple[list[Record | Skipped], Form, list[str]]:
