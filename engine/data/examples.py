@@ -73,8 +73,8 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                learned = None if outcome.learned is None else [outcome.learned[side] for side in outcome.sides]
-                examples.append(outcome.row, outcome.prompt, list(outcome.sides.values()), outcome.label, learned)
+                sides = list(outcome.sides.values())
+                examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
     _require_usable(len(examples), skipped, source)
     table = examples.finish()
     if has_preferences and kind == "labelled":
@@ -171,4 +171,4 @@ def _with_a_preference(record: Record) -> Record:
 
 
 def _shown_text(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else prompt[-1].get("content", "")

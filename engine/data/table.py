@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -73,7 +73,7 @@ class Examples(Sequence):
                 case Labelled(prompt, completion, label, row):
                     builder.append(row, prompt, [completion], label=label)
                 case Demonstration(prompt, completion, row, learned):
-                    builder.append(row, prompt, [completion], learned=None if learned is None else [learned])
+                    builder.append(row, prompt, [completion], learned=learned)
         return replace(builder.finish(), bos=bos)
 
     def __len__(self) -> int:
@@ -234,9 +234,9 @@ class ExamplesBuilder:
 
     def append(
         self, row: str, prompt: list[int], sides: list[list[int]], label: bool | None = None,
-        learned: list[list[bool]] | None = None,
+        learned: list[bool] | None = None,
     ) -> None:  # fmt: skip
-        """`learned`: for each side, which of its ids are; None: all."""
+        """`learned`: which ids of the only side are; None: all."""
         self.rows.append(encode(row))
         self.prompts.append(prompt)
         for ids in sides:
@@ -248,7 +248,7 @@ class ExamplesBuilder:
         if learned is not None and not self.learned:  # the first that says so: all before it were learned
             self.learned = array("b", bytes([1])) * (len(self.completions.values) - tokens)
         if learned is not None or self.learned:
-            self.learned.extend(chain.from_iterable(learned) if learned is not None else repeat(1, tokens))
+            self.learned.extend(learned if learned is not None else repeat(1, tokens))
 
     def finish(self) -> Examples:
         labels = as_numpy(self.labels).astype(bool) if self.labels else None
