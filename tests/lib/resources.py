@@ -34,8 +34,8 @@ BORROWED = [
 
 def jobs(chips: list) -> list[tuple]:
     """(chip, dtype, descriptors, kernel's name, D, V); for a kernel without a tile (chip, its name)."""
-    from prefuse.kernels.configs import TABLE, read
-    from prefuse.kernels.shipped import TAIL_VARIANTS, shipped, users
+    from prefuse.kernels.tiles.shipped import TAIL_VARIANTS, shipped, users
+    from prefuse.kernels.tiles.table import TABLE, read
 
     made = []
     for row in read(TABLE):
@@ -49,7 +49,7 @@ def jobs(chips: list) -> list[tuple]:
 def compiled(job: tuple) -> tuple[str, dict]:
     """Its key, and what the compiler made of it. Runs where Triton's interpreter is off."""
     from prefuse.kernels import aot, shipped
-    from prefuse.kernels.configs import chip_name
+    from prefuse.kernels.tiles.table import chip_name
 
     seen = []
 
@@ -84,7 +84,7 @@ def code(made) -> str:
 
 def main() -> int:
     from aot_worker import compiling_processes
-    from prefuse.kernels.configs import chip_name
+    from prefuse.kernels.tiles.table import chip_name
 
     names = {chip_name(chip): chip for chip in CHIPS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
