@@ -107,6 +107,7 @@ def linear_preference_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> PreferenceOutput:
     """Equals `preference_loss(linear_logprobs(hidden, weight, targets, ...), ref_logps, cu_seqlens, loss, ...)`.
 
@@ -119,10 +120,13 @@ def linear_preference_loss(
     products instead of 4. When those of some whole pairs fit, beside a float32 gradient of a half-precision weight,
     pairs go group by group and the gradients are made in the forward: 3 units too, the same log-probabilities bit by
     bit. 0 always recomputes.
+
+    `gradient_tolerance` is `linear_logprobs`'s: above 0.0 the backward takes the place of the workspace, and writes the
+    skipped share into `metrics["head/skipped_mass"]`, which is [0, 0] before.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     workspace = WORKSPACE if workspace is None else workspace
-    call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group)
+    call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
     targets = call.targets
     _check_packed(targets, cu_seqlens)
     kept = targets != ignore_index
@@ -139,6 +143,10 @@ def linear_preference_loss(
         desirable = None if labels is None else labels[sequences]
         return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items, impl)
 
+    if gradient_tolerance > 0.0:
+        meter = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        out = loss_of(logprobs_of(call, guess=ref_logps if per_token else None, meter=meter))
+        return replace(out, metrics={**out.metrics, "head/skipped_mass": meter})
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
     whole = vocab_group or getattr(loss, "batchwise", False)
     groups = [] if whole else split_in_groups(call, workspace, cu_seqlens, 2 if loss.per == "pair" else 1)

@@ -123,6 +123,13 @@ def row_blocks(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
+def row_blocks_of(rows: slice, size: int) -> Iterator[slice]:
+    """`rows`, cut at the multiples of `size`."""
+    for block in row_blocks(rows.stop, size):
+        if block.stop > rows.start:
+            yield slice(max(block.start, rows.start), block.stop)
+
+
 def backward_slices(
     head: SlicedHead,
     hidden: Tensor,  # (N, D) every row kept

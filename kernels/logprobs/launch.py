@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -48,8 +49,12 @@ from prefuse.kernels.logprobs import device
 from prefuse.kernels.logprobs.fold import Forward
 from prefuse.kernels.logprobs.portable import RowGrads, add_far_rows, stash_size
 from prefuse.kernels.options import OUTPUTS, HeadOptions
+from prefuse.kernels.slices import row_blocks_of
 from prefuse.kernels.tiles.table import INTERPRETER, Config, fold_kernel, segments
 from prefuse.kernels.vocab import Whole
+
+if TYPE_CHECKING:
+    from prefuse.kernels.logprobs.sparse import ColumnStatistic
 
 BEFORE = device.BEFORE.value
 PLANES = (3, 9)  # of a fold's sums, without and with optional outputs
@@ -78,14 +83,21 @@ def forward(
     outputs: tuple[str, ...] = (),
     mode: str = "lean",
     shard: Whole | None = None,
+    statistic: ColumnStatistic | None = None,
 ) -> Forward:
-    """One pass over the vocabulary, which keeps what `mode` says. Row blocks with a far row take another."""
+    """One pass over the vocabulary, which keeps what `mode` says. Row blocks with a far row take another.
+
+    A `statistic` (mode "lean", every row kept) is added to: its pass stores e tile by tile, which changes no bit.
+    """
     op = Operands(hidden, weight, bias, targets, options, shard)
-    fold = Fold(op, outputs, pull=mode != "lean")
+    fold = Fold(op, outputs, pull=mode != "lean" or statistic is not None)
     numbers = stash_size(len(hidden), len(weight), hidden) if mode == "stash" else 0
     stash = hidden.new_empty(numbers)
-    pulled = fold.run() if mode == "lean" else fold.pull(stash if mode == "stash" else None)
-    fold.finish(pull=mode != "lean")
+    if mode == "lean" and statistic is None:
+        pulled = fold.run()
+    else:
+        pulled = fold.pull(stash if mode == "stash" else None, statistic)
+    fold.finish(pull=mode != "lean" or statistic is not None)
     fold.run(rescue=True)
     fold.finish(rescue=True)
     direction = _direction(op, fold, pulled) if mode == "frozen" else hidden.new_empty(0, hidden.shape[1])
@@ -127,10 +139,11 @@ class Fold:
             w, b = self.op.part(first, last)
             self._launch(w, b, first, self.parts[:, s0:], self.segments, s0, s1 - s0, RESCUE=rescue)
 
-    def pull(self, stash: Tensor | None) -> Tensor | None:
-        """Folds tile by tile, and keeps e in `stash`; without one, returns U (N, D) = sum of e_v W[v], float32."""
+    def pull(self, stash: Tensor | None, statistic: ColumnStatistic | None = None) -> Tensor | None:
+        """Folds tile by tile, and keeps e in `stash` or adds it to `statistic`; without either, returns
+        U (N, D) = sum of e_v W[v], float32."""
         (n, d), v = self.op.hidden.shape, len(self.op.weight)
-        pulled = self._new(n, d).zero_() if stash is None else None
+        pulled = self._new(n, d).zero_() if stash is None and statistic is None else None
         width = _slice_width(v, self.config)
         rows = min(n, launch.BUFFER_BYTES // (width * self.op.hidden.element_size())) if stash is None else n
         buffer = self.op.hidden.new_empty(rows, row_of(width)) if stash is None else None
@@ -146,7 +159,12 @@ class Fold:
                     _stashed(stash, first, len(w), n) if stash is not None else buffer[: part.stop - start, : len(w)]
                 )
                 self._launch(w, b, first, tile_parts, self.tiles, tile, count, rows=part, pulls=stored, PULL=True)
-                if stash is None:
+                if statistic is not None:
+                    total = self.parts[0, :, part].sum(0) + tile_parts[0, :, part].sum(0)
+                    for at in row_blocks_of(part, statistic.rows):
+                        here = slice(at.start - part.start, at.stop - part.start)
+                        statistic.add(at, first, stored[here], total[here])
+                elif stash is None:
                     addmm_(pulled[part], stored, w)
             self._merge(tile_parts, tile, count)
         return pulled
@@ -334,6 +352,18 @@ def backward_stashed(
     if len(far):
         add_far_rows(far, _backward(op[far], row[far], needs), grads)
     return _over_ranks(op, grads)
+
+
+def of_whole_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
+    q: Tensor, ratio: Tensor,
+) -> Forward:  # fmt: skip
+    """The stash of a head of fewer columns, normalized as a part of the whole head's softmax.
+
+    q (N,) is the whole head's; ratio (N,) what a probability of the smaller head is multiplied by. (The targets' own
+    terms are not in the stash.)
+    """
+    return part._replace(q=q, scale=part.scale * ratio)
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:

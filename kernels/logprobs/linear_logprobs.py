@@ -17,9 +17,11 @@ from torch import Tensor
 from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Needs, empty_gradients
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels.logprobs import portable, sparse
 from prefuse.kernels.logprobs.portable import RowGrads, empty_forward, stash_size
+from prefuse.kernels.logprobs.sparse import ColumnStatistic
 from prefuse.kernels.options import HeadOptions
+from prefuse.kernels.slices import kept_rows
 from prefuse.kernels.vocab import Whole, place_of, remember, shard_of
 
 
@@ -33,6 +35,7 @@ class HeadCall(NamedTuple):
     options: HeadOptions
     impl: str  # "triton", "torch" or "reference"
     vocab_group: dist.ProcessGroup | None = None
+    gradient_tolerance: float = 0.0
 
     @property
     def needs(self) -> Needs:
@@ -52,6 +55,7 @@ def linear_logprobs(
     outputs: tuple[str, ...] = (),
     impl: str = "auto",
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Equals, without the `(N, V)` logits ever existing::
 
@@ -77,6 +81,11 @@ def linear_logprobs(
             the order of the ranks. All call with the same `hidden` and the same `targets`, which count columns of the
             whole vocabulary, and get the same log-probabilities and the whole `dhidden`; `dweight` is their own rows'.
 
+        gradient_tolerance: share of the gradient's mass, sum |dL/dlogp| (1 - p_target), that the backward may skip; 0.0
+            skips nothing. Above it the backward works on the columns that matter, measures what it skipped (see
+            `record_skipped_mass`), and takes the exact path for blocks of rows beyond the promise. Log-probabilities
+            do not change. Try 2 ** -9: then dhidden is as exact as rounding dlogits to bfloat16 makes it.
+
     Returns:
         (N,) log-probabilities in nats, float32; with `outputs`, also a dict of (N,) tensors by name.
         Gradients: `dhidden` in hidden's dtype, `dweight` in the weight's. When the weight needs no gradient the forward
@@ -88,7 +97,8 @@ def linear_logprobs(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
-    return logprobs_within(0, hidden, weight, targets, bias, options, outputs, impl, vocab_group)
+    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    return logprobs_of(call, outputs=outputs)
 
 
 def logprobs_within(
@@ -109,7 +119,7 @@ def logprobs_within(
 
 def prepare(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions,
-    outputs: tuple[str, ...], impl: str, vocab_group: dist.ProcessGroup | None = None,
+    outputs: tuple[str, ...], impl: str, vocab_group: dist.ProcessGroup | None = None, gradient_tolerance: float = 0.0,
 ) -> HeadCall:  # fmt: skip
     """Checks every argument, once per call; TypeError, ValueError or RuntimeError names the first that is wrong."""
     checks.check_head(hidden, weight, bias, targets=targets)
@@ -119,14 +129,36 @@ def prepare(
     checks.check_options(options, outputs)
     checks.check_impl(impl)
     impl = checks.resolve(impl, hidden)
-    return HeadCall(checks.in_compute_dtype(hidden), weight, bias, targets, options, impl, vocab_group)
+    hidden = checks.in_compute_dtype(hidden)
+    _check_tolerance(gradient_tolerance, hidden, impl, vocab_group)
+    return HeadCall(hidden, weight, bias, targets, options, impl, vocab_group, float(gradient_tolerance))
+
+
+def _check_tolerance(tolerance: float, hidden: Tensor, impl: str, vocab_group: dist.ProcessGroup | None) -> None:
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"gradient_tolerance must be in [0, 1), 0.0 for the exact gradient, got {tolerance}")
+    if tolerance == 0.0:
+        return
+    if vocab_group is not None:
+        raise ValueError("gradient_tolerance takes a whole head: leave out vocab_group, or set it to 0.0")
+    if impl == "reference":
+        raise ValueError('impl="reference" is exact: set gradient_tolerance to 0.0, or use another impl')
+    if hidden.dtype == torch.float16:
+        raise ValueError("gradient_tolerance has no float16, whose range is too small: use bfloat16 or float32")
 
 
 def logprobs_of(
-    call: HeadCall, workspace: int = 0, outputs: tuple[str, ...] = ()
+    call: HeadCall,
+    workspace: int = 0,
+    outputs: tuple[str, ...] = (),
+    guess: Tensor | None = None,  # (N,) log-probabilities near the targets' own: they help gradient_tolerance
+    meter: Tensor | None = None,  # (2,) where its backward writes the skipped and the whole mass
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """What `linear_logprobs` returns."""
-    hidden, weight, bias, targets, o, impl, vocab_group = call
+    if call.gradient_tolerance > 0.0 and torch.is_grad_enabled() and any(call.needs) and len(call.hidden):
+        logps, extra = sparse_logprobs(call, outputs, guess, meter)
+        return (logps, _named(outputs, extra)) if outputs else logps
+    hidden, weight, bias, targets, o, impl, vocab_group, _ = call
     if impl == "reference":
         if vocab_group is not None:
             raise ValueError('impl="reference" takes the whole head: gather the weight\'s rows, without vocab_group')
@@ -141,7 +173,11 @@ def logprobs_of(
     )  # fmt: skip
     if not outputs:
         return logps
-    return logps, {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
+    return logps, _named(outputs, extra)
+
+
+def _named(outputs: tuple[str, ...], extra: Tensor) -> dict[str, Tensor]:
+    return {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
 
 
 def fits(call: HeadCall, workspace: int) -> bool:
@@ -295,6 +331,66 @@ refuse_double_backward = checks.refuse_double_backward("linear_logprobs", instea
 _forward_op.register_autograd(_backward, setup_context=_save)
 _backward_op.register_autograd(refuse_double_backward)
 _scale_rows_op.register_autograd(refuse_double_backward)
+
+
+# ------------------------------------------------------------------------------------- with a gradient_tolerance
+
+
+@torch.compiler.disable
+def sparse_logprobs(
+    call: HeadCall, outputs: tuple[str, ...], guess: Tensor | None, meter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities and (len(outputs), N), whose backward is sparse up to `call.gradient_tolerance`."""
+    checks.check_targets(call.targets, Whole(), len(call.weight), call.options.ignore_index)
+    return _SparseLogprobs.apply(call.hidden, call.weight, call.bias, call, outputs, guess, meter)
+
+
+class _SparseLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call, outputs, guess, meter):
+        rows = kept_rows(call.targets != call.options.ignore_index)
+        rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+        ctx.statistic = ColumnStatistic(hidden[rows], len(weight), None if guess is None else guess.detach()[rows])
+        result = empty_forward(hidden, weight, outputs, "lean", hidden.dtype)
+        if len(rows):
+            with torch.autocast(hidden.device.type, enabled=False):
+                kept = implementation(call.impl).forward(
+                    hidden[rows], weight, bias, call.targets[rows], call.options, outputs, "lean",
+                    statistic=ctx.statistic,
+                )  # fmt: skip
+            for name in ("logps", "lse", "q"):
+                getattr(result, name)[rows] = getattr(kept, name)
+            result.extra[:, rows] = kept.extra
+        ctx.call = call._replace(hidden=None, weight=None, bias=None)
+        ctx.outputs, ctx.meter = outputs, meter
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, rows, result.logps, result.lse, result.q, result.extra.clone())
+        return result.logps.clone(), result.extra
+
+    @staticmethod
+    def backward(ctx, grad, grad_extra):
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        hidden, weight, bias, rows, logps, lse, q, extra = ctx.saved_tensors
+        call, needs = ctx.call, Needs(*ctx.needs_input_grad[:3])
+        entropy = ctx.outputs.index("entropy") if "entropy" in ctx.outputs and grad_extra is not None else None
+        if grad is None and entropy is None:
+            return (None,) * 7
+        grad = torch.zeros_like(logps) if grad is None else grad
+        row = RowGrads(grad, lse, q, *((None, None) if entropy is None else (grad_extra[entropy], extra[entropy])))
+        module, targets = implementation(call.impl), call.targets
+        with torch.autocast(hidden.device.type, enabled=False):
+            if entropy is not None:  # whose gradient has a mass of its own: exact
+                grads = module.backward(hidden, weight, bias, targets, row, call.options, needs)
+            else:
+                grads = sparse.backward(
+                    module, hidden[rows], weight, bias, targets[rows], row[rows], logps[rows], call.options, needs,
+                    ctx.statistic, call.gradient_tolerance, ctx.meter,
+                )  # fmt: skip
+                if needs.hidden and len(rows) < len(hidden):
+                    dhidden = torch.zeros_like(hidden).index_copy_(0, rows, grads.hidden)
+                    grads = grads._replace(hidden=dhidden)
+        return *grads, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- helpers

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from prefuse.kernels.logprobs.fold import Forward, RowTile
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, Targets, backward_slices, kept_rows, row_blocks, row_tile, row_tiles
 from prefuse.kernels.vocab import Whole
+
+if TYPE_CHECKING:
+    from prefuse.kernels.logprobs.sparse import ColumnStatistic
 
 # A larger total is folded again: its square (for log_sum_sq_probs) must stay finite in float32.
 MAX_TOTAL = math.exp(40.0)
@@ -49,14 +52,18 @@ def forward(
     outputs: tuple[str, ...] = (),
     mode: str = "lean",
     shard: Whole | None = None,
+    statistic: ColumnStatistic | None = None,
 ) -> Forward:
-    """One pass over the vocabulary, which keeps what `mode` says. Ignored rows are 0 everywhere."""
+    """One pass over the vocabulary, which keeps what `mode` says. Ignored rows are 0 everywhere.
+
+    A `statistic` (mode "lean", every row kept) is added to.
+    """
     head = SlicedHead(weight, bias, options, hidden.dtype, shard)
     rows = kept_rows(targets != options.ignore_index)
     targets = head.shard.local(targets)
     empty = empty_forward(hidden, weight, outputs, mode, hidden.dtype if hidden.is_cuda else head.acc)
     if rows is None:
-        return _forward_kept(head, hidden, targets, outputs, mode, empty.stash)
+        return _forward_kept(head, hidden, targets, outputs, mode, empty.stash, statistic)
     if len(rows) == 0:
         return empty
     return _replace(empty, rows, _forward_kept(head, hidden[rows], targets[rows], outputs, mode, empty.stash))
@@ -85,14 +92,15 @@ def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
 
 
 def _forward_kept(
-    head: SlicedHead, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], mode: str, stash: Tensor
-) -> Forward:
+    head: SlicedHead, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], mode: str, stash: Tensor,
+    statistic: ColumnStatistic | None = None,
+) -> Forward:  # fmt: skip
     tiles = row_tiles(hidden, head.rows)
     ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
     places = [Targets(y, head) for y in ids]
     z_target = _target_logits(head, tiles, ids)
 
-    folded = _fold(head, tiles, places, z_target, outputs, mode, stash)
+    folded = _fold(head, tiles, places, z_target, outputs, mode, stash, statistic)
     far = (~(torch.cat([t.total[:, 0] for t in folded])[: len(hidden)] < MAX_TOTAL)).nonzero()[:, 0]
     result = _finish(head, folded, z_target, outputs, len(hidden))._replace(stash=stash)
     if mode == "stash":
@@ -117,6 +125,20 @@ def _stash_targets(head: SlicedHead, result: Forward, targets: Tensor, z_target:
     for first, _, weights in stashed_slices(head, result.stash, len(targets)):
         at = places.inside(first)
         weights[at] = own[at[0]].to(weights.dtype)
+
+
+def of_whole_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
+    q: Tensor, ratio: Tensor,
+) -> Forward:  # fmt: skip
+    """The stash of a head of fewer columns, normalized as a part of the whole head's softmax.
+
+    q (N,) is the whole head's; ratio (N,) what a probability of the smaller head is multiplied by.
+    """
+    head = SlicedHead(weight, bias, options, hidden.dtype)
+    part = part._replace(q=q, scale=part.scale * ratio)
+    _stash_targets(head, part, targets, head.target_logits(operand(hidden, head.dtype), targets))
+    return part
 
 
 def _target_logits(head: SlicedHead, tiles: list[Tensor], ids: tuple[Tensor, ...]) -> list[Tensor]:
@@ -158,6 +180,7 @@ def _fold(
     outputs: tuple[str, ...],
     mode: str,
     stash: Tensor | None,
+    statistic: ColumnStatistic | None = None,
 ) -> list[RowTile]:
     folded = [RowTile(x, y, s, outputs, mode) for x, y, s in zip(tiles, places, shifts, strict=True)]
     buffer = shifts[0].new_empty(head.rows * head.columns)
@@ -171,6 +194,10 @@ def _fold(
                 stored = stash[start : start + head.rows * len(weight)].view(head.rows, len(weight))
                 z = stored if stored.dtype == head.acc else z  # folded where it stays
             tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight, stored)
+            if statistic is not None:  # the fold left exp(z - z_y) in z
+                rows = slice(i * head.rows, min((i + 1) * head.rows, len(statistic.guess)))
+                size = rows.stop - rows.start
+                statistic.add(rows, first, z[:size], tile.total[:size, 0])
     if head.shard.sharded:
         _combine(head.shard, folded)
     return folded
