@@ -10,11 +10,11 @@ import logging
 import re
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from prefuse.engine.data.fit import count_cut, fit
-from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
+from prefuse.engine.data.forms import BadRow, DataError, Message, ReadOptions, Record, Skipped, read_records
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
@@ -67,11 +67,16 @@ class Dataset:
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
+    columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
+    notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
 
 
-def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train") -> Dataset:
+def load_examples(
+    source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any
+) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
+    `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
     (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
     usable row.
@@ -80,7 +85,8 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split)
+    outcomes, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    records = list(outcomes)
     if kind == "sft":
         records = each(records, _demonstrated)
     records = tokenize(render(records, tokenizer), tokenizer)
@@ -97,19 +103,22 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
         skipped=skipped,
         source=source,
         fingerprint=fingerprint(examples),
-        rows=len(records),
+        rows=form.tally.rows,
         prompts_cut=count_cut(records, fitted),
         form=str(form),
         ignored_columns=ignored,
+        columns=form.roles,
+        notes=form.tally.lines,
     )
 
 
-def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train") -> list[Prompt]:
+def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
-    rows, form, ignored = read_records(source, "prompt", split)
+    outcomes, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    rows = list(outcomes)
     records = tokenize(render(each(rows, lambda record: replace(record, sides={})), tokenizer), tokenizer)
     fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
     usable, skipped = _usable(fitted, source)
@@ -138,6 +147,9 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     """
     count = len(dataset.skipped)
     lines = [f"{dataset.source}: {dataset.rows} rows as {dataset.form}, {count} skipped"]
+    if " -> " in dataset.columns:
+        lines.append(f"  columns: {dataset.columns}")
+    lines += [f"  {note}" for note in dataset.notes]
     if dataset.ignored_columns:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
@@ -210,4 +222,4 @@ def _example(record: Record) -> Example:
 
 
 def _shown_text(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
