@@ -53,7 +53,7 @@ class Record:
     rendered: bool = False  # text came from a chat template, which writes its own special tokens
     tools: list[Message] | None = None  # what the conversation may call; the chat template prints them
     template_kwargs: dict[str, Any] | None = None  # of this row, for the chat template
-    learned: Any = None  # sft: which ids of the completion are learned; None: all
+    learned: list[bool] | None = None  # sft: which ids of the completion are learned; None: all
     scores: dict[str, float] | None = None  # what the source says of each side: {"chosen": 4.0, "rejected": 1.5}
     weight: float | None = None  # how sure a preference between 1 and 2 is: 0 (a tie) to 1
 

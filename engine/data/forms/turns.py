@@ -89,6 +89,6 @@ def _turn(turn: Any, column: str) -> Message:
     message = make_message(role, content, rest, column)
     if "content" in message:
         check_unicode(message["content"], column)
-    elif not (message.get("tool_calls") or message.get("reasoning_content")):
+    elif role != "assistant":
         raise BadRow(f'the content of a "{role}" turn in "{column}" is {describe(content)}, expected a string')
     return message
