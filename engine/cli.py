@@ -61,7 +61,15 @@ COMMANDS = {
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
 }
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
-OTHER_NAMES = {"evaluate": "eval", "finetune": "sft", "fine-tune": "sft", "align": "train", "sample": "generate"}
+BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
+OTHER_NAMES = {
+    "benchmark": "bench",
+    "evaluate": "eval",
+    "finetune": "sft",
+    "fine-tune": "sft",
+    "align": "train",
+    "sample": "generate",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in ("-h", "--help", "--version"):
             print(_version() if argv[0] == "--version" else overview())
             return 0
+        if argv and argv[0] == "bench":
+            from prefuse.bench.cli import main as bench
+
+            return bench(argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about))
@@ -137,7 +149,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, COMMANDS, OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -150,8 +162,9 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"bench": BENCH}
+    width = max(map(len, abouts))
+    lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])
 
 

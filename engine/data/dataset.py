@@ -19,7 +19,7 @@ def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int
     """The usable rows and the others; says what was skipped, cut or taken apart."""
     dataset = load_examples(source, kind, tokenizer, max_length, split=split)
     say(summarize_skipped(dataset))
-    if kind == "labelled" and "chosen" in dataset.form:
+    if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
     return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped

@@ -5,47 +5,33 @@ Every row has one outcome, an example or a `Skipped` with its name and reason; n
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.fit import count_cut, fit
-from prefuse.engine.data.forms import BadRow, DataError, Message, ReadOptions, Record, Skipped, read_records
+from prefuse.engine.data.forms import (
+    BadRow,
+    DataError,
+    Message,
+    ReadOptions,
+    Record,
+    SetAside,
+    Skipped,
+    read_records,
+)
 from prefuse.engine.data.outcomes import each
+from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
 
-
-Kind = Literal["pair", "labelled", "sft"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    row: str  # "pairs.json:17", for messages
-
-
-@dataclass(frozen=True)
-class Labelled:
-    prompt: list[int]
-    completion: list[int]
-    label: bool
-    row: str
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    prompt: list[int]
-    completion: list[int]
-    row: str
+BLOCK_ROWS = 2048  # rows that stand in memory as texts and lists of ids at once
 
 
 class Prompt(NamedTuple):
@@ -54,61 +40,69 @@ class Prompt(NamedTuple):
     row: str
 
 
-Example = Pair | Labelled | Demonstration
-
-
 @dataclass(frozen=True)
 class Dataset:
-    examples: list[Any]  # of one of the types above
+    examples: Examples
     skipped: list[Skipped]
     source: str
-    fingerprint: str
     rows: int  # rows read; a pair row may have become two labelled examples
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
     columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
     notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
+    is_paired: bool = False  # its rows are pairs, whatever they were read as
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.examples)
 
 
 def load_examples(
-    source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any
+    source: str,
+    kind: Kind,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    max_skipped: float = 0.5,
+    **reading: Any,
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
-    `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
-    usable row.
+    (those whose label is true). `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
+    Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
+    whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
-    if kind not in ("pair", "labelled", "sft"):
+    if kind not in get_args(Kind):
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    outcomes, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
-    records = list(outcomes)
-    if kind == "sft":
-        records = each(records, _demonstrated)
-    records = tokenize(render(records, tokenizer), tokenizer)
-    if form.kind == "pair" and kind != "sft":
-        records = each(records, _with_a_preference)
-    fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
-    usable, skipped = _usable(fitted, source)
-
-    examples: list[Any] = [_example(record) for record in usable]
-    if form.kind == "pair" and kind == "labelled":
-        examples = unpair(examples)
+    records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    has_preferences = form.kind == "pair" and kind != "sft"
+    examples, skipped, prompts_cut = ExamplesBuilder(), [], 0
+    for block in _blocks(records, BLOCK_ROWS):
+        if kind == "sft":
+            block = each(block, _demonstrated)
+        encoded = tokenize(render(block, tokenizer), tokenizer)
+        if has_preferences:
+            encoded = each(encoded, _with_a_preference)
+        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        prompts_cut += count_cut(encoded, fitted)
+        for outcome in fitted:
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                sides = list(outcome.sides.values())
+                examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
+    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
+    table = examples.finish()
+    if has_preferences and kind == "labelled":
+        table = table.unpaired()
+    is_paired, notes = form.kind == "pair", form.tally.lines
     return Dataset(
-        examples=examples,
-        skipped=skipped,
-        source=source,
-        fingerprint=fingerprint(examples),
-        rows=form.tally.rows,
-        prompts_cut=count_cut(records, fitted),
-        form=str(form),
-        ignored_columns=ignored,
-        columns=form.roles,
-        notes=form.tally.lines,
+        table, skipped, source, form.tally.rows, prompts_cut, str(form), ignored, form.roles, notes, is_paired
     )
 
 
@@ -117,27 +111,34 @@ def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "
 
     Rows that cannot be used are named in the log.
     """
-    outcomes, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
-    rows = list(outcomes)
-    records = tokenize(render(each(rows, lambda record: replace(record, sides={})), tokenizer), tokenizer)
-    fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
-    usable, skipped = _usable(fitted, source)
-    shown = {row.row: _shown_text(row.prompt) for row in rows if isinstance(row, Record)}
-    prompts = [Prompt(record.prompt, shown[record.row], record.row) for record in usable]
-    cut = count_cut(records, fitted)
+    records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    prompts, skipped, cut = [], [], 0
+    for block in _blocks(records, BLOCK_ROWS):
+        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
+        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        cut += count_cut(encoded, fitted)
+        for read, outcome in zip(block, fitted, strict=True):
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
+    rows = form.tally.rows
+    _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
-        report = Dataset(prompts, skipped, source, "", len(rows), cut, str(form), ignored)
+        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
     return prompts
 
 
+def _blocks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:
+    records = iter(records)
+    while block := list(islice(records, size)):
+        yield block
+
+
 def unpair(pairs: Iterable[Pair]) -> list[Labelled]:
     """Each pair as two labelled completions: chosen (true), then rejected (false)."""
-    return [
-        Labelled(pair.prompt, completion, label, pair.row)
-        for pair in pairs
-        for completion, label in ((pair.chosen, True), (pair.rejected, False))
-    ]
+    return list(Examples.of(pairs).unpaired())
 
 
 def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
@@ -172,34 +173,29 @@ def _listed(rows: list[str], limit: int) -> str:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 over the token ids, lengths and labels of all examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        match example:
-            case Pair(prompt, chosen, rejected):
-                parts = (prompt, chosen, rejected)
-            case Labelled(prompt, completion, label):
-                parts = (prompt, completion, [int(label)])
-            case Demonstration(prompt, completion):
-                parts = (prompt, completion)
-        for ids in parts:
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
+    return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _usable(outcomes: list[Record | Skipped], source: str) -> tuple[list[Record], list[Skipped]]:
-    records = [outcome for outcome in outcomes if isinstance(outcome, Record)]
-    skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-    if not records:
-        reasons = "\n".join(f"  {skip.row}: {skip.reason}" for skip in skipped[:5])
-        more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{reasons}{more}")
-    return records, skipped
+def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+    bad = [skip for skip in skipped if not skip.by_rule]
+    if not count:
+        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")
+    if len(bad) > max_skipped * rows:
+        raise DataError(
+            f"{source}: {len(bad)} of {rows} rows cannot be used, more than max_skipped {max_skipped:g} allows:\n"
+            f"{_first_reasons(bad)}"
+        )
+
+
+def _first_reasons(skipped: list[Skipped]) -> str:
+    lines = [f"  {skip.row}: {skip.reason}" for skip in skipped[:5]]
+    return "\n".join([*lines, f"  ... and {len(skipped) - 5} more"] if len(skipped) > 5 else lines)
 
 
 def _demonstrated(record: Record) -> Record:
     """What a row shows to imitate: its completion, unless that is labelled bad, or its chosen side."""
     if record.label is False:
-        raise BadRow("its label is false, and sft learns from true ones only")
+        raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
     return replace(record, sides={side: record.sides[side]}, label=None)
 
@@ -208,17 +204,6 @@ def _with_a_preference(record: Record) -> Record:
     if record.sides["chosen"] == record.sides["rejected"]:
         raise BadRow('"chosen" equals "rejected", token by token: no preference to learn')
     return record
-
-
-def _example(record: Record) -> Example:
-    match record:
-        case Record(row, prompt, {"chosen": chosen, "rejected": rejected}):
-            return Pair(prompt, chosen, rejected, row)
-        case Record(row, prompt, {"completion": completion}, bool(label)):
-            return Labelled(prompt, completion, label, row)
-        case Record(row, prompt, sides):
-            (completion,) = sides.values()
-            return Demonstration(prompt, completion, row)
 
 
 def _shown_text(prompt: str | list[Message]) -> str:

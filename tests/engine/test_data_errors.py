@@ -366,7 +366,12 @@ def test_templates_may_trim_white_space(tmp_path):
 
 def test_the_summary_groups_rows_by_reason_and_says_how_many_it_leaves_out(tmp_path):
     rows = [PAIR, *[PAIR | {"chosen": ""}] * 4, PAIR | {"prompt": 1}, PAIR | {"prompt": 2.5}, [], "x"]
-    dataset = load_examples(write(tmp_path / "rows.json", rows), "pair", PLAIN, 64)
+    source = write(tmp_path / "rows.json", rows)
+    with pytest.raises(
+        DataError, match=r"8 of 9 rows cannot be used, more than max_skipped 0.5 allows:\n  rows.json:1: "
+    ):
+        load_examples(source, "pair", PLAIN, 64)
+    dataset = load_examples(source, "pair", PLAIN, 64, max_skipped=1)
     assert summarize_skipped(dataset, limit=2).splitlines() == [
         f"{tmp_path}/rows.json: 9 rows as prompt/chosen/rejected, 8 skipped",
         '  skipped rows.json:1, rows.json:2 and 2 more: "chosen" is empty',

@@ -51,7 +51,7 @@ def detect_form(look: Look, kind: str, options: ReadOptions) -> Form:
     fitting = None
     for form in _forms(look, named, options, kind):
         if form.kind in OF_KIND[kind]:
-            form = _with_extras(form, extras)
+            form = _with_extras(look, form, extras)
             _refuse_unused_text(look, form, kind)
             return form
         fitting = fitting or form
@@ -74,11 +74,17 @@ def _extras(look: Look, named: dict[str, list[str]]) -> tuple[str | None, str | 
     return tools, settings
 
 
-def _with_extras(form: Form, extras: tuple[str | None, str | None]) -> Form:
+def _with_extras(look: Look, form: Form, extras: tuple[str | None, str | None]) -> Form:
     roles = ("tools", "chat_template_kwargs")
     became = [(column, role) for column, role in zip(extras, roles, strict=True) if column]
     optional = (*form.optional, *(column for column in extras if column))
-    return replace(form, became=(*form.became, *became), optional=optional, extras=extras)
+    nested = None if extras[0] else next((column for column in form.columns if _holds_tools(look, column)), None)
+    became += [(f"{nested}.tools", "tools")] if nested else []
+    return replace(form, became=(*form.became, *became), optional=optional, extras=extras, nested_tools=nested)
+
+
+def _holds_tools(look: Look, column: str) -> bool:
+    return any(isinstance(value, dict) and value.get("tools") for value in look.values[column])
 
 
 def _refuse_media(look: Look) -> None:

@@ -51,6 +51,7 @@ class Form:
     as_turns: bool = False
     optional: tuple[str, ...] = ()  # columns that a row may lack
     extras: tuple[str | None, str | None] = (None, None)  # the columns of tools and of chat_template_kwargs
+    nested_tools: str | None = None  # a column of objects that may hold tools beside their messages
     gather: Callable[[Iterator[tuple[str, Any]]], Iterator[Any]] | None = None  # where a record needs several rows
     tally: Tally = field(default_factory=Tally)
 

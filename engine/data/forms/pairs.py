@@ -15,7 +15,7 @@ from prefuse.engine.data.forms.prompts import find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, turn_of
 from prefuse.engine.data.records import BadRow, Message, Record, Text
 
-REPEATED = "rows whose two sides began with the prompt: it is cut off there"
+REPEATED = "rows whose prompt stood at the start of both sides, and is cut off there"
 FIRST_OF_SEVERAL = "rows with several answers on one side: the first counts"
 
 

@@ -7,12 +7,14 @@ beside a system text or a history, the text is a user turn.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from prefuse.engine.data.forms.form import Row
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import CONVERSATIONS, HISTORIES, INPUTS, PROMPTS, SYSTEMS, plain
 from prefuse.engine.data.forms.turns import read_history, read_text, turn_of
 from prefuse.engine.data.records import BadRow, DataError, Message, Text, check_unicode, describe
+from prefuse.engine.data.turns import content_text
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,18 @@ def with_turns_before(row: Row, system: str | None, history: str | None, turns: 
 
 def before(row: Row, system: str | None, history: str | None) -> list[Message]:
     """The turns that stand before all others; nulls and empty texts give none."""
-    text = _string(row, system) if system else ""
+    text = _system(row[system], system) if system and row.get(system) else ""
     turns = [turn_of("system", text, system or "")] if text.strip() else []
     if history and row.get(history):
         turns += read_history(row[history], history)
     return turns
+
+
+def _system(value: Any, column: str) -> str:
+    """A string; Gemini's {parts: [{text}]}; Bedrock's [{text}]."""
+    if isinstance(value, dict):
+        value = value.get("parts", value.get("content", [value]))
+    return content_text(value, f'"{column}"') or ""
 
 
 def _string(row: Row, column: str) -> str:

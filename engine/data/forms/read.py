@@ -84,12 +84,14 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
         yield from form.gather(rows)
         return
 
+    has_extras = any((*form.extras, form.nested_tools))
+
     def read(name: str, row: dict[str, Any]) -> list[Record]:
         if kind == "prompt" and form.prompt is not None:
             records = [Record(name, form.prompt(row), {})]
         else:
             records = list(form.read(name, row))
-        return [_with_extras(record, row, form) for record in records] if any(form.extras) else records
+        return [_with_extras(record, row, form) for record in records] if has_extras else records
 
     for name, row in rows:
         outcome = attempt(name, row, form.columns, read)
@@ -102,6 +104,8 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
 def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
     """What the chat template gets beside the turns; each may stand as JSON text."""
     tools, settings = (row.get(column or "") for column in form.extras)
+    if form.nested_tools and isinstance(row.get(form.nested_tools), dict):
+        tools = row[form.nested_tools].get("tools")
     settings = parsed(settings, f'"{form.extras[1]}"')
     if settings is not None and not isinstance(settings, dict):
         raise BadRow(f'"{form.extras[1]}" is {describe(settings)}, expected an object')

@@ -185,7 +185,7 @@ def _meaning(seen: set[Any], column: str, answers: Answers, options: ReadOptions
             return lambda value: _preference(value, column)
         if (table := _table_of_numbers(numbers, answers)) is not None:
             return _looked_up(table, column)
-    shown = ", ".join(sorted(map(str, seen))[:8])
+    shown = ", ".join(sorted(f"{value:g}" if isinstance(value, float) else value for value in seen)[:8])
     raise DataError(
         f'{source}: "{column}" has the values {shown or "null"}, which may say in more than one way whether '
         f"{answers.columns[0]} or {answers.columns[1]} is better. Fix: --verdict_first with the value (or values, "
