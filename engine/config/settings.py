@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import prefuse
 from prefuse.engine.errors import UserError
-from prefuse.losses.contract import Loss
-from prefuse.losses.names import fields_of
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.names import fields_of, loss_from, loss_named, settings_of
 
 
 @dataclass(frozen=True)
@@ -201,8 +200,7 @@ class Config:
 
     def loss(self) -> Loss:
         """The preference loss these settings name."""
-        given = {own: getattr(self, name) for name, own in LOSS_SETTINGS.items() if own in fields_of(self.loss_type)}
-        return prefuse.loss_named(self.loss_type, **{own: value for own, value in given.items() if value is not None})
+        return loss_from(self, self.loss_type)
 
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -210,14 +208,7 @@ TRAINING_COMMANDS = ("sft", "train")
 LOSS_TYPES = typing.get_args(FIELDS["loss_type"])
 # Setting -> field of the losses that have it.
 LOSS_SETTINGS = {
-    "beta": "beta",
-    "label_smoothing": "label_smoothing",
-    "nll_weight": "nll_weight",
-    "simpo_gamma": "gamma",
-    "slic_delta": "delta",
-    "discopop_tau": "tau",
-    "desirable_weight": "desirable_weight",
-    "undesirable_weight": "undesirable_weight",
+    setting: field for name in LOSS_TYPES for field, setting in settings_of(name).items() if setting in FIELDS
 }
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # values of optim
 
@@ -321,7 +312,7 @@ def validate(config: Config, command: str) -> Config:
 def _types(setting: str) -> list[str]:
     """The values of loss_type with which a setting has a meaning."""
     if setting == "z0_scope":
-        return ["kto"]
+        return [name for name in LOSS_TYPES if "z0" in needs_of(loss_named(name))]
     return [name for name in LOSS_TYPES if LOSS_SETTINGS[setting] in fields_of(name)]
 
 
