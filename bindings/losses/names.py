@@ -51,14 +51,14 @@ def fields_of(name: str) -> tuple[str, ...]:
 SETTINGS = {"gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau"}
 
 
-def settings_of(name: str) -> dict[str, str]:
+def setting_names(name: str) -> dict[str, str]:
     """{field: the setting it is read from} for the loss of this name."""
     return {field: SETTINGS.get(field, field) for field in fields_of(name)}
 
 
 def loss_from(settings: object, name: str) -> Loss:
     """The loss of this name, its hyperparameters from the attributes of `settings`; one that is None is left out."""
-    given = {field: getattr(settings, setting, None) for field, setting in settings_of(name).items()}
+    given = {field: getattr(settings, setting, None) for field, setting in setting_names(name).items()}
     return loss_named(name, **{field: value for field, value in given.items() if value is not None})
 
 
