@@ -59,7 +59,7 @@ def write(path, rows):
 
 
 def load(tmp_path, rows, kind, tokenizer=PLAIN, max_length=512):
-    return load_examples(write(tmp_path / "rows.json", rows), kind, tokenizer, max_length)
+    return load_examples(write(tmp_path / "rows.json", rows), kind, tokenizer, max_length, max_skipped=1)
 
 
 def text(ids, tokenizer=PLAIN):
