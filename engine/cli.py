@@ -18,7 +18,8 @@ import tyro
 from prefuse.engine.config.settings import TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.yaml_file import read_yaml
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.run.launch import launch
+from prefuse.engine.run.launch import launch, what_is_there
+from prefuse.engine.run.ranks import launched
 from prefuse.engine.run.signals import Stopped
 
 COMMANDS = {
@@ -33,12 +34,14 @@ ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAN
 def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     try:
         command, config = parse(argv)
         config = validate(config, command)
-        if command in TRAINING_COMMANDS and "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
-            return launch(argv, config.nproc, config.max_restarts)
+        if command in TRAINING_COMMANDS:
+            rank, _ = launched(config.nproc)
+            if "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
+                return launch(argv, config.nproc, config.max_restarts, config.output_dir)
         run(command, config)
     except (UserError, OSError) as error:
         if not isinstance(error, OtherRankFailed):
@@ -49,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"prefuse: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
-        print("prefuse: interrupted; the last checkpoint is whole, --resume goes on from it", file=sys.stderr)
+        print("prefuse: interrupted before the end", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not _lost_peer(error):
             raise
         print(
             f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
-            "the last checkpoint is whole, --resume goes on from it", file=sys.stderr,
+            f"{what_is_there(config.output_dir)}", file=sys.stderr,
         )  # fmt: skip
         return 75
     return 0
