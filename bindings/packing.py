@@ -10,53 +10,15 @@ T tokens of a flat batch, N completion tokens of S completions in G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from prefuse.kernels.attention.segments import Segments
+
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its completions
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens that attend alike, as ranges of the flat batch: causally to themselves, and to all of their prompt."""
-
-    prompt: range  # empty for a prompt itself
-    own: range
-
-
-class Segments:
-    """Who attends to whom in a flat batch, and what attention kernels want to know of it.
-
-    `lengths` has for each group its prompt's length, then that of each completion. Whatever is derived from them is
-    made once per batch, not once per layer.
-    """
-
-    def __init__(self, lengths: Sequence[Sequence[int]]):  # (G,) of (1 + completions of the group,)
-        self.lengths = [list(group) for group in lengths]
-        self.all = list(_segments(self.lengths))
-        self.num_tokens = sum(map(sum, self.lengths))
-        # The position before each completion token, in the order of the completions.
-        self.predictors = [place for s in self.all if s.prompt for place in (s.prompt[-1], *s.own[:-1])]
-        self._made: dict[tuple, object] = {}
-
-    def once(self, make, *key):
-        """`make(self, *key)`, computed at the first call with this key."""
-        if (make, *key) not in self._made:
-            self._made[make, *key] = make(self, *key)
-        return self._made[make, *key]
-
-
-def _segments(lengths: list[list[int]]) -> Iterator[Segment]:
-    start = 0
-    for prompt, *completions in lengths:
-        yield Segment(range(start, start), range(start, start + prompt))
-        ends = accumulate(completions, initial=start + prompt)
-        yield from (Segment(range(start, start + prompt), range(*own)) for own in pairwise(ends))
-        start += prompt + sum(completions)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.dataset import hold_out_rows
+from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
@@ -73,7 +74,10 @@ def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Confi
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(sampling if config.temperature > 0 else {"do_sample": False}),
             )
-            texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            answers = out[:, ids.shape[1] :].tolist()
+            texts += [
+                continuation(tokenizer, *both) for both in zip(prompts[start : start + size], answers, strict=True)
+            ]
             bar.update(task, completed=start + len(ids))
     return texts
 

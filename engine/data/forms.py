@@ -7,14 +7,15 @@ turns or ShareGPT's `{from, value}` turns, wherever messages stand. Columns that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefuse.engine.data.sources import BadRow, DataError, describe, read_table
+from prefuse.engine.data.turns import CALL_ROLES, RESULT_ROLES, Message, is_empty, make_message, parsed, read_tools
 
-Message = dict[str, Any]  # {"role": ..., "content": str, and whatever else the chat template reads}
 Text = str | list[Message]
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # the other names are the same
 
@@ -34,6 +35,9 @@ class Record:
     sides: dict[str, Any]  # {"chosen": ..., "rejected": ...}, {"completion": ...} or {} (a prompt alone)
     label: bool | None = None
     rendered: bool = False  # text came from a chat template, which writes its own special tokens
+    tools: list[Message] | None = None  # what the conversation may call; the chat template prints them
+    template_kwargs: dict[str, Any] | None = None  # of this row, for the chat template
+    learned: list[bool] | None = None  # sft: which ids of the completion are learned; None: all
 
 
 def read_records(source: str, kind: str, split: str) -> tuple[list[Record | Skipped], Form, list[str]]:
@@ -43,7 +47,7 @@ def read_records(source: str, kind: str, split: str) -> tuple[list[Record | Skip
         reasons = "\n".join(f"  {name}: {_row_problem(row)}" for name, row in table.rows[:5])
         raise DataError(f"{source}: none of its {len(table.rows)} rows is an object with columns:\n{reasons}")
     form = detect_form(table.columns, kind, source)
-    ignored = [column for column in table.columns if column not in (*form.columns, *form.optional)]
+    ignored = [column for column in table.columns if column not in (*form.columns, *form.optional, *TEMPLATE_COLUMNS)]
     return [_parse(name, row, form) for name, row in table.rows], form, ignored
 
 
@@ -54,9 +58,18 @@ def _parse(name: str, row: Any, form: Form) -> Record | Skipped:
         for column in form.columns:
             if row.get(column) is None:
                 raise BadRow(f'no value in "{column}"')
-        return form.read(name, row)
+        return _with_template_columns(form.read(name, row), row)
     except BadRow as problem:
         return Skipped(name, str(problem))
+
+
+def _with_template_columns(record: Record, row: dict[str, Any]) -> Record:
+    """`tools` and `chat_template_kwargs` may stand beside the columns of any form, as in TRL."""
+    tools, kwargs = read_tools(row.get("tools")), parsed(row.get("chat_template_kwargs"), '"chat_template_kwargs"')
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise BadRow(f'"chat_template_kwargs" is {describe(kwargs)}, expected an object')
+    kwargs = kwargs and {key: value for key, value in kwargs.items() if value is not None}
+    return replace(record, tools=tools, template_kwargs=kwargs or None) if tools or kwargs else record
 
 
 def _row_problem(row: Any) -> str:
@@ -84,7 +97,7 @@ def _read_pair(name: str, row: dict[str, Any]) -> Record:
     if isinstance(prompt, str) and not isinstance(chosen, str):
         # Many published sets repeat, as a string, the question that chosen and rejected both start with.
         record = _read_implicit(name, row)
-        if not any(turn["content"].strip() == prompt.strip() for turn in record.prompt):
+        if not any(turn.get("content", "").strip() == prompt.strip() for turn in record.prompt):
             raise BadRow('"prompt" is a string, and it is none of the turns that chosen and rejected share')
         return record
     return _record(name, prompt, {"chosen": chosen, "rejected": rejected})
@@ -186,7 +199,7 @@ def _record(name: str, prompt: Text, sides: dict[str, Text], label: bool | None 
     for side, text in sides.items():
         if type(text) is not type(prompt):
             raise BadRow(f'"prompt" and "{side}" must both be strings or both be messages')
-        if not text or (isinstance(text, list) and not all(turn["content"] for turn in text)):
+        if not text or (isinstance(text, list) and any(is_empty(turn) for turn in text)):
             raise BadRow(f'"{side}" is empty')
         for turn in text if isinstance(text, list) else ():
             if turn["role"] != "assistant":
@@ -226,13 +239,12 @@ def _message(turn: Any, column: str) -> Message:
     role, content = (turn.get(key) for key in (("from", "value") if sharegpt else ("role", "content")))
     if sharegpt and isinstance(role, str):
         role = SHAREGPT_ROLES.get(role, role)
-    if role not in ROLES:
+    if role not in (*ROLES, *CALL_ROLES, *RESULT_ROLES):
         known = ", ".join(ROLES) + "; human and gpt in {from, value} turns"
         raise BadRow(f'unknown role {role!r:.40} in "{column}"; known: {known}')
-    if not isinstance(content, str):
-        raise BadRow(f'the content of a "{role}" turn in "{column}" is {describe(content)}, expected a string')
-    _check_unicode(content, column)
-    return {"role": role, "content": content} if sharegpt else {**turn, "role": role, "content": content}
+    message = make_message(role, content, turn, column)
+    _check_unicode(message.get("content", ""), column)
+    return message
 
 
 def _string(row: dict[str, Any], column: str) -> str:

@@ -1,51 +1,44 @@
 """Records -> token ids.
 
-A prompt and its completion are tokenized apart and their ids are concatenated, so the prompt is a true prefix
-of both sides of a pair. Two kinds of text:
+The prompt is tokenized as a whole, as it is when the model answers it, and each completion as it stands behind the
+prompt (encode.py); their ids are concatenated, so the prompt is a true prefix of both sides of a pair, and
+decode(prompt + completion) is the text of the row. Two kinds of text:
 
 * Strings: the prompt gets the tokens this tokenizer puts before a text (BOS, where it has that habit), once;
   the completion gets an EOS behind it, once.
 * Messages: the chat template has rendered them (templates.py) and has written its special tokens itself.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from prefuse.engine.data.encode import Encoder
 from prefuse.engine.data.forms import BadRow, Record, Skipped
 from prefuse.engine.data.outcomes import each
-
-TEXTS_PER_CALL = 2048  # bounds what the tokenizer's own encodings hold in memory
 
 
 def tokenize(texts: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
     """Every text as token ids, special tokens included."""
-    bare = _encode(texts, tokenizer)
+    bare = _encode(texts, Encoder(tokenizer))
     before = _tokens_before_text(texts, bare, tokenizer)
     return each(bare, lambda record: _finish(record, tokenizer, before))
 
 
-def _encode(records: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
+def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | Skipped]:
     """Every text as its bare token ids, in few calls of the tokenizer."""
-    texts = [text for record in records if isinstance(record, Record) for text in _texts(record)]
-    ids = _token_ids(texts, tokenizer)
+    read = [record for record in records if isinstance(record, Record)]
+    prompts = iter(encoder.encode([record.prompt for record in read]))
+    sides = [(record.prompt, side) for record in read for side in record.sides.values()]
+    completions = iter(encoder.encode_after([prompt for prompt, _ in sides], [side for _, side in sides]))
 
     def encode(record: Record) -> Record:
-        return replace(record, prompt=next(ids), sides={side: next(ids) for side in record.sides})
+        return replace(record, prompt=next(prompts), sides={side: next(completions) for side in record.sides})
 
     return each(records, encode)
 
 
 def _texts(record: Record) -> list[str]:
     return [record.prompt, *record.sides.values()]
-
-
-def _token_ids(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
-    one: dict[int, int] = {}  # one int object per token id, not per token: a quarter of the memory
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        batch = texts[start : start + TEXTS_PER_CALL]
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield [one.setdefault(token, token) for token in ids]
 
 
 def _tokens_before_text(texts: list[Record | Skipped], bare: list[Record | Skipped], tokenizer: Any) -> list[int]:

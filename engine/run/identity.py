@@ -9,26 +9,18 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prefuse.engine.config.settings import Config
+from prefuse.engine.config.settings import Config, decides_weights
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.run.ranks import Ranks
 
-# A resumed run may differ in these: they do not change the weights it ends with.
-FREE_ON_RESUME = {
-    "output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_dataset", "device",
-    "per_device_eval_batch_size", "reference_cache", "output_file", "num_prompts", "max_new_tokens", "temperature",
-    "nproc", "parallel", "fsdp_cpu_offload", "ddp_timeout", "max_restarts",
-    "guard_action", "max_skipped_steps", "max_loss_ratio", "max_chosen_drop", "max_accuracy_drop", "max_kl",
-    "gradient_checkpointing",
-}  # fmt: skip
 # Compared by what they lead to: rows, weights, the number of items and of steps.
 BY_CONTENT = {
     "dataset_name", "dataset_train_split", "dataset_test_split", "eval_fraction", "model_name_or_path",
@@ -44,7 +36,7 @@ LIBRARIES = ("prefuse", "torch", "transformers", "tokenizers", "peft", "triton",
 
 def settings_of(config: Config) -> dict[str, object]:
     """Those that decide the weights, and those that decide their last digits."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME | BY_CONTENT}
+    return {k: v for k, v in dataclasses.asdict(config).items() if decides_weights(k) and k not in BY_CONTENT}
 
 
 def libraries() -> dict[str, str]:
@@ -75,16 +67,18 @@ class Identity:
 
 
 def row_digests(examples: Examples) -> Tensor:  # (E,) int64
-    """Of each row's tokens, in its parts, and its label."""
-    digests = array("q")
-    for index, group in enumerate(examples.sequences):
+    """Of each row's tokens, in its parts, which of them are learned, and its label."""
+    digests = bytearray()
+    for index in range(len(examples)):
         digest = hashlib.blake2b(digest_size=8)
-        for ids in (ids for tokens in group for ids in tokens):
-            digest.update(array("q", [len(ids), *ids]).tobytes())
+        for ids in (ids for tokens in examples.sequences_of(index) for ids in tokens):
+            digest.update(np.asarray([len(ids), *ids], np.int64).tobytes())
+        if examples.learned is not None:
+            digest.update(np.asarray(examples.learned_of(index), bool).tobytes())
         if examples.labels is not None:
-            digest.update(bytes([examples.labels[index]]))
-        digests.frombytes(digest.digest())
-    return torch.tensor(digests, dtype=torch.int64)
+            digest.update(bytes([bool(examples.labels[index])]))
+        digests += digest.digest()
+    return torch.frombuffer(digests, dtype=torch.int64)
 
 
 CHUNK = 1 << 20  # of words summed at once

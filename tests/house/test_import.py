@@ -95,6 +95,7 @@ def test_every_import_is_a_declared_dependency(folder):
     listed = project["dependencies"] + extras["train"] + ["triton"]  # torch's GPU builds bring Triton
     if folder == "bindings":
         listed = listed + extras["trl"] + extras["bench"]
+    elif folder == "kernels":
         listed.append("flash-attn")  # whose build is nobody's dependency: used where it is installed
     else:
         listed.append("bitsandbytes")  # the same: only who asks for its optimizers needs it, and is told so

@@ -1,0 +1,117 @@
+"""One turn of a conversation -> a message that chat templates read: role, content, tool calls, other keys.
+
+    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    -> {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+
+Nulls are dropped: Arrow writes one for every key that another row has. Nulls inside JSON text stay.
+"""
+
+import json
+from typing import Any
+
+from prefuse.engine.data.sources import BadRow, describe
+
+Message = dict[str, Any]  # {"role": ..., "content": str, and whatever else the chat template reads}
+
+MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is the call, as JSON text
+RESULT_ROLES = ("observation", "function", "function_response", "tool_response", "ipython")  # other names of "tool"
+NAMES = ("role", "content", "from", "value", "tool_calls", "function_call")  # read here; other keys are the template's
+
+
+def make_message(role: str, content: Any, turn: Message, column: str) -> Message:
+    """The message of a turn whose role and content were found under one of their names."""
+    where = f'a "{role}" turn in "{column}"'
+    rest = {key: value for key, value in turn.items() if value is not None and key not in NAMES}
+    if role in CALL_ROLES:
+        calls = parsed(content_text(content, f"the content of {where}"), f"the content of {where}")
+        calls = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": "assistant", **rest, "content": "", "tool_calls": calls}
+    text = content_text(content, f"the content of {where}")
+    message = {"role": "tool" if role in RESULT_ROLES else role, **rest}
+    if text is not None:
+        message["content"] = text
+    calls = tool_calls_of(turn, where)
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn says nothing: no text, no call, no reasoning."""
+    return not (message.get("content") or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def content_text(content: Any, where: str) -> str | None:
+    """A content as one string: text parts are joined, images, audio and video are refused by name; None stays None."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, dict) for part in parts):
+        raise BadRow(f"{where} is {describe(content)}, expected a string or a list of text parts")
+    return "".join(_part_text(part, where) for part in parts)
+
+
+def _part_text(part: Message, where: str) -> str:
+    kind = part.get("type")
+    for name in (kind, *(key for key, value in part.items() if value is not None)):
+        if name in MEDIA:
+            raise BadRow(f'{where} holds a part of type "{name}": prefuse reads text only. Fix: leave these rows out')
+    text = part.get("text")
+    if kind not in (None, *TEXT_PARTS) or not isinstance(text, str):
+        raise BadRow(f"a part of {where} has type {kind!r:.40} and text {text!r:.40}, expected a text part")
+    return text
+
+
+def tool_calls_of(turn: Message, where: str) -> list[Message] | None:
+    """The calls of a turn in one form, `{type, function: {name, arguments}}`; None where there are none."""
+    calls = turn.get("tool_calls")
+    if calls is None and turn.get("function_call") is not None:  # OpenAI's name until 2023
+        calls = [turn["function_call"]]
+    calls = parsed(calls, f"tool_calls of {where}")
+    if isinstance(calls, dict):
+        calls = [calls]
+    if calls is not None and not isinstance(calls, list):
+        raise BadRow(f"tool_calls of {where} is {describe(calls)}, expected a list")
+    return [_call(call, where) for call in calls] if calls else None
+
+
+def _call(call: Any, where: str) -> Message:
+    call = parsed(call, f"a tool call of {where}")
+    if not isinstance(call, dict):
+        raise BadRow(f"a tool call of {where} is {describe(call)}, expected an object")
+    function = call.get("function") or call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"a tool call of {where} has no name: expected {{function: {{name, arguments}}}}")
+    rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+    function = without_nulls(function)
+    return without_nulls({"type": "function", **rest}) | {"function": {"arguments": {}, **function}}
+
+
+def read_tools(value: Any) -> list[Message] | None:
+    """The `tools` of a row, a list or its JSON text, as the chat template takes them; None where there are none."""
+    tools = parsed(value, '"tools"')
+    if isinstance(tools, dict):
+        tools = [tools]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict | str) for tool in tools)):
+        raise BadRow(f'"tools" is {describe(tools)}, expected a list of objects')
+    return [without_nulls(parsed(tool, 'a tool of "tools"')) for tool in tools] if tools else None
+
+
+def parsed(value: Any, where: str) -> Any:
+    """What a JSON text says; anything but a string is itself."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where} is a string that is not JSON: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
