@@ -101,10 +101,12 @@ def _end_of(text: str) -> str:
 
 def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
     """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out."""
+    rest, reading = (tokenizer, config.max_length), config.reading()
     if config.eval_dataset is not None:
-        prompts = load_prompts(config.eval_dataset, tokenizer, config.max_length, split=config.dataset_test_split)
+        prompts = load_prompts(config.eval_dataset, *rest, split=config.dataset_test_split, **reading)
     else:
-        prompts = load_prompts(config.dataset_name, tokenizer, config.max_length, split=config.dataset_train_split)
+        source = config.datasets or config.dataset_name
+        prompts = load_prompts(source, *rest, split=config.dataset_train_split, **reading)
         _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
     prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -22,6 +22,7 @@ from prefuse.engine.data.forms import (
     Record,
     SetAside,
     Skipped,
+    name_of,
     read_records,
 )
 from prefuse.engine.data.outcomes import each
@@ -59,7 +60,7 @@ class Dataset:
 
 
 def load_examples(
-    source: str,
+    source: str | Sequence[Any],
     kind: Kind,
     tokenizer: Any,
     max_length: int,
@@ -70,6 +71,7 @@ def load_examples(
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
+    A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
     (those whose label is true). `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
     Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
@@ -80,6 +82,7 @@ def load_examples(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
     records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    source = name_of(source)
     has_preferences = form.kind == "pair" and kind != "sft"
     examples, skipped, prompts_cut = ExamplesBuilder(), [], 0
     for block in _blocks(records, BLOCK_ROWS):
@@ -106,12 +109,15 @@ def load_examples(
     )
 
 
-def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any) -> list[Prompt]:
+def load_prompts(
+    source: str | Sequence[Any], tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any
+) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
     records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    source = name_of(source)
     prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
