@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from prefuse.engine.data.fit import count_cut, fit
 from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
 from prefuse.engine.data.outcomes import each
-from prefuse.engine.data.templates import render
+from prefuse.engine.data.templates import Reading, render
 from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
     records, form, ignored = read_records(source, kind, split)
     if kind == "sft":
         records = each(records, _demonstrated)
-    records = tokenize(render(records, tokenizer), tokenizer)
+    rows = len(records)
+    records = tokenize(render(records, tokenizer, reading), tokenizer)
     if form.kind == "pair" and kind != "sft":
         records = each(records, _with_a_preference)
     fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
@@ -97,7 +98,7 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
         skipped=skipped,
         source=source,
         fingerprint=fingerprint(examples),
-        rows=len(records),
+        rows=rows,
         prompts_cut=count_cut(records, fitted),
         form=str(form),
         ignored_columns=ignored,
@@ -189,7 +190,8 @@ def _demonstrated(record: Record) -> Record:
     if record.label is False:
         raise BadRow("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
-    return replace(record, sides={side: record.sides[side]}, label=None)
+    conversation = record.conversation and record.label is None  # a label is about the last answer
+    return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation)
 
 
 def _with_a_preference(record: Record) -> Record:

@@ -37,7 +37,8 @@ class Record:
     rendered: bool = False  # text came from a chat template, which writes its own special tokens
     tools: list[Message] | None = None  # what the conversation may call; the chat template prints them
     template_kwargs: dict[str, Any] | None = None  # of this row, for the chat template
-    learned: list[bool] | None = None  # sft: which ids of the completion are learned; None: all
+    learned: dict[str, list[bool]] | None = None  # of each side, which of its ids are; None: all
+    conversation: bool = False  # one conversation: every answer in it is one to learn from, not the last alone
 
 
 def read_records(source: str, kind: str, split: str) -> tuple[list[Record | Skipped], Form, list[str]]:
@@ -133,7 +134,7 @@ def _read_conversation(column: str) -> Callable[[str, dict[str, Any]], Record]:
         if not turns or turns[-1]["role"] != "assistant":
             last = f'is from "{turns[-1]["role"]}"' if turns else "is missing"
             raise BadRow(f'the last turn of "{column}" {last}, expected "assistant"')
-        return _record(name, turns[:-1], {"completion": turns[-1:]}, _label(row))
+        return replace(_record(name, turns[:-1], {"completion": turns[-1:]}, _label(row)), conversation=True)
 
     return read
 
