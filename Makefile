@@ -44,7 +44,7 @@ test-triton: $(INSTALLED)
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(PYTEST) $(KERNEL_TESTS)
 
 gpu:  # no .venv: on a GPU machine torch and triton are already there
-	python3 bench/gpu_suite.py
+	python3 bench/checkout.py gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,7 +2,7 @@
 
     N tokens, D hidden, V vocabulary.
 
-Truth and tolerances are the tests' own (tests/lib): float64, and plain PyTorch in the same dtype as the yardstick.
+Truth and tolerances are those of the tests (truth/): float64, and plain PyTorch in the same dtype as the yardstick.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import checkout  # noqa: F401 (before prefuse)
 import torch
 from torch import Tensor
 
-import oracle
 import prefuse
-from head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
-from kl_cases import Models, check_kl, random_models
-from kl_cases import evaluate as evaluate_kl
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
+from prefuse.bench.truth.kl_cases import Models, check_kl, random_models
+from prefuse.bench.truth.kl_cases import evaluate as evaluate_kl
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.logprobs.portable import row_tile, stash_size

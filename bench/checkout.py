@@ -1,6 +1,6 @@
-"""Makes `import prefuse` work from a checkout that is not installed, and the tests' oracle importable.
+"""Runs a benchmark from a checkout that is not installed: `python3 bench/checkout.py gpu --minutes 9`.
 
-A GPU machine often has torch and no way to install; import this before prefuse.
+A GPU machine often has torch and no way to install. Where prefuse is installed, `prefuse bench gpu` does the same.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"prefuse": ROOT / "bindings", "prefuse.kernels": ROOT / "kernels", "prefuse.engine": ROOT / "engine"}
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "prefuse": ROOT / "bindings",
+    "prefuse.kernels": ROOT / "kernels",
+    "prefuse.engine": ROOT / "engine",
+    "prefuse.bench": ROOT / "bench",
+}
 
 
 class _Folders(importlib.abc.MetaPathFinder):
@@ -24,6 +29,10 @@ class _Folders(importlib.abc.MetaPathFinder):
         )
 
 
-if importlib.util.find_spec("prefuse") is None:
-    sys.meta_path.append(_Folders())
-sys.path.append(str(ROOT / "tests" / "lib"))
+if __name__ == "__main__":
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT / "bench"]  # it would shadow others
+    if importlib.util.find_spec("prefuse") is None:
+        sys.meta_path.append(_Folders())
+    from prefuse.bench.cli import main
+
+    sys.exit(main(sys.argv[1:]))

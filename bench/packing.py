@@ -1,6 +1,6 @@
 """Padded batches beside flat ones with shared prompts: pairs per second of a DPO step on a CPU.
 
-    python bench/packing.py --threads 1
+    prefuse bench packing --threads 1
 
 Pairs whose prompts are four times as long as their answers (lengths log-normal, as in chat data), a Llama of 10 million
 weights with random ones, forward and backward of trunk and head, no optimizer. Both kinds of batch are what the engine
@@ -17,11 +17,11 @@ import statistics
 import time
 
 import torch
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefuse
 from prefuse.attention import check_packing
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from prefuse.engine.data import Pair
 from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data.order import plan_epoch

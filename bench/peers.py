@@ -13,11 +13,11 @@ import types
 from collections.abc import Callable
 
 import torch
-from cases import AMPLE, Batch
 from torch import Tensor
 from torch.nn import functional as F
 
 import prefuse
+from prefuse.bench.cases import AMPLE, Batch
 
 Variant = Callable[[Batch], Tensor]
 

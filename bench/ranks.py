@@ -1,7 +1,7 @@
 """The same run on one process, on two, and on two that share the weights (FSDP2): held-out metrics and rates.
 
-    python bench/ranks.py --dataset_name pairs.json --loss_type dpo
-    python bench/ranks.py --dataset_name labelled.json --loss_type kto
+    prefuse bench ranks --dataset_name pairs.json --loss_type dpo
+    prefuse bench ranks --dataset_name labelled.json --loss_type kto
 
 A small Llama with random weights, a byte-level BPE learned from the rows, `prefuse train` from the command line. The
 three runs make the same updates but for the rounding of sums, so their last held-out metrics are equal to TOLERANCE;
@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from record import markdown
-from rows import SEED, add_model_arguments, read_case, save_model
+from prefuse.bench.record import markdown
+from prefuse.bench.rows import SEED, add_model_arguments, read_case, save_model
 
 WAYS = {"1 process": [], "2, ddp": ["--nproc", "2"], "2, fsdp": ["--nproc", "2", "--parallel", "fsdp"]}
 TOLERANCE = 1e-4  # of max(1, |value|), after all updates: Adam turns the rounding of small gradients into steps

@@ -7,15 +7,23 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+CHECKOUT = Path(__file__).with_name("checkout.py")
+_IN_CHECKOUT = Path(__file__).with_name("results")
+RESULTS = _IN_CHECKOUT if _IN_CHECKOUT.is_dir() else Path("bench-results")  # an installed package has none
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 PACKAGES = ("torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy")
+
+
+def again(verb: str) -> list[str]:
+    """The command that runs a verb in a process of its own, installed or not."""
+    return [sys.executable, str(CHECKOUT), verb]
 
 
 def environment() -> dict[str, Any]:

@@ -1,42 +1,95 @@
-"""The command line: `prefuse sft | train | eval | generate`.
+"""The command line: one table of commands, and what each exit code means.
 
     prefuse train --config run.yaml --beta 0.2        # the file's settings, with this one changed
 
-Every setting of `Config` is a flag of the same name. Exit codes: 0 done; 2 something the user can fix, and one line
-says what; 128 + n stopped by signal n, with a checkpoint; 75 another rank is gone; anything else is a bug and shows
-its traceback.
+A setting of `Config` is a flag of the commands for which it has a meaning (engine/config/flags.py reads them). Exit
+codes: 0 done; 2 something the user can fix, and one line says what; 128 + n stopped by signal n, with a checkpoint; 75
+another rank is gone; anything else is a bug and shows its traceback.
 """
 
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from dataclasses import dataclass
 
-import tyro
-
-from prefuse.engine.config.settings import TRAINING_COMMANDS, Config, validate
-from prefuse.engine.config.yaml_file import read_yaml
+from prefuse.engine.config.flags import given_settings, help_of
+from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
+from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.run.launch import launch
 from prefuse.engine.run.signals import Stopped
 
+
+@dataclass(frozen=True)
+class Command:
+    about: str
+    run: Callable[[Config], object]
+
+
+# Each imports its story inside: `--help` is quick.
+def _sft(config: Config) -> None:
+    from prefuse.engine.train import train
+
+    train(config, "sft")
+
+
+def _train(config: Config) -> None:
+    from prefuse.engine.train import train
+
+    train(config, "train")
+
+
+def _eval(config: Config) -> None:
+    from prefuse.engine.evaluate import evaluate_command
+
+    evaluate_command(config)
+
+
+def _generate(config: Config) -> None:
+    from prefuse.engine.generate import generate
+
+    generate(config)
+
+
+# A new command: its line here, and its name among the `commands` of its settings (engine/config/). A name of two words
+# is a command with a subcommand, such as "data inspect".
 COMMANDS = {
-    "sft": "Fine-tune a causal LM on completions, or on the chosen side of pairs.",
-    "train": "Align a causal LM with preferences: dpo and ipo on pairs, kto on labelled completions.",
-    "eval": "Compare a model with its reference on held-out rows: reward accuracy, margin, KL.",
-    "generate": "Answer the prompts of a data set with one model, or with two side by side.",
+    "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
+    "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
+    "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
+    "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
 }
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
+BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
+OTHER_NAMES = {
+    "benchmark": "bench",
+    "evaluate": "eval",
+    "finetune": "sft",
+    "fine-tune": "sft",
+    "align": "train",
+    "sample": "generate",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", 0))
+    command = None
     try:
-        command, config = parse(argv)
-        config = validate(config, command)
+        if argv and argv[0] in ("-h", "--help", "--version"):
+            print(_version() if argv[0] == "--version" else overview())
+            return 0
+        if argv and argv[0] == "bench":
+            from prefuse.bench.cli import main as bench
+
+            return bench(argv[1:])
+        command, words = command_of(argv)
+        if {"-h", "--help"} & set(words):
+            print(help_of(command, COMMANDS[command].about))
+            return 0
+        config = validate(settings(command, words), command)
         if command in TRAINING_COMMANDS and "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
             return launch(argv, config.nproc, config.max_restarts)
         run(command, config)
@@ -48,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"prefuse: {stop}", file=sys.stderr)
         return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("prefuse: interrupted; the last checkpoint is whole, --resume goes on from it", file=sys.stderr)
+    except KeyboardInterrupt:  # within training it is Stopped
+        after = "; if output_dir holds a checkpoint, --resume goes on from it" if command in TRAINING_COMMANDS else ""
+        print(f"prefuse: interrupted{after}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not _lost_peer(error):
@@ -73,52 +127,51 @@ def _lost_peer(error: RuntimeError) -> bool:
 
 def parse(argv: list[str]) -> tuple[str, Config]:
     """The command and its settings: defaults, then the --config file, then flags."""
-    file = _config_file(argv)
-    base = Config() if file is None else read_yaml(file)
-    commands = {name: _command(name, about, base) for name, about in COMMANDS.items()}
-    return tyro.extras.subcommand_cli_from_dict(
-        commands, prog="prefuse", description=ABOUT, args=argv, use_underscores=True
-    )
+    command, words = command_of(argv)
+    return command, settings(command, words)
+
+
+def settings(command: str, words: list[str]) -> Config:
+    given, unused = given_settings(command, words)
+    if unused and int(os.environ.get("RANK", 0)) == 0:
+        print(f"prefuse: without a meaning for `prefuse {command}`, not used: {', '.join(unused)}", file=sys.stderr)
+    return Config(**given)
+
+
+def command_of(argv: list[str]) -> tuple[str, list[str]]:
+    """The command's name and the words after it."""
+    for size in 2, 1:
+        name = " ".join(argv[:size])
+        if name in COMMANDS:
+            return name, argv[size:]
+    first = argv[0] if argv else ""
+    if not argv or first.startswith("-"):
+        raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
+    if first in LOSS_TYPES:
+        raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
+    hint = did_you_mean(first, [*COMMANDS, "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command {first!r}{hint}")
 
 
 def run(command: str, config: Config) -> None:
-    """Only here are transformers and its like imported: `--help` is quick."""
+    """The command with validated settings."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if command in ("sft", "train"):
-        from prefuse.engine.train import train
-
-        train(config, command)
-    elif command == "eval":
-        from prefuse.engine.evaluate import evaluate_command
-
-        evaluate_command(config)
-    else:
-        from prefuse.engine.generate import generate
-
-        generate(config)
+    COMMANDS[command].run(config)
 
 
-def _command(name: str, about: str, base: Config) -> Callable[..., tuple[str, Config]]:
-    def command(
-        settings: Annotated[Config, tyro.conf.arg(name="")] = base,
-        config: Annotated[str | None, tyro.conf.arg(help="YAML file with settings; flags win.")] = None,
-    ) -> tuple[str, Config]:
-        return name, settings
-
-    command.__doc__ = about
-    return command
+def overview() -> str:
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"bench": BENCH}
+    width = max(map(len, abouts))
+    lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
+    return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])
 
 
-def _config_file(argv: list[str]) -> str | None:
-    """The file of `--config FILE` or `--config=FILE`: its settings are the defaults that tyro then starts from."""
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
+def _version() -> str:
+    import importlib.metadata
+
+    return f"prefuse {importlib.metadata.version('prefuse')}"
 
 
 def _set_up_logging() -> None:

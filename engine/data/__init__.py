@@ -2,11 +2,6 @@
 
 from prefuse.engine.data.examples import (
     Dataset,
-    Demonstration,
-    Example,
-    Kind,
-    Labelled,
-    Pair,
     Prompt,
     fingerprint,
     load_examples,
@@ -16,6 +11,7 @@ from prefuse.engine.data.examples import (
 )
 from prefuse.engine.data.fit import cut_prompt
 from prefuse.engine.data.forms import DataError, Skipped
+from prefuse.engine.data.table import Demonstration, Example, Examples, Kind, Labelled, Pair
 from prefuse.engine.data.templates import DEFAULT_CHAT_TEMPLATE
 
 __all__ = [
@@ -24,6 +20,7 @@ __all__ = [
     "Dataset",
     "Demonstration",
     "Example",
+    "Examples",
     "Kind",
     "Labelled",
     "Pair",

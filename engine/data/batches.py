@@ -8,22 +8,21 @@ E examples (pairs, labelled completions or demonstrations), B sequences, T padde
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prefuse.engine.data.examples import Demonstration, Labelled, Pair
 from prefuse.engine.data.fit import cut_prompt
+from prefuse.engine.data.ragged import Ragged
+from prefuse.engine.data.table import Example, Examples, Tokens
 from prefuse.models.padding import Padded, padded
-from prefuse.packing import Packed, fill, pack
+from prefuse.packing import Packed, pack
 
-Example = Pair | Labelled | Demonstration
-Tokens = tuple[list[int], list[int]]  # a prompt and a completion
+IGNORE_INDEX = -100  # the target of a completion token that is not learned
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Batch:
     labels: Tensor | None  # (B,) bool, for labelled completions
     ref_logps: Tensor | None  # (N,) float32
     shapes: list[tuple[int, int]]  # of each example: its sequences, the length of the longest
+    num_learned: int  # completion tokens that are learned: what a loss per token averages over
 
     @property
     def num_items(self) -> int:
@@ -40,7 +40,7 @@ class Batch:
         return len(self.rows)
 
     @property
-    def targets(self) -> Tensor:  # (N,)
+    def targets(self) -> Tensor:  # (N,) IGNORE_INDEX where a demonstration's token is not learned
         return self.tokens.targets
 
     @property
@@ -61,103 +61,40 @@ def _moved(batch, device: torch.device):
     return replace(batch, **tensors)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """The tokens of a data set as the engine walks over them: for each example its sequences."""
-
-    rows: list[str]  # (E,) names, for messages
-    sequences: list[list[Tokens]]  # (E,) two for a pair (chosen, rejected), else one
-    labels: list[bool] | None  # (E,)
-    padding_free: bool = False  # their batches are flat
-    bos: int | None = None  # the token that a prompt keeps where it loses its start
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [sequences[0][0] for sequences in self.sequences]
-
-    @property
-    def lengths(self) -> list[int]:
-        """The longest sequence of each example: what it costs in a padded batch."""
-        return [max(len(prompt) + len(completion) for prompt, completion in s) for s in self.sequences]
-
-    def bins(self, budget: int) -> Callable[[Sequence[int]], list[list[int]]]:
-        """A function that cuts indices into flat batches of at most `budget` tokens, by first-fit-decreasing.
-
-        Examples with the same prompt stay side by side as far as they fit, so that their prompt runs once.
-        """
-
-        def cut(indices: Sequence[int]) -> list[list[int]]:
-            blocks = self._sharing(indices, budget)
-            lengths = [self._flat_length(block) for block in blocks]
-            return [[i for block in chosen for i in blocks[block]] for chosen in fill(lengths, budget)]
-
-        return cut
-
-    def _sharing(self, indices: Sequence[int], budget: int) -> list[list[int]]:
-        """Indices with the same prompt together, in blocks that fit the budget if their examples do."""
-        by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
-        for index in indices:
-            blocks = by_prompt.setdefault(tuple(self._prompt(index)), [[]])
-            if blocks[-1] and self._flat_length([*blocks[-1], index]) > budget:
-                blocks.append([])
-            blocks[-1].append(index)
-        return [block for blocks in by_prompt.values() for block in blocks]
-
-    def _flat_length(self, block: Sequence[int]) -> int:
-        completions = sum(len(completion) for i in block for _, completion in self.sequences[i])
-        return len(self._prompt(block[0])) + completions
-
-    def _prompt(self, index: int) -> list[int]:
-        return self.sequences[index][0][0]
-
-    def select(self, indices: Sequence[int]) -> Examples:
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        rows, sequences = [self.rows[i] for i in indices], [self.sequences[i] for i in indices]
-        return replace(self, rows=rows, sequences=sequences, labels=labels)
-
-    def fingerprint(self) -> str:
-        """Changes with any token, and with nothing else."""
-        digest = hashlib.sha256()
-        for ids in (ids for group in self.sequences for tokens in group for ids in tokens):
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-        return digest.hexdigest()
-
-
 def examples_of(dataset: Sequence[Example], bos: int | None = None) -> Examples:
-    labels = [example.label for example in dataset] if isinstance(dataset[0], Labelled) else None
-    rows, sequences = [example.row for example in dataset], [_sequences(example) for example in dataset]
-    return Examples(rows, sequences, labels, bos=bos)
-
-
-def _sequences(example: Example) -> list[Tokens]:
-    if isinstance(example, Pair):
-        return [(example.prompt, example.chosen), (example.prompt, example.rejected)]
-    return [(example.prompt, example.completion)]
+    """What `load_examples` gave, or examples made by hand, as the engine walks over them."""
+    return replace(dataset, bos=bos) if isinstance(dataset, Examples) else Examples.of(dataset, bos)
 
 
 def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Examples:
     """Each prompt with the completion of another example; a prompt that leaves it no room loses its start."""
-    sequences = []
-    for (own,), other in zip(examples.sequences, others, strict=True):
-        prompt, completion = own[0], examples.sequences[other][0][1]
-        sequences.append([(cut_prompt(prompt, max_length - len(completion), examples.bos), completion)])
-    return replace(examples, sequences=sequences, labels=None)
+    completions = examples.completions.take(np.asarray(others, np.int64))
+    rooms = max_length - completions.lengths
+    prompts = examples.prompts
+    too_long = np.flatnonzero(prompts.lengths > rooms)
+    if len(too_long):
+        cut = [cut_prompt(prompts[i], room, examples.bos) for i, room in zip(too_long, rooms[too_long], strict=True)]
+        prompts = prompts.replaced(too_long, Ragged.of(cut))
+    return replace(examples, prompts=prompts, completions=completions, labels=None)
 
 
 def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tensor] | None = None) -> Batch:
     """One batch of the examples at `indices`; a pair's sequences stand side by side, chosen first."""
-    chosen = examples.select(indices)
-    sequences = [tokens for group in chosen.sequences for tokens in group]
-    counts = [len(group) for group in chosen.sequences]
+    sequences = [tokens for i in indices for tokens in examples.sequences_of(i)]
+    tokens = _packed(sequences) if examples.padding_free else padded(sequences)
+    num_learned = len(tokens.targets)
+    if examples.learned is not None:
+        learned = np.concatenate([examples.learned_of(i) for i in indices])
+        num_learned = int(learned.sum())
+        tokens = replace(tokens, targets=tokens.targets.masked_fill(torch.from_numpy(~learned), IGNORE_INDEX))
+    chosen = np.asarray(indices, np.int64)
     return Batch(
-        rows=chosen.rows,
-        tokens=_packed(sequences) if examples.padding_free else padded(sequences),
-        labels=None if chosen.labels is None else torch.tensor(chosen.labels),
+        rows=[examples.rows[i] for i in indices],
+        tokens=tokens,
+        labels=None if examples.labels is None else torch.from_numpy(examples.labels[chosen]),
         ref_logps=None if ref_logps is None else torch.cat([ref_logps[i] for i in indices]),
-        shapes=list(zip(counts, chosen.lengths, strict=True)),
+        shapes=[(examples.sides, length) for length in examples.lengths[chosen].tolist()],
+        num_learned=num_learned,
     )
 
 

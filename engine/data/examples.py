@@ -5,47 +5,24 @@ Every row has one outcome, an example or a `Skipped` with its name and reason; n
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.fit import count_cut, fit
 from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
 from prefuse.engine.data.outcomes import each
-from prefuse.engine.data.templates import Reading, render
+from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
+from prefuse.engine.data.templates import TextOptions, render
 from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
 
-
-Kind = Literal["pair", "labelled", "sft"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    row: str  # "pairs.json:17", for messages
-
-
-@dataclass(frozen=True)
-class Labelled:
-    prompt: list[int]
-    completion: list[int]
-    label: bool
-    row: str
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    prompt: list[int]
-    completion: list[int]
-    row: str
+BLOCK_ROWS = 2048  # rows that stand in memory as texts and lists of ids at once
 
 
 class Prompt(NamedTuple):
@@ -54,55 +31,60 @@ class Prompt(NamedTuple):
     row: str
 
 
-Example = Pair | Labelled | Demonstration
-
-
 @dataclass(frozen=True)
 class Dataset:
-    examples: list[Any]  # of one of the types above
+    examples: Examples
     skipped: list[Skipped]
     source: str
-    fingerprint: str
     rows: int  # rows read; a pair row may have become two labelled examples
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.examples)
 
-def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train") -> Dataset:
+
+def load_examples(
+    source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train", text: TextOptions | None = None
+) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
     (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
     usable row.
     """
-    if kind not in ("pair", "labelled", "sft"):
+    if kind not in get_args(Kind):
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
     records, form, ignored = read_records(source, kind, split)
-    if kind == "sft":
-        records = each(records, _demonstrated)
-    rows = len(records)
-    records = tokenize(render(records, tokenizer, reading), tokenizer)
-    if form.kind == "pair" and kind != "sft":
-        records = each(records, _with_a_preference)
-    fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
-    usable, skipped = _usable(fitted, source)
-
-    examples: list[Any] = [_example(record) for record in usable]
-    if form.kind == "pair" and kind == "labelled":
-        examples = unpair(examples)
-    return Dataset(
-        examples=examples,
-        skipped=skipped,
-        source=source,
-        fingerprint=fingerprint(examples),
-        rows=rows,
-        prompts_cut=count_cut(records, fitted),
-        form=str(form),
-        ignored_columns=ignored,
-    )
+    text = text or TextOptions()
+    if kind != "sft":
+        text = replace(text, turns="last")
+    has_preferences = form.kind == "pair" and kind != "sft"
+    examples, skipped, rows, prompts_cut = ExamplesBuilder(), [], 0, 0
+    for block in _blocks(records, BLOCK_ROWS):
+        rows += len(block)
+        if kind == "sft":
+            block = each(block, _demonstrated)
+        encoded = tokenize(render(block, tokenizer, text), tokenizer)
+        if has_preferences:
+            encoded = each(encoded, _with_a_preference)
+        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        prompts_cut += count_cut(encoded, fitted)
+        for outcome in fitted:
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                sides = list(outcome.sides.values())
+                examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
+    _require_usable(len(examples), skipped, source)
+    table = examples.finish()
+    if has_preferences and kind == "labelled":
+        table = table.unpaired()
+    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored)
 
 
 def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train") -> list[Prompt]:
@@ -110,26 +92,34 @@ def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "
 
     Rows that cannot be used are named in the log.
     """
-    rows, form, ignored = read_records(source, "prompt", split)
-    records = tokenize(render(each(rows, lambda record: replace(record, sides={})), tokenizer), tokenizer)
-    fitted = each(records, lambda record: fit(record, max_length, tokenizer.bos_token_id))
-    usable, skipped = _usable(fitted, source)
-    shown = {row.row: _shown_text(row.prompt) for row in rows if isinstance(row, Record)}
-    prompts = [Prompt(record.prompt, shown[record.row], record.row) for record in usable]
-    cut = count_cut(records, fitted)
+    records, form, ignored = read_records(source, "prompt", split)
+    prompts, skipped, rows, cut = [], [], 0, 0
+    for block in _blocks(records, BLOCK_ROWS):
+        rows += len(block)
+        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
+        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        cut += count_cut(encoded, fitted)
+        for read, outcome in zip(block, fitted, strict=True):
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
+    _require_usable(len(prompts), skipped, source)
     if skipped or cut:
-        report = Dataset(prompts, skipped, source, "", len(rows), cut, str(form), ignored)
+        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored)
         logger.warning("%s", summarize_skipped(report))
     return prompts
 
 
+def _blocks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:
+    records = iter(records)
+    while block := list(islice(records, size)):
+        yield block
+
+
 def unpair(pairs: Iterable[Pair]) -> list[Labelled]:
     """Each pair as two labelled completions: chosen (true), then rejected (false)."""
-    return [
-        Labelled(pair.prompt, completion, label, pair.row)
-        for pair in pairs
-        for completion, label in ((pair.chosen, True), (pair.rejected, False))
-    ]
+    return list(Examples.of(pairs).unpaired())
 
 
 def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
@@ -161,28 +151,14 @@ def _listed(rows: list[str], limit: int) -> str:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 over the token ids, lengths and labels of all examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        match example:
-            case Pair(prompt, chosen, rejected):
-                parts = (prompt, chosen, rejected)
-            case Labelled(prompt, completion, label):
-                parts = (prompt, completion, [int(label)])
-            case Demonstration(prompt, completion):
-                parts = (prompt, completion)
-        for ids in parts:
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
+    return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _usable(outcomes: list[Record | Skipped], source: str) -> tuple[list[Record], list[Skipped]]:
-    records = [outcome for outcome in outcomes if isinstance(outcome, Record)]
-    skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-    if not records:
+def _require_usable(count: int, skipped: list[Skipped], source: str) -> None:
+    if not count:
         reasons = "\n".join(f"  {skip.row}: {skip.reason}" for skip in skipped[:5])
         more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise DataError(f"{source}: no usable row among {len(skipped)}:\n{reasons}{more}")
-    return records, skipped
 
 
 def _demonstrated(record: Record) -> Record:
@@ -198,17 +174,6 @@ def _with_a_preference(record: Record) -> Record:
     if record.sides["chosen"] == record.sides["rejected"]:
         raise BadRow('"chosen" equals "rejected", token by token: no preference to learn')
     return record
-
-
-def _example(record: Record) -> Example:
-    match record:
-        case Record(row, prompt, {"chosen": chosen, "rejected": rejected}):
-            return Pair(prompt, chosen, rejected, row)
-        case Record(row, prompt, {"completion": completion}, bool(label)):
-            return Labelled(prompt, completion, label, row)
-        case Record(row, prompt, sides):
-            (completion,) = sides.values()
-            return Demonstration(prompt, completion, row)
 
 
 def _shown_text(prompt: str | list[Message]) -> str:

@@ -37,7 +37,7 @@ class Record:
     rendered: bool = False  # text came from a chat template, which writes its own special tokens
     tools: list[Message] | None = None  # what the conversation may call; the chat template prints them
     template_kwargs: dict[str, Any] | None = None  # of this row, for the chat template
-    learned: dict[str, list[bool]] | None = None  # of each side, which of its ids are; None: all
+    learned: list[bool] | None = None  # which ids of the sides, one after the other, are learned; None: all
     conversation: bool = False  # one conversation: every answer in it is one to learn from, not the last alone
 
 

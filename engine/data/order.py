@@ -6,8 +6,10 @@ Each is a function of its arguments and the seed alone, so a resumed run, or one
 import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
+from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.errors import UserError
 
 Plan = list[list[list[int]]]  # optimizer steps of microbatches of example indices
@@ -28,18 +30,22 @@ def hold_out(
     """
     if fraction == 0:
         return list(range(len(prompts))), []
-    keys = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
-    distinct = sorted(set(keys))
-    held = set(distinct[: max(at_least, round(fraction * len(distinct)))])
-    if fraction < 1 and len(held) == len(distinct):
+    same = _same(prompts)
+    _, first = np.unique(same, return_index=True)
+    keys = [hashlib.sha256(f"{seed} {prompts[i]}".encode()).digest() for i in first.tolist()]  # by distinct prompt
+    held = sorted(range(len(keys)), key=keys.__getitem__)[: max(at_least, round(fraction * len(keys)))]
+    if fraction < 1 and len(held) == len(keys):
         raise UserError(
-            f"holding out {len(held)} of {len(distinct)} distinct prompt(s) leaves nothing to train on: "
+            f"holding out {len(held)} of {len(keys)} distinct prompt(s) leaves nothing to train on: "
             "set eval_fraction to 0, or give an eval_dataset"
         )
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, key in enumerate(keys):
-        sides[key in held].append(index)
-    return sides
+    is_held = np.zeros(len(keys), bool)
+    is_held[held] = True
+    return np.flatnonzero(~is_held[same]).tolist(), np.flatnonzero(is_held[same]).tolist()
+
+
+def _same(prompts: Sequence[list[int]]) -> np.ndarray:  # (E,) equal for equal prompts, numbered as they first appear
+    return (prompts if isinstance(prompts, Ragged) else Ragged.of(prompts)).same
 
 
 Bins = Callable[[Sequence[int]], list[list[int]]]  # indices -> microbatches of them
@@ -54,44 +60,37 @@ def plan_epoch(
     examples, longest first, which cuts padding. Either changes the update by rounding only.
     """
     order = torch.randperm(len(lengths), generator=generator("order", seed, epoch)).tolist()
-    steps = _cut(order, microbatch * accumulation)
+    steps, lengths = _cut(order, microbatch * accumulation), np.asarray(lengths)
     return [_microbatches(step, lengths, microbatch, bins) for step in steps]
 
 
 def plan_evaluation(lengths: Sequence[int], microbatch: int, bins: Bins | None = None) -> list[list[int]]:
     """All examples once, longest first."""
-    return _microbatches(range(len(lengths)), lengths, microbatch, bins)
+    return _microbatches(range(len(lengths)), np.asarray(lengths), microbatch, bins)
 
 
-def _microbatches(
-    indices: Sequence[int], lengths: Sequence[int], microbatch: int, bins: Bins | None
-) -> list[list[int]]:
+def _microbatches(indices: Sequence[int], lengths: np.ndarray, microbatch: int, bins: Bins | None) -> list[list[int]]:
     if bins is not None:
         return bins(indices)
-    return _cut(sorted(indices, key=lambda i: (-lengths[i], i)), microbatch)
+    chosen = np.asarray(indices, np.int64)
+    return _cut(chosen[np.lexsort((chosen, -lengths[chosen]))].tolist(), microbatch)
 
 
 def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
     """For each example i, an example j with another prompt, uniformly: KTO's z0 reads completion j after prompt i."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(index)
-    if len(groups) < 2:
+    same = _same(prompts)
+    sizes = np.bincount(same)  # of the groups with one prompt
+    if len(sizes) < 2:
         raise UserError(
             "all rows have the same prompt: KTO's reference point needs completions of another prompt, "
             "so at least two different prompts are expected; use loss_type dpo or ipo with pairs"
         )
     # With the examples of one prompt side by side, the others are all but one range: draw, then step over it.
-    by_prompt = [index for group in groups.values() for index in group]
-    uniform = torch.rand(len(prompts), dtype=torch.float64, generator=generator("mismatch", seed, epoch)).tolist()
-    mismatches = [0] * len(prompts)
-    start = 0
-    for group in groups.values():
-        for index in group:
-            draw = int(uniform[index] * (len(prompts) - len(group)))
-            mismatches[index] = by_prompt[draw if draw < start else draw + len(group)]
-        start += len(group)
-    return mismatches
+    by_prompt = np.argsort(same, kind="stable")
+    uniform = torch.rand(len(prompts), dtype=torch.float64, generator=generator("mismatch", seed, epoch)).numpy()
+    start, size = (np.cumsum(sizes) - sizes)[same], sizes[same]
+    draw = (uniform * (len(prompts) - size)).astype(np.int64)
+    return by_prompt[np.where(draw < start, draw, draw + size)].tolist()
 
 
 def _cut(items: list, size: int) -> list[list]:

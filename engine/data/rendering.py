@@ -1,6 +1,6 @@
 """One chat template, rendered: with the run's date, its arguments, and limits on time and size.
 
-    ChatTemplate(tokenizer).text(messages, tools=tools) == tokenizer.apply_chat_template(messages, tools, tokenize=False)
+    ChatTemplate(tokenizer).text(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 A template is a program from elsewhere. It may recurse, divide by zero, or never end; then it is refused in one line.
 """

@@ -37,10 +37,10 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextOptions:
     """How conversations become text."""
 
-    turns: Literal["all", "last"] = "last"  # which answers of a conversation are learned
+    turns: Literal["all", "last"] = "all"  # sft: which answers of a conversation are learned
     arguments: dict[str, Any] | None = None  # for the template; a row's chat_template_kwargs come on top
     system_prompt: str | None = None  # first turn of conversations that have none of their own
     date: str | None = None  # "2026-11-28", what templates take for today; None: today
@@ -49,7 +49,7 @@ class Reading:
 
 
 def render(
-    records: Sequence[Record | Skipped], tokenizer: Any, reading: Reading | None = None
+    records: Sequence[Record | Skipped], tokenizer: Any, options: TextOptions | None = None
 ) -> list[Record | Skipped]:
     """Messages as text; strings stay as they are. A conversation may become several records, one for each answer."""
     conversational = any(isinstance(record.prompt, list) for record in records if isinstance(record, Record))
@@ -58,7 +58,7 @@ def render(
     if not tokenizer.chat_template:
         logger.warning("the tokenizer has no chat template: messages are rendered with a built-in ChatML")
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # and saved with the model, which learns this format
-    renderer = Renderer(tokenizer, reading or Reading())
+    renderer = Renderer(tokenizer, options or TextOptions())
     return [rendered for record in records for rendered in _outcomes(record, renderer)]
 
 
@@ -79,9 +79,9 @@ def is_learned(turn: Message) -> bool:
 class Renderer:
     """What is known of a tokenizer's template once, for all rows."""
 
-    def __init__(self, tokenizer: Any, reading: Reading) -> None:
-        self.reading = reading
-        self.template = ChatTemplate(tokenizer, reading.arguments, reading.date)
+    def __init__(self, tokenizer: Any, options: TextOptions) -> None:
+        self.options = options
+        self.template = ChatTemplate(tokenizer, options.arguments, options.date)
         self.tokens = control_tokens(tokenizer)
         self.ending = ending_of(self.template)
 
@@ -89,7 +89,7 @@ class Renderer:
         arguments = {"tools": record.tools, "arguments": record.template_kwargs}
         prompt = self._prepared(record.prompt, record)
         sides = {side: self._prepared(turns, record) for side, turns in record.sides.items()}
-        whole = record.conversation and self.reading.turns == "all"
+        whole = record.conversation and self.options.turns == "all"
         if whole and len(sides) == 1:
             ((side, turns),) = sides.items()
             conversation = [*prompt, *turns]
@@ -105,7 +105,7 @@ class Renderer:
 
     def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
         """With the default system prompt, and with tool calls as the template reads them."""
-        system = self.reading.system_prompt
+        system = self.options.system_prompt
         if system and turns is record.prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
             turns = [{"role": "system", "content": system}, *turns]
         if any("tool_calls" in turn for turn in turns) and not takes_text_arguments(self.template):
@@ -170,10 +170,10 @@ class Renderer:
         raise BadRow(f'the chat template drops or rewrites text of "{side}": {lost}. {cure}')
 
     def _ended(self, completion: str) -> str:
-        if self.reading.learn_after_stop:
+        if self.options.learn_after_stop:
             return completion
         completion = self.ending.trimmed(completion, self.tokens)
-        eos = self.reading.eos_token
+        eos = self.options.eos_token
         if eos and self.ending.stop is None and not completion.endswith(eos):
             completion = completion.rstrip("\n") + eos
         return completion
@@ -218,7 +218,7 @@ class Renderer:
             pieces += [(whole[at:start], False)] if at < start else []
             kept = (
                 end
-                if self.reading.learn_after_stop
+                if self.options.learn_after_stop
                 else start + len(self.ending.trimmed(whole[start:end], self.tokens))
             )
             pieces.append((whole[start:kept], True))

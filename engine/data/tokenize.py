@@ -35,15 +35,14 @@ def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | 
     completions = iter(encoder.encode_after([before for before, _, _ in pieces], [text for _, text, _ in pieces]))
 
     def encode(record: Record) -> Record:
-        ids: dict[str, list[int]] = {}
-        learned: dict[str, list[bool]] = {}
+        sides: dict[str, list[int]] = {}
+        learned: list[bool] = []
         for side, text in record.sides.items():
-            ids[side], learned[side] = [], []
+            sides[side] = []
             for _, _, is_learned in _behind_each_other(record, text):
-                ids[side] += (piece := next(completions))
-                learned[side] += [is_learned] * len(piece)
-        all_learned = all(map(all, learned.values()))
-        return replace(record, prompt=next(prompts), sides=ids, learned=None if all_learned else learned)
+                sides[side] += (ids := next(completions))
+                learned += [is_learned] * len(ids)
+        return replace(record, prompt=next(prompts), sides=sides, learned=None if all(learned) else learned)
 
     return each(records, encode)
 
@@ -62,8 +61,9 @@ def _tokens_before_text(texts: list[Record | Skipped], bare: list[Record | Skipp
     for record, ids in zip(texts, bare, strict=True):
         if isinstance(record, Skipped) or isinstance(ids, Skipped) or record.rendered:
             continue
-        tried = [(record.prompt, ids.prompt)] if record.prompt else [*zip(record.sides.values(), ids.sides.values())]
-        for text, alone in tried:
+        # Behind a prompt a completion may have other ids than alone.
+        sides = zip(record.sides.values(), ids.sides.values(), strict=True)
+        for text, alone in [(record.prompt, ids.prompt)] if record.prompt else sides:
             if alone:
                 whole = tokenizer(text, verbose=False)["input_ids"]
                 starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]

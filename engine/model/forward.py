@@ -38,7 +38,7 @@ class LanguageModel:
 
 def count_items(batch: Batch, loss) -> int:
     """What `loss` is a mean over, in this batch."""
-    return len(batch.targets) if loss.per == "token" else batch.num_items
+    return batch.num_learned if loss.per == "token" else batch.num_items
 
 
 @where_weights_are

@@ -127,14 +127,13 @@ def load_model(
 def check_model(lm: LanguageModel, examples: Examples) -> None:
     """Before the first step: every token has a row in the head, and the fused head is the model's own."""
     vocabulary = lm.head.weight.shape[0]
-    sequences = [prompt + completion for group in examples.sequences for prompt, completion in group]
-    largest = max(max(ids) for ids in sequences)
+    largest = examples.largest_token()
     if largest >= vocabulary:
         raise UserError(
             f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
             "the model was trained with"
         )
-    probe = torch.tensor([max(sequences, key=len)[:64]], device=lm.device)
+    probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
         # So are adapters, in float32 whatever the base has.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.config.settings import Config
+from prefuse.engine.config.settings import Config, decides_weights
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import KIND_OF, read_training_data, write_skipped
@@ -39,18 +39,6 @@ from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import Loss
 
 logger = logging.getLogger(__name__)
-
-# A resumed run may differ in these: they do not change the weights it ends with. (Its rows are compared by token.)
-FREE_ON_RESUME = {
-    "dataset_name", "dataset_train_split", "dataset_test_split",
-    "output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "eval_dataset", "device",
-    "per_device_eval_batch_size", "reference_cache", "output_file", "num_prompts", "max_new_tokens", "temperature",
-    "nproc", "parallel", "fsdp_cpu_offload", "ddp_timeout", "max_restarts",
-    "guard_action", "max_skipped_steps", "max_loss_ratio", "max_chosen_drop", "max_accuracy_drop", "max_kl",
-    "gradient_checkpointing",
-}  # fmt: skip
-# How a step is cut changes its update by rounding alone; that all ranks' cuts make the same steps is compared.
-CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -147,7 +135,7 @@ def prepare(config: Config, command: str) -> Run:
         guards.check_labels(examples.labels)
     with adapters_off(lm.model):
         data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME and k not in CUT}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if decides_weights(k)}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = {"command": command, "tokens": examples.fingerprint(), "items_per_step": per_step, **settings}
     if lm.adapters is not None:  # a checkpoint has them alone

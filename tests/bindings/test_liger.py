@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-import oracle
 from liger_cases import (
     PAIR_LOSSES,
     SHAPES,
@@ -18,6 +17,7 @@ from liger_cases import (
     sequence_logps,
 )
 from prefuse import liger
+from prefuse.bench.truth import oracle
 from prefuse.kernels.cost import count_cost
 
 OPTIONS = [  # bias, ref_bias, ignore_index, beta

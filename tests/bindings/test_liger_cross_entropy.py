@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import oracle
 from prefuse import liger
+from prefuse.bench.truth import oracle
 
 DTYPES = [torch.float32, torch.bfloat16]
 CE_OPTIONS = [

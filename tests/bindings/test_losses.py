@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-import oracle
 import prefuse
 from prefuse import DPO, IPO, KTO, SFT
+from prefuse.bench.truth import oracle
 
 # Log-ratios in nats: none, ordinary, large, and beyond what an exponential in float64 holds.
 RATIOS = [0.0, 1e-8, -0.3, 2.0, -15.0, 90.0, -800.0, 1e4, -1e4]

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-import oracle
 import prefuse
 from largest_tensor import LargestTensor
+from prefuse.bench.truth import oracle
 from prefuse.padded import batch_logps, concatenated_forward, concatenated_inputs, pack_rows, preference_loss
 from tiny_run import SHAPE
 

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-import oracle
 import prefuse
 from prefuse import (
     AOT,
@@ -32,6 +31,7 @@ from prefuse import (
     SimPO,
     SLiC,
 )
+from prefuse.bench.truth import oracle
 from prefuse.losses.names import LOSSES, fields_of
 
 # Nats: almost certain, ordinary, long, and beyond what an exponential in float64 holds.

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import random_inputs
 from prefuse import DPO, IPO, KTO, SFT
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import random_inputs
 
 LOSSES = [DPO(), DPO(label_smoothing=0.1), IPO(), IPO(average=False), KTO(desirable_weight=1.5), SFT()]
 LENGTHS = [3, 1, 5, 2, 4, 6, 1, 7]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import oracle
 import prefuse.trl.switch
 import ranks
 import trl_runs
+from prefuse.bench.truth import oracle
 from prefuse.kernels.cost import count_cost
 
 datasets = pytest.importorskip("datasets")

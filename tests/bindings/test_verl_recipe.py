@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import oracle
 import prefuse
+from prefuse.bench.truth import oracle
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SNIPPETS = {

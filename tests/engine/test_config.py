@@ -1,14 +1,23 @@
 """Settings: where a value comes from, how a wrong one is named, and that what is saved reads back the same."""
 
-import ast
 import dataclasses
-import inspect
+import typing
 
 import pytest
 
 from prefuse.engine.cli import parse
-from prefuse.engine.config import settings as config_module
-from prefuse.engine.config.settings import Config, validate
+from prefuse.engine.config.setting import EVERY, known
+from prefuse.engine.config.settings import (
+    FIELDS,
+    LOSS_SETTINGS,
+    TOPICS,
+    TRAINING_COMMANDS,
+    Config,
+    commands_of,
+    decides_weights,
+    settings_of,
+    validate,
+)
 from prefuse.engine.config.yaml_file import read_yaml, write_yaml
 from prefuse.engine.errors import UserError
 
@@ -35,12 +44,47 @@ def test_saved_settings_read_back_the_same(tmp_path):
     assert read_yaml(tmp_path / "config.yaml") == config
 
 
-def test_every_field_has_a_docstring():
-    (tree,) = ast.parse(inspect.getsource(Config)).body
-    for field, text in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring below it"
-            assert isinstance(text.value, ast.Constant), field.target.id
+def test_a_run_keeps_the_settings_of_its_command_alone(tmp_path):
+    write_yaml(Config(num_prompts=3), tmp_path / "config.yaml", "sft")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "learning_rate: null" in text
+    assert "num_prompts" not in text
+    assert "loss_type" not in text
+
+
+def test_every_field_is_declared_once_with_its_help():
+    declared = [field for topic in TOPICS for field in dataclasses.fields(topic)]
+    assert [field.name for field in declared] == list(FIELDS)
+    for field in declared:
+        assert known(field).about.endswith("."), field.name
+        assert set(commands_of(field.name)) <= set(EVERY), field.name
+        if known(field).only_with is not None:
+            other, value = known(field).only_with
+            assert isinstance(value, bool) if FIELDS[other] is bool else value in typing.get_args(FIELDS[other])
+
+
+def test_settings_by_command():
+    shown = {command: {name for names in settings_of(command).values() for name in names} for command in EVERY}
+    assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
+    assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
+    assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
+    assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
+    assert "temperature" in shown["generate"]
+
+
+def test_what_a_resumed_run_may_differ_in():
+    """The settings that decide the weights, in full: a setting that is added must be put here or declared free."""
+    free = {name for name in FIELDS if not decides_weights(name)}
+    assert {name for name in FIELDS if not set(commands_of(name)) & set(TRAINING_COMMANDS)} <= free
+    assert {name for name in FIELDS if decides_weights(name)} == {
+        "model_name_or_path", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction", "max_length", "seed",
+        "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
+        "desirable_weight", "undesirable_weight", "z0_scope", "padding_free", "max_tokens_per_batch", "learning_rate",
+        "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
+        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
+        "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
+        "use_liger_kernel",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -81,6 +125,10 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
         ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, got 'ppo' \(str\)"),
         ("[1, 2]", "must hold `name: value` lines, got a list"),
         ("beta: [", "is not valid YAML"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2", "'beta' is given twice: keep one of the two.* line 3"),
+        ("lr: 0.1", "unknown setting 'lr' in .*run.yaml; did you mean learning_rate"),
+        ("seed: 2001-99-99", r"not valid YAML|seed must be a whole number"),
+        ("num_train_epochs: " + "9" * 400, "num_train_epochs must be a number"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_fault(tmp_path, text, message):
@@ -130,6 +178,17 @@ def test_a_file_that_is_not_there(tmp_path):
         ("train", {"max_loss_ratio": 1.0}, "max_loss_ratio must be above 1, got 1.0"),
         ("train", {"max_kl": 0.0}, "max_kl must be above 0, or null for no limit, got 0.0"),
         ("train", {"nproc": 0}, "nproc must be at least 1, got 0"),
+        ("train", {"nproc": 10**6}, "nproc must be at most 4096, got 1000000"),
+        ("train", {"num_train_epochs": float("inf")}, "num_train_epochs must be at most 100000, got inf"),
+        ("train", {"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ("train", {"beta": float("inf")}, "beta must be finite, got inf"),
+        ("train", {"seed": 2**64}, "seed must be at most 4294967295, got 18446744073709551616"),
+        ("train", {"max_steps": 2**31}, "max_steps must be at most 2147483647, got 2147483648"),
+        ("train", {"adam_epsilon": 1e-300}, "adam_epsilon must be above 0, and not 0 in float32"),
+        ("train", {"use_peft": True, "lora_target_modules": ["("]}, r"or one regular expression, got '\('"),
+        ("train", {"dataset_name": "a\0b"}, "dataset_name must be text without control characters"),
+        ("train", {"eval_dataset": ""}, "eval_dataset must not be empty: give a value, or drop it"),
+        ("generate", {"temperature": 1e-30}, "temperature must be 0, or at least 0.001 and at most 1000, got 1e-30"),
         ("train", {"fsdp_cpu_offload": True}, "fsdp_cpu_offload has a meaning only with parallel fsdp"),
         ("train", {"lora_r": 8}, "lora_r has a meaning only with use_peft true: set use_peft to true, or drop lora_r"),
         ("sft", {"lora_modules_to_save": ["norm"]}, "lora_modules_to_save has a meaning only with use_peft true"),
@@ -157,10 +216,80 @@ def test_defaults_that_depend_on_the_command():
 
 
 def test_every_number_is_checked():
-    """A new number must be put into one of the checks, or named here with the reason why it needs none."""
-    checked = {*config_module._AT_LEAST_ONE, *config_module._AT_LEAST_ZERO, *config_module._ABOVE_ZERO}
-    checked |= {"learning_rate", "max_steps", "eval_fraction", "adam_beta1", "adam_beta2", "warmup_ratio"}
-    checked |= {"max_loss_ratio", "max_kl", "lora_dropout"}
-    checked |= set(config_module.LOSS_SETTINGS)  # by the loss
-    numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float, float | None)}
-    assert numbers == checked
+    """A number without a rule is the loss's to check, or depends on the command."""
+    without = {
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.type in (int, float, int | None, float | None) and known(field).rule is None
+    }
+    assert without == {*LOSS_SETTINGS, "eval_fraction"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--use_peft", "use_peft", True),
+        ("--use_peft true", "use_peft", True),
+        ("--use_peft=false", "use_peft", False),
+        ("--use_peft False", "use_peft", False),
+        ("--use_peft --beta 1", "use_peft", True),
+        ("--no_use_peft", "use_peft", False),
+        ("--no-use-peft", "use_peft", False),
+        ("--bf16", "bf16", True),
+        ("--bf16 None", "bf16", None),
+        ("--learning-rate 5e-7", "learning_rate", 5e-7),
+        ("--max_steps -1", "max_steps", -1),
+        ("--max_kl null", "max_kl", None),
+        ("--max_grad_norm inf", "max_grad_norm", float("inf")),
+        ("--lora_target_modules q_proj v_proj --seed 1", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("--dataset_name null", "dataset_name", "null"),  # a name that is not optional
+        ("--output_dir=--strange", "output_dir", "--strange"),
+        ("--beta 0.1 --beta 0.2", "beta", 0.2),
+    ],
+)
+def test_flags_take_the_type_of_their_field(words, name, value):
+    got = getattr(parse(["train", *words.split()])[1], name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "expected a command first: prefuse sft | train | eval | generate"),
+        ("--beta 1", "expected a command first"),
+        ("trian", "unknown command 'trian'; did you mean train"),
+        ("evaluate", "unknown command 'evaluate'; did you mean eval"),
+        ("dpo", "unknown command 'dpo': the loss is a setting, prefuse train --loss_type dpo"),
+        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate"),
+        ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
+        ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
+        ("train --beta x", "beta must be a number or null, got 'x'"),
+        ("train --beta", "argument --beta: expected 1 argument"),
+        ("train --resume maybe", "resume must be true or false, got 'maybe'"),
+        ("train --seed 1.5", "seed must be a whole number, got '1.5'"),
+        ("train --loss_type ipoo", "loss_type must be one of dpo, .*, got 'ipoo'; did you mean ipo"),
+        ("train extra", "unrecognized arguments: extra"),
+        (
+            "generate --learning_rate 1",
+            "learning_rate has no meaning for `prefuse generate`, only for sft, train: drop",
+        ),
+        ("sft --beta 1", "beta has no meaning for `prefuse sft`, only for train, eval: drop --beta"),
+        ("train --config a.yaml --config b.yaml", r"--config is given twice \(a.yaml, b.yaml\)"),
+        ("train --config=a.yaml --config b.yaml", "--config is given twice"),
+    ],
+)
+def test_a_wrong_flag_is_named(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(words.split())
+
+
+def test_a_file_may_hold_what_other_commands_need_and_says_what_is_not_used(tmp_path, capsys):
+    path = yaml_file(tmp_path, "beta: 0.3\nlearning_rate: 1e-5\nlogging_steps: 10\n")
+    config = parse(["eval", "--config", path])[1]
+    assert (config.beta, config.learning_rate) == (0.3, None)
+    assert "without a meaning for `prefuse eval`, not used: learning_rate\n" in capsys.readouterr().err

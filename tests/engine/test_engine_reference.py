@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefuse.engine.data import load_examples
-from prefuse.engine.data.batches import Examples, examples_of
+from prefuse.engine.data import Demonstration, load_examples
+from prefuse.engine.data.batches import examples_of
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.run import reference_logps as reference
 from prefuse.engine.run.files import sha256_of
@@ -205,7 +205,7 @@ def test_runs_that_write_at_once_leave_one_whole_entry(setup, monkeypatch, caplo
 @hypothesis_settings(deadline=None, max_examples=30)
 def test_any_number_of_ranks_reads_what_another_number_wrote(writers, readers, count):
     """Each rank writes its shard; readers take their shards in turn, and together have every number once."""
-    examples = Examples([f"r:{i}" for i in range(count)], [[([1], [2] * (1 + i % 3))] for i in range(count)], None)
+    examples = examples_of([Demonstration([1], [2] * (1 + i % 3), f"r:{i}") for i in range(count)])
     logps = [torch.rand(1 + i % 3) for i in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         entry = Path(folder) / "entry"

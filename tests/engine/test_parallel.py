@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ranks
-from prefuse.engine.data.batches import Examples
+from prefuse.engine.data import Demonstration
+from prefuse.engine.data.batches import examples_of
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.run.ranks import ALONE, Ranks, _buckets, share
 from prefuse.engine.run.setup import _check_same_rows
@@ -274,7 +275,7 @@ def test_ranks_that_read_different_rows_do_not_start():
         def texts(self, text):
             return [text, "another"]
 
-    examples = Examples(["r:1"], [[([1], [2])]], None)
+    examples = examples_of([Demonstration([1], [2], "r:1")])
     _check_same_rows(examples, None, ALONE)
     with pytest.raises(UserError, match="rank 1 read other rows than rank 0: the data changed while it was read"):
         _check_same_rows(examples, examples, Two(0, 2))

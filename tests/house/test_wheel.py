@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"bindings": "prefuse", "kernels": "prefuse/kernels", "engine": "prefuse/engine"}
+FOLDERS = {"bindings": "prefuse", "kernels": "prefuse/kernels", "engine": "prefuse/engine", "bench": "prefuse/bench"}
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import NEEDS, check_head, evaluate, random_inputs
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import NEEDS, check_head, evaluate, random_inputs
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.logprobs import portable
 from prefuse.kernels.tiles import table as configs

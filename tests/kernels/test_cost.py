@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import prefuse
-from head_cases import random_inputs
 from memory import peak_bytes
+from prefuse.bench.truth.head_cases import random_inputs
 from prefuse.kernels import HeadOptions
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.cost import Cost, count_cost

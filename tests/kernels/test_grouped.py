@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import random_inputs
 from prefuse import AOT, DPO, IPO, KTO, SFT, ChosenNLL, Mixture, SimPO, grouped
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import random_inputs
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.cost import count_cost
 

@@ -10,10 +10,10 @@ import re
 import pytest
 import torch
 
-import oracle
 import prefuse
-from kl_cases import NAMES, both_logits, check_kl, evaluate, exact, random_models
 from largest_tensor import LargestTensor
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.kl_cases import NAMES, both_logits, check_kl, evaluate, exact, random_models
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.kl import portable as portable_kl
 from prefuse.kernels.kl.portable import Side

@@ -8,9 +8,9 @@ import functools
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.logprobs import portable
 

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import NEEDS, evaluate, random_inputs
 from largest_tensor import LargestTensor
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import NEEDS, evaluate, random_inputs
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.logprobs import portable
 from prefuse.kernels.logprobs.portable import RowGrads

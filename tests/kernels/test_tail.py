@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import oracle
 import prefuse
-from head_cases import random_inputs
 from prefuse import DPO, IPO, KTO, SFT, Mismatched
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import random_inputs
 
 pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ import torch
 
 import prefuse
 from aot_worker import compiling_processes
-from head_cases import NEEDS, check_head, evaluate, random_inputs
+from prefuse.bench.truth.head_cases import NEEDS, check_head, evaluate, random_inputs
 from prefuse.kernels.tiles import table as configs
 from prefuse.kernels.tiles import tune
 from prefuse.kernels.tiles.table import Config, Row, choose, read, trial

@@ -10,9 +10,9 @@ import functools
 import pytest
 import torch
 
-import oracle
 import prefuse
-from head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
 
 pytest.importorskip("triton")
 

@@ -6,7 +6,7 @@ B rows of T positions, the chosen half first; H hidden size, V vocabulary.
 import torch
 from torch.nn.functional import logsigmoid
 
-import oracle
+from prefuse.bench.truth import oracle
 
 # Pairs, positions, hidden size, vocabulary: Liger's odd shape made smaller, and one of even sizes.
 SHAPES = [(3, 11, 31, 123), (4, 8, 16, 32)]

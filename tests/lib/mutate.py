@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folder in the repository -> package, as setuptools maps them.
-PACKAGES = {"bindings": "prefuse", "kernels": "prefuse/kernels", "engine": "prefuse/engine"}
+PACKAGES = {"bindings": "prefuse", "kernels": "prefuse/kernels", "engine": "prefuse/engine", "bench": "prefuse/bench"}
 
 
 @dataclass(frozen=True)

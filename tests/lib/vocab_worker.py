@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import oracle
 import prefuse
 import strict_interpreter
-from head_cases import EVERY_OPTION, NEEDS, check_head, evaluate, random_inputs
+from prefuse.bench.truth import oracle
+from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, check_head, evaluate, random_inputs
 from prefuse.kernels import slices as portable_tiles
 
 N, D, V = 37, 24, 70

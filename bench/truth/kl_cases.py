@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-import oracle
+from prefuse.bench.truth import oracle
 
 NAMES = ("hidden", "weight", "bias")
 

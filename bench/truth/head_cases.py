@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import oracle
+from prefuse.bench.truth import oracle
 
 EVERY_OPTION = {"bias": True, "softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}
 OPTIONS = {

@@ -1,7 +1,7 @@
 """The one command for a machine with a GPU: are the kernels right there, and how fast are they beside their peers?
 
-    python bench/gpu_suite.py --minutes 9
-    python bench/gpu_suite.py --interpret        # the checks alone, at small sizes, on a CPU under Triton's interpreter
+    prefuse bench gpu --minutes 9
+    prefuse bench gpu --interpret        # the checks alone, at small sizes, on a CPU under Triton's interpreter
 
 In order: the environment and the chip's own ceilings; every kernel, mode and option against float64; compute-sanitizer
 where it is on the PATH; the loss behind the log-probabilities in one launch and in torch; then timings of the head, the
@@ -31,15 +31,14 @@ from typing import Any
 if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
 
-import cases
-import peers
 import torch
 import triton
-from cases import MODELS, TOKENS, Model
-from record import RESULTS, environment, markdown, slug, write_json
 
 import prefuse
-from head_cases import NEEDS, check_head, random_inputs
+from prefuse.bench import cases, peers, record
+from prefuse.bench.cases import MODELS, TOKENS, Model
+from prefuse.bench.record import RESULTS, environment, markdown, slug, write_json
+from prefuse.bench.truth.head_cases import NEEDS, check_head, random_inputs
 
 CHECKS_SHARE = 0.5  # of the minutes
 SANITIZER_SECONDS = 90
@@ -141,7 +140,7 @@ def run_sanitizer(suite: Suite) -> None:
     if tool is None:
         suite.result["sanitizer"] = "not run: compute-sanitizer is not on the PATH"
         return
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--small-case"]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *record.again("gpu"), "--small-case"]
     limit = min(SANITIZER_SECONDS, suite.left())
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -387,6 +386,7 @@ def main() -> None:
     only = f"-{args.only}" if args.only else ""
     suite = Suite(args.out / f"{slug(chip)}-{versions}{only}.json", args.minutes)
     if args.interpret:
+        sys.path.append(str(record.CHECKOUT.parents[1] / "tests" / "lib"))
         import strict_interpreter
 
         strict_interpreter.install()

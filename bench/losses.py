@@ -1,6 +1,6 @@
 """The losses of `prefuse.liger` beside Liger's own of the same name: time and peak memory of one step on a CPU.
 
-    python bench/liger_losses.py        # 4 pairs of 512 tokens, half of them prompt, D = 512, V = 32000, in float32
+    prefuse bench losses        # 4 pairs of 512 tokens, half of them prompt, D = 512, V = 32000, in float32
 
 A step is the loss and its gradients of hidden states and head, with a reference of the same size where there is one.
 Both run once a round, in turn; a ratio is the median over rounds of the two times of one round. One thread, processor
@@ -16,13 +16,14 @@ import importlib
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
+
+from prefuse.bench import record
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 
 SHAPE = (4, 512, 512, 32000)  # pairs, positions, hidden size, vocabulary
 LOSSES = ("DPO", "KTO", "ORPO", "SimPO", "CPO")
@@ -78,7 +79,7 @@ def resident(kind: str) -> int:
 
 
 def peak_bytes(variant: str, name: str) -> int:
-    command = [sys.executable, __file__, "--peak", variant, name]
+    command = [*record.again("losses"), "--peak", variant, name]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

@@ -1,7 +1,7 @@
 """The same DPO run by TRL's DPOTrainer and by prefuse: pairs per second, and what both models learned.
 
-    python bench/trainers.py                             # lengths of chat data, and prompts four times the answers
-    python bench/trainers.py --dataset_name pairs.json   # your own rows, too
+    prefuse bench train                             # lengths of chat data, and prompts four times the answers
+    prefuse bench train --dataset_name pairs.json   # your own rows, too
 
 One small Llama, one set of token ids, one order of the rows, the same hyperparameters, float32 on a CPU and bfloat16
 autocast on a GPU. TRL runs as it comes (the reference model in every step) and once more with its reference
@@ -37,8 +37,6 @@ import torch
 from datasets import Dataset
 from datasets import logging as datasets_logging
 from datasets.utils.logging import disable_progress_bar
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
-from rows import CHAT, LONG, SEED, Case, add_model_arguments, drawn_case, read_case, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -47,6 +45,8 @@ from trl import DPOConfig, DPOTrainer
 import prefuse.engine.report.log
 import prefuse.engine.run.setup
 from prefuse.attention import packed_hidden
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.rows import CHAT, LONG, SEED, Case, add_model_arguments, drawn_case, read_case, save_model
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import Pair, load_examples
 from prefuse.engine.train import train_loop

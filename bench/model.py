@@ -1,6 +1,6 @@
 """A whole model's step with its own logits and without them: `fuse_loss` and `sequence_logps` on a CPU.
 
-    python bench/model_loss.py --clock cpu
+    prefuse bench model --clock cpu
 
 A Llama of about 5 million weights in its layers under a vocabulary of 32000, four rows of 256 tokens of which half
 count. "loss" is forward and backward of the model's own loss, "log-probabilities" of the sum over sequences, as a DPO
@@ -14,14 +14,14 @@ import argparse
 import re
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefuse.bench import record
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from prefuse.transformers import fuse_loss, sequence_logps
 
 VOCABULARY, ROWS, TOKENS = 32000, 4, 256
@@ -103,7 +103,7 @@ def main() -> None:
             seconds[name].append(clock() - start)
     memory = {}
     for name in VARIANTS:
-        command = [sys.executable, __file__, "--threads", str(arguments.threads), "--peak", name]
+        command = [*record.again("model"), "--threads", str(arguments.threads), "--peak", name]
         memory[name] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
     result = {
         "environment": environment(),

@@ -1,6 +1,6 @@
 """How far a sequence's log-ratio is from float64, by sequence length and by the path that computes it.
 
-    python bench/logratio_error.py
+    prefuse bench accuracy
 
 A preference loss reads `sum over tokens of (log pi - log pi_ref)`, a small difference of two large sums. Every path
 gets the same bf16 hidden states and heads; what differs is whether the logits are rounded to bf16 on the way. CPU only,
@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from record import FIGURES, RESULTS, environment, markdown, write_json
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import prefuse
+from prefuse.bench.record import FIGURES, RESULTS, environment, markdown, write_json
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TOKENS, DIM, VOCAB = LENGTHS[-1], 512, 32000

@@ -1,7 +1,7 @@
 """TRL's DPO trainer on a CPU, with its own head and with prefuse's: time of a step, peak memory, and the loss.
 
-    python bench/trl_seam.py                     # V = 32000, D = 512, batches of 2 pairs of 2 x 512 tokens, float32
-    python bench/trl_seam.py --threads 1 --clock cpu --rounds 3
+    prefuse bench seam                     # V = 32000, D = 512, batches of 2 pairs of 2 x 512 tokens, float32
+    prefuse bench seam --threads 1 --clock cpu --rounds 3
 
 A Llama with random weights, TRL's defaults otherwise (checkpointing, AdamW, a reference model); and the same with LoRA,
 where the head is frozen and the adapters off are the reference. Every variant trains in a process of its own, in turns;
@@ -27,7 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
+
+from prefuse.bench import record
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 1  # steps
@@ -159,7 +161,7 @@ def measure(settings: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     for _ in range(settings.rounds):
         for tuned, variants in results.items():
             for name, rows in variants.items():
-                command = [sys.executable, __file__, *sys.argv[1:], "--variant", name, "--tuned", tuned]
+                command = [*record.again("seam"), *sys.argv[1:], "--variant", name, "--tuned", tuned]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 rows.append(json.loads(output.splitlines()[-1]))
                 print(f"{tuned}, {name}: {statistics.median(rows[-1]['seconds']):.2f} s", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The portable head on a CPU beside its own bare matrix products and its peers.
 
-    python bench/cpu_head.py                      # N = 2048, D = 1024, V = 32000 in float32, with peak memory
-    python bench/cpu_head.py --preset small --rounds 15
+    prefuse bench head                      # N = 2048, D = 1024, V = 32000 in float32, with peak memory
+    prefuse bench head --preset small --rounds 15
 
 Every variant runs once a round, in an order that changes from round to round; a ratio is the median over rounds of the
 two times of one round, so that whatever else the machine does hits both. Rates count 2NDV operations for the forward,
@@ -17,17 +17,17 @@ import random
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from torch import Tensor
 
 import prefuse
+from prefuse.bench import record
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from prefuse.kernels import slices as portable_tiles
 from prefuse.kernels.logprobs import portable
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
@@ -204,7 +204,7 @@ def summarize(times: dict[str, list[float]], flops: float) -> dict[str, dict[str
 def peak_bytes(name: str, shape: tuple[int, int, int], backward: bool) -> int:
     """Peak resident memory of one step beyond its inputs, in a process of its own."""
     sizes = ["--shape", *map(str, shape), "--threads", str(torch.get_num_threads())]
-    command = [sys.executable, __file__, "--peak", name, *sizes, *["--backward"] * backward]
+    command = [*record.again("head"), "--peak", name, *sizes, *["--backward"] * backward]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

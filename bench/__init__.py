@@ -1,0 +1,1 @@
+"""Measurements beside peers: `prefuse bench VERB`, one file a verb. Nothing imports it but the command line."""

@@ -1,0 +1,46 @@
+"""Settings of the rows: where they are read from, and which are held out."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prefuse.engine.config.setting import TRAINING, Rule, Topic, at_least, check_rule, require, setting
+
+
+@dataclass(frozen=True)
+class DataSettings(Topic):
+    title: ClassVar[str] = "Data"
+
+    # A resumed run compares its rows by their tokens, so the names of files and splits may differ.
+    dataset_name: str = setting(
+        "",
+        "Rows to train on, evaluate, or prompt with: a JSON, JSONL or Parquet file, a folder, or a hub name.",
+        may_differ=True,
+    )
+    dataset_train_split: str = setting(
+        "train", "Split to read when dataset_name or eval_dataset has splits.", may_differ=True
+    )
+    eval_dataset: str | None = setting(
+        None, "Held-out rows. If not given, eval_fraction of dataset_name is held out.", may_differ=True
+    )
+    dataset_test_split: str = setting("test", "Split of eval_dataset to read when it has splits.", may_differ=True)
+    eval_fraction: float | None = setting(
+        None,
+        "Share of dataset_name's prompts that is held out (chosen by seed) when eval_dataset is not given. None: 0.05 "
+        "for `train` and `sft`; `eval` and `generate` then look at all rows.",
+    )
+    max_length: int = setting(
+        1024,
+        "Most tokens of a prompt and its completion. A longer prompt loses its start; a completion is never cut.",
+        rule=at_least(1),
+    )
+
+    def command_defaults(self, command: str) -> dict[str, object]:
+        return {"eval_fraction": 0.05 if command in TRAINING else 1.0}
+
+    def check(self, command: str) -> None:
+        if command in TRAINING or self.eval_dataset is None:
+            require(self, "dataset_name")
+        rule = Rule("in (0, 1]", lambda value: 0 < value <= 1)
+        if command in TRAINING:
+            rule = Rule("in [0, 1): training needs rows too", lambda value: 0 <= value < 1)
+        check_rule("eval_fraction", self.eval_fraction, rule)

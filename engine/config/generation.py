@@ -1,0 +1,20 @@
+"""Settings of `prefuse generate`: how many prompts are answered, and how."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prefuse.engine.config.setting import Rule, Topic, at_least, setting
+
+
+@dataclass(frozen=True)
+class GenerationSettings(Topic):
+    title: ClassVar[str] = "Generation"
+    commands: ClassVar[tuple[str, ...]] = ("generate",)
+
+    num_prompts: int = setting(8, "How many prompts of the dataset to answer; 0 answers all.", rule=at_least(0))
+    max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
+    temperature: float = setting(
+        0.0,
+        "0 takes the most likely token; above it, samples from the whole distribution.",
+        rule=Rule("0, or at least 0.001 and at most 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3),
+    )

@@ -1,0 +1,101 @@
+"""Settings of the preference loss: its name, its hyperparameters, and the reference it is relative to."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import prefuse
+from prefuse.engine.config.setting import Topic, setting
+from prefuse.engine.errors import UserError
+from prefuse.losses.contract import Loss
+from prefuse.losses.names import fields_of
+
+# Setting -> field of the losses that have it.
+LOSS_SETTINGS = {
+    "beta": "beta",
+    "label_smoothing": "label_smoothing",
+    "nll_weight": "nll_weight",
+    "simpo_gamma": "gamma",
+    "slic_delta": "delta",
+    "discopop_tau": "tau",
+    "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight",
+}
+
+
+@dataclass(frozen=True)
+class LossSettings(Topic):
+    """The loss itself says which values its fields may have."""
+
+    title: ClassVar[str] = "Loss (docs/losses.md)"
+    commands: ClassVar[tuple[str, ...]] = ("train", "eval")
+
+    loss_type: Literal[
+        "dpo", "ipo", "kto", "simpo", "orpo", "cpo", "slic", "rpo", "sigmoid", "sigmoid_norm", "hinge", "robust",
+        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    ] = setting(
+        "dpo",
+        "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto also takes pairs, each as "
+        "one good and one bad completion; simpo, orpo, cpo and slic use no reference.",
+    )  # fmt: skip
+    beta: float | None = setting(
+        None,
+        "Strength of the pull towards the reference, or what the loss's paper calls beta (orpo: lambda). None: 0.1, "
+        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token.",
+    )
+    label_smoothing: float | None = setting(
+        None,
+        "The share of pairs whose preference is thought to be flipped, in [0, 0.5). None: 0, but 0.1 for robust and "
+        "0.001 for exo_pair.",
+    )
+    nll_weight: float | None = setting(
+        None,
+        "orpo, cpo, rpo, slic: weight of the SFT term. None: 1, but 0.1 for slic, whose term is a sum over tokens.",
+    )
+    simpo_gamma: float | None = setting(None, "simpo: the margin that the rewards are to have. None: 1.")
+    slic_delta: float | None = setting(None, "slic: the margin that the log-probabilities are to have. None: 1.")
+    discopop_tau: float | None = setting(None, "discopop: temperature of its modulation. None: 0.05.")
+    desirable_weight: float = setting(1.0, "KTO: weight of the desirable completions.")
+    undesirable_weight: float = setting(1.0, "KTO: weight of the undesirable completions.")
+    z0_scope: Literal["step", "microbatch"] = setting(
+        "step",
+        "KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A "
+        "microbatch then is per_device_train_batch_size rows, in flat batches too.",
+        commands=("train",),
+    )
+    reference_cache: str | None = setting(
+        None,
+        "Folder that keeps reference log-probabilities between runs; None keeps them in memory.",
+        may_differ=True,
+    )
+
+    def loss(self) -> Loss:
+        """The preference loss these settings name."""
+        given = {own: getattr(self, name) for name, own in LOSS_SETTINGS.items() if own in fields_of(self.loss_type)}
+        return prefuse.loss_named(self.loss_type, **{own: value for own, value in given.items() if value is not None})
+
+    def check(self, command: str) -> None:
+        if command not in LossSettings.commands:
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(LossSettings)}
+        for name in (*LOSS_SETTINGS, "z0_scope"):
+            if getattr(self, name) != defaults[name] and self.loss_type not in loss_types_with(name):
+                raise UserError(
+                    f"{name} has a meaning only with loss_type {', '.join(loss_types_with(name))}, got loss_type "
+                    f"{self.loss_type}: drop {name}"
+                )
+        try:
+            self.loss()
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+
+
+LOSS_TYPES = typing.get_args({field.name: field.type for field in dataclasses.fields(LossSettings)}["loss_type"])
+
+
+def loss_types_with(name: str) -> list[str]:
+    """The values of loss_type with which the setting `name` has a meaning."""
+    if name == "z0_scope":
+        return ["kto"]
+    return [loss_type for loss_type in LOSS_TYPES if LOSS_SETTINGS[name] in fields_of(loss_type)]

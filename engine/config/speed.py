@@ -1,0 +1,25 @@
+"""Settings that change how a run computes, not what it computes."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prefuse.engine.config.setting import EVERY, TRAINING, Topic, setting
+
+
+@dataclass(frozen=True)
+class SpeedSettings(Topic):
+    title: ClassVar[str] = "Speed and memory (docs/training.md)"
+    commands: ClassVar[tuple[str, ...]] = TRAINING
+
+    gradient_checkpointing: bool = setting(
+        False,
+        "Keep the inputs of each decoder layer alone, and run it again in the backward: less memory, a third slower.",
+        may_differ=True,
+    )
+    torch_compile: bool = setting(False, "Compile the decoder layers. The head is fused already.")
+    torch_compile_backend: str = setting("inductor", "torch.compile's backend.", only_with=("torch_compile", True))
+    use_liger_kernel: bool = setting(
+        False,
+        "Liger's kernels for norms, rotary embeddings and gated layers, where it has them for the model. Needs a GPU.",
+        commands=EVERY,
+    )
