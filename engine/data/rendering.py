@@ -6,15 +6,19 @@ A template is a program from elsewhere. It may recurse, divide by zero, or never
 """
 
 import datetime
+import json
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from prefuse.engine.data.forms import BadRow, DataError
-from prefuse.engine.data.turns import Message
+from prefuse.engine.data.turns import Message, parsed
 
+PROBE = {"probe": "a  b"}  # arguments of a tool call
+PROBE_TEXT = json.dumps(PROBE)
 SECONDS = 10  # CPU time that one conversation may take
 CHARACTERS = 50_000_000  # that one conversation may become
 
@@ -25,6 +29,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
         """`arguments`: what every row's template sees; `date`: the day that the template is told, "2026-11-28"."""
         self.tokenizer = tokenizer
+        self._probing, self._printed_calls = False, {}
         day = datetime.datetime.fromisoformat(date or datetime.date.today().isoformat())
         self.variables = {**tokenizer.special_tokens_map, "strftime_now": day.strftime, **(arguments or {})}
 
@@ -53,6 +58,51 @@ class ChatTemplate:
                 pieces.append(piece)
         return "".join(pieces), spans
 
+    def _shaped(self, turn: Message) -> Message:
+        """The turn as this template reads it: content in parts, a call's arguments as an object or as JSON text."""
+        if "tool_calls" in turn and not self._probing:
+            turn = turn | {"tool_calls": [self._shaped_call(call) for call in turn["tool_calls"]]}
+        if isinstance(turn.get("content"), str) and not self._probing and self._reads_parts:
+            return turn | {"content": [{"type": "text", "text": turn["content"]}]}
+        return turn
+
+    def _shaped_call(self, call: Message) -> Message:
+        function = call["function"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and not self._prints_call(PROBE_TEXT):
+            arguments = parsed(arguments, f'the arguments of the tool call "{function["name"]}"')
+        elif isinstance(arguments, dict) and not self._prints_call(PROBE) and self._prints_call(PROBE_TEXT):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return (
+            call if arguments is function.get("arguments") else call | {"function": function | {"arguments": arguments}}
+        )
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Templates of models that see images read a content as a list of parts, and drop a string."""
+        word = "a question"
+        return not self._prints([{"role": "user", "content": word}], word) and self._prints(
+            [{"role": "user", "content": [{"type": "text", "text": word}]}], word
+        )
+
+    def _prints_call(self, arguments: Any) -> bool:
+        """Whether such arguments of a tool call are printed as they are."""
+        if type(arguments) not in self._printed_calls:
+            function = {"name": "probe", "arguments": arguments}
+            call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+            said = PROBE_TEXT if isinstance(arguments, str) else PROBE["probe"]
+            self._printed_calls[type(arguments)] = self._prints([{"role": "user", "content": "Q"}, call], said)
+        return self._printed_calls[type(arguments)]
+
+    def _prints(self, messages: list[Message], text: str) -> bool:
+        self._probing = True
+        try:
+            return text in self.text(messages)
+        except BadRow:
+            return False
+        finally:
+            self._probing = False
+
     def source(self, tools: list[Message] | None = None) -> str:
         return self.tokenizer.get_chat_template(None, tools)
 
@@ -70,7 +120,7 @@ class ChatTemplate:
             raise DataError(
                 f"the chat template cannot be read: {_said(error)}. Fix: give another --chat_template"
             ) from None
-        messages = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        messages = [self._shaped({key: value for key, value in turn.items() if value is not None}) for turn in messages]
         variables = self.variables | (arguments or {})
         return compiled, {"messages": _alias_reasoning_fields(messages), "tools": tools, "documents": None, **variables}
 

@@ -19,7 +19,7 @@ from prefuse.engine.data.endings import control_tokens, ending_of
 from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
 from prefuse.engine.data.forms import BadRow, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
-from prefuse.engine.data.turns import Message, parsed
+from prefuse.engine.data.turns import Message
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,10 @@ class Renderer:
         return [replace(record, prompt=text, sides=completions, rendered=True)]
 
     def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
-        """With the default system prompt, and with tool calls as the template reads them."""
+        """With the default system prompt."""
         system = self.options.system_prompt
         if system and turns is record.prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
             turns = [{"role": "system", "content": system}, *turns]
-        if any("tool_calls" in turn for turn in turns) and not takes_text_arguments(self.template):
-            turns = [_with_parsed_arguments(turn) if "tool_calls" in turn else turn for turn in turns]
         return turns
 
     def _check_prompt(self, prompt: list[Message], text: str, tools: list[Message] | None) -> None:
@@ -242,26 +240,6 @@ def _pieces(whole: str, parts: list[tuple[str, str]]) -> list[Piece] | None:
 
 def _lost(messages: list[Message], prompt: list[Message], whole: str) -> bool:
     return any(lost_in_answer(turn, "", whole) for turn in messages[len(prompt) :] if turn["role"] == "assistant")
-
-
-def takes_text_arguments(template: ChatTemplate) -> bool:
-    """Whether it prints a tool call's arguments as they are where they are JSON text."""
-    text = '{"probe": "a  b"}'
-    call = {"type": "function", "function": {"name": "probe", "arguments": text}}
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    try:
-        return text in template.text(turns)
-    except BadRow:
-        return False
-
-
-def _with_parsed_arguments(turn: Message) -> Message:
-    calls = []
-    for call in turn["tool_calls"]:
-        function = call["function"]
-        arguments = parsed(function.get("arguments"), f'the arguments of the tool call "{function["name"]}"')
-        calls.append({**call, "function": {**function, "arguments": arguments}})
-    return {**turn, "tool_calls": calls}
 
 
 @cache
