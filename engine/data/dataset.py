@@ -7,18 +7,47 @@ from pathlib import Path
 
 from prefuse.engine.config.settings import LOSS_TYPES, Config
 from prefuse.engine.data.batches import Examples, examples_of
-from prefuse.engine.data.examples import load_examples, summarize_skipped
+from prefuse.engine.data.examples import describe_learned, load_examples, summarize_skipped
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.order import hold_out
+from prefuse.engine.data.stops import describe_unstopped
+from prefuse.engine.data.templates import TextOptions
+from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
 KIND_OF = {"sft": "sft"} | {name: "labelled" if name == "kto" else "pair" for name in LOSS_TYPES}
 
 
-def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int) -> tuple[Examples, list[Skipped]]:
-    """The usable rows and the others; says what was skipped, cut or taken apart."""
-    dataset = load_examples(source, kind, tokenizer, max_length, split=split)
+def text_options(config: Config) -> TextOptions:
+    """How the settings want rows to become tokens."""
+    system = config.system_prompt
+    if system is not None and system.endswith(".txt"):
+        try:
+            system = Path(system).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read system_prompt {system}: {error}") from None
+    return TextOptions(
+        turns=config.sft_turns,
+        arguments=config.template_arguments(),
+        system_prompt=system,
+        date=config.template_date,
+        eos_token=config.eos_token,
+        learn_after_stop=config.learn_after_stop,
+        truncation_mode=config.truncation_mode,
+        long_completions=config.long_completions,
+    )
+
+
+def read_examples(
+    source: str, split: str, kind: str, tokenizer, max_length: int, text: TextOptions
+) -> tuple[Examples, list[Skipped]]:
+    """The usable rows and the others; says what was skipped, cut or taken apart, and how much is learned."""
+    dataset = load_examples(source, kind, tokenizer, max_length, split=split, text=text)
     say(summarize_skipped(dataset))
+    say(f"  {describe_learned(dataset)}")
+    unstopped = describe_unstopped(dataset.examples, tokenizer, dataset.completions_cut)
+    if unstopped is not None:
+        say(f"  {unstopped}")
     if kind == "labelled" and "chosen" in dataset.form:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
@@ -27,7 +56,7 @@ def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
     """Rows to train on, held-out rows or None, and all that were skipped."""
-    rest = (kind, tokenizer, config.max_length)
+    rest = (kind, tokenizer, config.max_length, text_options(config))
     examples, skipped = read_examples(config.dataset_name, config.dataset_train_split, *rest)
     if config.eval_dataset is not None:
         held, more = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
@@ -41,7 +70,7 @@ def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, 
 
 def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
     """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out."""
-    rest = (kind, tokenizer, config.max_length)
+    rest = (kind, tokenizer, config.max_length, text_options(config))
     if config.eval_dataset is not None:
         return read_examples(config.eval_dataset, config.dataset_test_split, *rest)[0]
     examples, _ = read_examples(config.dataset_name, config.dataset_train_split, *rest)

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
-from prefuse.engine.data.fit import count_cut, fit
+from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
 from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
@@ -40,6 +40,7 @@ class Dataset:
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
+    completions_cut: int = 0  # rows of which a completion lost its end
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,8 +64,9 @@ def load_examples(
     text = text or TextOptions()
     if kind != "sft":
         text = replace(text, turns="last")
+    room = _room(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
-    examples, skipped, rows, prompts_cut = ExamplesBuilder(), [], 0, 0
+    examples, skipped, rows, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0, 0
     for block in _blocks(records, BLOCK_ROWS):
         rows += len(block)
         if kind == "sft":
@@ -72,8 +74,9 @@ def load_examples(
         encoded = tokenize(render(block, tokenizer, text), tokenizer)
         if has_preferences:
             encoded = each(encoded, _with_a_preference)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        fitted = each(encoded, room.fit)
         prompts_cut += count_cut(encoded, fitted)
+        completions_cut += count_cut_completions(encoded, fitted)
         for outcome in fitted:
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
@@ -84,20 +87,29 @@ def load_examples(
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
-    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored)
+    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored, completions_cut)
 
 
-def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train") -> list[Prompt]:
+def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
+    parts = character_parts(tokenizer)
+    return Room(max_length, tokenizer.bos_token_id, parts, text.truncation_mode, text.long_completions)
+
+
+def load_prompts(
+    source: str, tokenizer: Any, max_length: int, *, split: str = "train", text: TextOptions | None = None
+) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
     records, form, ignored = read_records(source, "prompt", split)
+    text = text or TextOptions()
+    room = _room(max_length, tokenizer, text)
     prompts, skipped, rows, cut = [], [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
         rows += len(block)
-        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
+        fitted = each(encoded, room.fit)
         cut += count_cut(encoded, fitted)
         for read, outcome in zip(block, fitted, strict=True):
             if isinstance(outcome, Skipped):
@@ -133,6 +145,8 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
         lines.append(f"  prompts cut at their start to fit max_length: {dataset.prompts_cut}")
+    if dataset.completions_cut:
+        lines.append(f"  completions cut at their end to fit max_length: {dataset.completions_cut}")
     rows_by_reason: dict[str, list[str]] = {}
     for skipped in dataset.skipped:
         # Rows that are too long have one reason, however long each is.
@@ -143,6 +157,14 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     if len(rows_by_reason) > limit:
         lines.append(f"  ... and {len(rows_by_reason) - limit} more reasons")
     return "\n".join(lines)
+
+
+def describe_learned(dataset: Dataset) -> str:
+    """How many tokens are learned, and of how many: in sft, the turns between answers stand in completions too."""
+    completions, learned = int(dataset.examples.completions.lengths.sum()), dataset.examples.learned
+    if learned is None:
+        return f"{completions} answer tokens"
+    return f"{int(learned.sum())} answer tokens are learned; {completions - int(learned.sum())} stand between answers"
 
 
 def _listed(rows: list[str], limit: int) -> str:

@@ -38,7 +38,7 @@ DEFAULT_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How conversations become text."""
+    """How rows become text, and text tokens: what `prefuse ... --help` says of the settings."""
 
     turns: Literal["all", "last"] = "all"  # sft: which answers of a conversation are learned
     arguments: dict[str, Any] | None = None  # for the template; a row's chat_template_kwargs come on top
@@ -46,6 +46,8 @@ class TextOptions:
     date: str | None = None  # "2026-11-28", what templates take for today; None: today
     eos_token: str | None = None  # put behind answers that the template ends with no token
     learn_after_stop: bool = False  # TRL's way: what the template writes behind the stop token is learned too
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    long_completions: Literal["skip", "cut"] = "skip"
 
 
 def render(

@@ -17,6 +17,7 @@ from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import KIND_OF, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
+from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.adapters import adapters_off, base_state
@@ -30,6 +31,7 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
+from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import check_same, latest_checkpoint, load_checkpoint, read_state
 from prefuse.engine.run.guards import Guards
@@ -120,7 +122,7 @@ def prepare(config: Config, command: str) -> Run:
         )  # fmt: skip
 
     def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path)
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
         kind = KIND_OF["sft" if command == "sft" else config.loss_type]
         return tokenizer, *read_training_data(config, kind, tokenizer)
 
@@ -130,6 +132,7 @@ def prepare(config: Config, command: str) -> Run:
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, loss.beta if loss.uses_reference else None)
     if isinstance(loss, prefuse.KTO):
         guards.check_labels(examples.labels)

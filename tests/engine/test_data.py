@@ -217,7 +217,11 @@ def test_string_pairs(tmp_path, tokenizer, rows, max_length):
             continue
         cut += 1
         head = bos if room > 1 else []
-        assert pair.prompt == head + whole[len(whole) - room + len(head) :]
+        end = whole[len(whole) - room + len(head) :]
+        left_out = len(head) + len(end) - len(pair.prompt)  # the rest of a character that was cut
+        assert pair.prompt == head + end[left_out:]
+        assert left_out <= 3
+        assert left_out == 0 or tokenizer.decode(end[: left_out + 1]).startswith("\ufffd")
     assert dataset.prompts_cut == cut
 
 
