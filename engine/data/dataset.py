@@ -1,9 +1,12 @@
 """The rows of a run: read, reported, split into those to train on and those held out."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from prefuse.engine.config.settings import LOSS_TYPES, Config
 from prefuse.engine.data.batches import Examples, examples_of
@@ -30,12 +33,28 @@ def text_options(config: Config) -> TextOptions:
         turns=config.sft_turns,
         arguments=config.template_arguments(),
         system_prompt=system,
-        date=config.template_date,
+        date=config.template_date or first_day(Path(config.model_name_or_path)),
         eos_token=config.eos_token,
         learn_after_stop=config.learn_after_stop,
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
     )
+
+
+def first_day(folder: Path) -> str | None:
+    """The day that the run in `folder` began, which its chat template was told; None for any other folder."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        date = settings["template_date"]
+        return date if isinstance(date, str) else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def day_of_run(config: Config, resumed: bool) -> str:
+    """The day that the chat template takes for today: the setting, a resumed run's first day, else today."""
+    found = config.template_date or (first_day(Path(config.output_dir)) if resumed else None)
+    return found or datetime.date.today().isoformat()
 
 
 def read_examples(

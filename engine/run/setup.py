@@ -15,7 +15,7 @@ import prefuse
 from prefuse.engine.config.settings import Config, decides_weights
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.dataset import KIND_OF, read_training_data, write_skipped
+from prefuse.engine.data.dataset import KIND_OF, day_of_run, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
@@ -113,6 +113,7 @@ def prepare(config: Config, command: str) -> Run:
     folder = Path(config.output_dir)
     again = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     found = ranks.from_main(lambda: _open_folder(folder, again))
+    config = dataclasses.replace(config, template_date=ranks.from_main(lambda: day_of_run(config, again)))
     checkpoint = None if found is None else folder / found
     device = device_of(config)
     if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
