@@ -57,10 +57,9 @@ def first_day(folder: Path) -> str | None:
         return None
 
 
-def day_of_run(config: Config, resumed: bool) -> str:
-    """The day that the chat template takes for today: the setting, a resumed run's first day, else today."""
-    found = config.template_date or (first_day(Path(config.output_dir)) if resumed else None)
-    return found or datetime.date.today().isoformat()
+def day_of_run(config: Config) -> str:
+    """The day that the chat template takes for today: the setting, the run's first day where it goes on, else today."""
+    return config.template_date or first_day(Path(config.output_dir)) or datetime.date.today().isoformat()
 
 
 def read_examples(
@@ -73,7 +72,7 @@ def read_examples(
     unstopped = describe_unstopped(dataset.examples, tokenizer, dataset.completions_cut)
     if unstopped is not None:
         say(f"  {unstopped}")
-    if kind == "labelled" and "chosen" in dataset.form:
+    if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
     return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped

@@ -8,13 +8,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
-from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
+from prefuse.engine.data.forms import (
+    BadRow,
+    DataError,
+    Message,
+    ReadOptions,
+    Record,
+    SetAside,
+    Skipped,
+    read_records,
+)
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
 from prefuse.engine.data.templates import TextOptions, render
@@ -40,7 +49,10 @@ class Dataset:
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
+    columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
+    notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
     completions_cut: int = 0  # rows of which a completion lost its end
+    is_paired: bool = False  # its rows are pairs, whatever they were read as
 
     @cached_property
     def fingerprint(self) -> str:
@@ -48,27 +60,36 @@ class Dataset:
 
 
 def load_examples(
-    source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train", text: TextOptions | None = None
+    source: str,
+    kind: Kind,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    text: TextOptions | None = None,
+    max_skipped: float = 0.5,
+    **reading: Any,
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
-    usable row.
+    (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
+    for columns that do not say what they are.
+    Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
+    whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
     if kind not in get_args(Kind):
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split)
+    records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
     text = text or TextOptions()
     if kind != "sft":
         text = replace(text, turns="last")
     room = _room(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
-    examples, skipped, rows, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0, 0
+    examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
         if kind == "sft":
             block = each(block, _demonstrated)
         encoded = tokenize(render(block, tokenizer, text), tokenizer)
@@ -83,11 +104,23 @@ def load_examples(
             else:
                 sides = list(outcome.sides.values())
                 examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
-    _require_usable(len(examples), skipped, source)
+    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
-    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored, completions_cut)
+    return Dataset(
+        examples=table,
+        skipped=skipped,
+        source=source,
+        rows=form.tally.rows,
+        prompts_cut=prompts_cut,
+        form=str(form),
+        ignored_columns=ignored,
+        columns=form.roles,
+        notes=form.tally.lines,
+        completions_cut=completions_cut,
+        is_paired=form.kind == "pair",
+    )
 
 
 def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
@@ -96,18 +129,23 @@ def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
 
 
 def load_prompts(
-    source: str, tokenizer: Any, max_length: int, *, split: str = "train", text: TextOptions | None = None
+    source: str,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    text: TextOptions | None = None,
+    **reading: Any,
 ) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
-    records, form, ignored = read_records(source, "prompt", split)
+    records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
     text = text or TextOptions()
     room = _room(max_length, tokenizer, text)
-    prompts, skipped, rows, cut = [], [], 0, 0
+    prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
         fitted = each(encoded, room.fit)
         cut += count_cut(encoded, fitted)
@@ -116,9 +154,10 @@ def load_prompts(
                 skipped.append(outcome)
             else:
                 prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
-    _require_usable(len(prompts), skipped, source)
+    rows = form.tally.rows
+    _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
-        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored)
+        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
     return prompts
 
@@ -141,6 +180,9 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     """
     count = len(dataset.skipped)
     lines = [f"{dataset.source}: {dataset.rows} rows as {dataset.form}, {count} skipped"]
+    if " -> " in dataset.columns:
+        lines.append(f"  columns: {dataset.columns}")
+    lines += [f"  {note}" for note in dataset.notes]
     if dataset.ignored_columns:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
@@ -176,17 +218,26 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _require_usable(count: int, skipped: list[Skipped], source: str) -> None:
+def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+    bad = [skip for skip in skipped if not skip.by_rule]
     if not count:
-        reasons = "\n".join(f"  {skip.row}: {skip.reason}" for skip in skipped[:5])
-        more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{reasons}{more}")
+        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")
+    if len(bad) > max_skipped * rows:
+        raise DataError(
+            f"{source}: {len(bad)} of {rows} rows cannot be used, more than max_skipped {max_skipped:g} allows:\n"
+            f"{_first_reasons(bad)}"
+        )
+
+
+def _first_reasons(skipped: list[Skipped]) -> str:
+    lines = [f"  {skip.row}: {skip.reason}" for skip in skipped[:5]]
+    return "\n".join([*lines, f"  ... and {len(skipped) - 5} more"] if len(skipped) > 5 else lines)
 
 
 def _demonstrated(record: Record) -> Record:
     """What a row shows to imitate: its completion, unless that is labelled bad, or its chosen side."""
     if record.label is False:
-        raise BadRow("its label is false, and sft learns from true ones only")
+        raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
     conversation = record.conversation and record.label is None  # a label is about the last answer
     return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation)
