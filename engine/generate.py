@@ -109,12 +109,12 @@ def _end_of(text: str) -> str:
 
 def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
     """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out."""
-    rest = (tokenizer, config.max_length)
-    text = text_options(config)
+    rest, reading = (tokenizer, config.max_length), {**config.reading(), "text": text_options(config)}
     if config.eval_dataset is not None:
-        prompts = load_prompts(config.eval_dataset, *rest, split=config.dataset_test_split, text=text)
+        prompts = load_prompts(config.eval_dataset, *rest, split=config.dataset_test_split, **reading)
     else:
-        prompts = load_prompts(config.dataset_name, *rest, split=config.dataset_train_split, text=text)
+        source = config.datasets or config.dataset_name
+        prompts = load_prompts(source, *rest, split=config.dataset_train_split, **reading)
         _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
     prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each

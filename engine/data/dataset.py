@@ -5,6 +5,7 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,11 +63,16 @@ def day_of_run(config: Config) -> str:
     return config.template_date or first_day(Path(config.output_dir)) or datetime.date.today().isoformat()
 
 
+def reading_of(config: Config) -> dict[str, Any]:
+    """How the settings want rows to be read and to become tokens: keywords of `load_examples`."""
+    return {**config.reading(), "max_skipped": config.max_skipped, "text": text_options(config)}
+
+
 def read_examples(
-    source: str, split: str, kind: str, tokenizer, max_length: int, text: TextOptions
+    source: str | list, split: str, kind: str, tokenizer, max_length: int, reading: dict[str, Any]
 ) -> tuple[Examples, list[Skipped]]:
     """The usable rows and the others; says what was skipped, cut or taken apart, and how much is learned."""
-    dataset = load_examples(source, kind, tokenizer, max_length, split=split, text=text)
+    dataset = load_examples(source, kind, tokenizer, max_length, split=split, **reading)
     say(summarize_skipped(dataset))
     say(f"  {describe_learned(dataset)}")
     unstopped = describe_unstopped(dataset.examples, tokenizer, dataset.completions_cut)
@@ -80,8 +86,8 @@ def read_examples(
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
     """Rows to train on, held-out rows or None, and all that were skipped."""
-    rest = (kind, tokenizer, config.max_length, text_options(config))
-    examples, skipped = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    rest = (kind, tokenizer, config.max_length, reading_of(config))
+    examples, skipped = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     if config.eval_dataset is not None:
         held, more = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
         return examples, held, skipped + more
@@ -94,10 +100,10 @@ def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, 
 
 def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
     """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out."""
-    rest = (kind, tokenizer, config.max_length, text_options(config))
+    rest = (kind, tokenizer, config.max_length, reading_of(config))
     if config.eval_dataset is not None:
         return read_examples(config.eval_dataset, config.dataset_test_split, *rest)[0]
-    examples, _ = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    examples, _ = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     _, held = hold_out_rows(examples.prompts, config)
     say(f"  evaluating {len(held)} of {len(examples)}")
     return examples.select(held)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -22,6 +22,7 @@ from prefuse.engine.data.forms import (
     Record,
     SetAside,
     Skipped,
+    name_of,
     read_records,
 )
 from prefuse.engine.data.outcomes import each
@@ -60,7 +61,7 @@ class Dataset:
 
 
 def load_examples(
-    source: str,
+    source: str | Sequence[Any],
     kind: Kind,
     tokenizer: Any,
     max_length: int,
@@ -72,6 +73,7 @@ def load_examples(
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
+    A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
     (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
     for columns that do not say what they are.
@@ -83,6 +85,7 @@ def load_examples(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
     records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    source = name_of(source)
     text = text or TextOptions()
     if kind != "sft":
         text = replace(text, turns="last")
@@ -129,7 +132,7 @@ def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
 
 
 def load_prompts(
-    source: str,
+    source: str | Sequence[Any],
     tokenizer: Any,
     max_length: int,
     *,
@@ -142,6 +145,7 @@ def load_prompts(
     Rows that cannot be used are named in the log.
     """
     records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    source = name_of(source)
     text = text or TextOptions()
     room = _room(max_length, tokenizer, text)
     prompts, skipped, cut = [], [], 0
