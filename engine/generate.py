@@ -61,7 +61,7 @@ def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Confi
     torch.manual_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     texts = []
-    size = config.per_device_eval_batch_size
+    size, stops = config.per_device_eval_batch_size, _stop_tokens(lm, tokenizer)
     with progress_bar() as bar, lm.autocast():
         task = bar.add_task("generating", total=len(prompts))
         for start in range(0, len(prompts), size):
@@ -70,11 +70,11 @@ def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Confi
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 max_new_tokens=config.max_new_tokens,
-                eos_token_id=_stop_tokens(lm, tokenizer),
+                eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(sampling if config.temperature > 0 else {"do_sample": False}),
             )
-            answers = out[:, ids.shape[1] :].tolist()
+            answers = [_up_to(stops, answer) for answer in out[:, ids.shape[1] :].tolist()]
             texts += [
                 continuation(tokenizer, *both) for both in zip(prompts[start : start + size], answers, strict=True)
             ]
@@ -87,6 +87,11 @@ def _stop_tokens(lm: LanguageModel, tokenizer) -> list[int]:
     own = lm.model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
+
+
+def _up_to(stops: list[int], answer: list[int]) -> list[int]:
+    """The answer before its stop token, which may be no special token, and before the padding behind it."""
+    return answer[: next((i for i, token in enumerate(answer) if token in stops), len(answer))]
 
 
 def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask
