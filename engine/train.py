@@ -29,8 +29,9 @@ from prefuse.engine.report.log import add_metrics, progress_bar, say, say_metric
 from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import save_checkpoint
 from prefuse.engine.run.optimizer import learning_rate
+from prefuse.engine.run.plan import Share
 from prefuse.engine.run.ranks import clip_gradients, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, Share, prepare, state_of
+from prefuse.engine.run.setup import Run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
