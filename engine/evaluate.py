@@ -9,7 +9,6 @@ kept (at most 64 MiB), so no second model stays in memory.
     prefuse eval --model_name_or_path run --ref_model_name_or_path base --eval_dataset test.jsonl
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.dataset import KIND_OF, read_evaluation_data
+from prefuse.engine.data.dataset import kind_of, read_evaluation_data
 from prefuse.engine.data.order import draw_mismatches, plan_evaluation
 from prefuse.engine.model.forward import LanguageModel, count_items, fused_loss, reference_point
 from prefuse.engine.model.load import (
@@ -33,8 +32,10 @@ from prefuse.engine.model.load import (
 )
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, table
+from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
+from prefuse.losses.contract import needs_of
 from prefuse.models.padding import completion_hidden
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
@@ -54,7 +55,7 @@ class HeldOut:
     examples: Examples
     batches: list[list[int]]
     ref_logps: list[Tensor] | None = None  # (E,), None for a loss without reference
-    mismatches: Examples | None = None  # KTO
+    mismatches: Examples | None = None  # for a loss that needs z0
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: list[KLSample] | None = None  # one per batch
 
@@ -68,13 +69,13 @@ def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config, ra
         return HeldOut(examples, batches)
     own = batches[ranks.rank :: ranks.size]
     mismatches = mismatch_logps = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         mismatches = mismatched(examples, draw_mismatches(examples.prompts, config.seed, -1), config.max_length)
         mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
     return HeldOut(
         examples,
         batches,
-        reference_logps(ref, examples, own, config.reference_cache, ranks) if loss.uses_reference else None,
+        reference_logps(ref, examples, own, config.reference_cache, ranks) if "reference" in needs_of(loss) else None,
         mismatches,
         mismatch_logps,
         _sample_reference(ref, examples, batches),
@@ -127,17 +128,17 @@ def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    examples = read_evaluation_data(config, KIND_OF[config.loss_type], tokenizer)
+    examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
     lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
     for model in lm, ref:
         check_model(model, examples)
     check_same_vocabulary(lm, ref)
     examples = without_padding(examples, (lm, ref), config)
     metrics = compare(lm, ref, examples, config)
+    if config.output_file is not None:  # before it is shown: a screen may be gone
+        write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
     title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
-    if config.output_file is not None:
-        Path(config.output_file).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 

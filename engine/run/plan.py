@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
@@ -20,7 +19,7 @@ from prefuse.engine.model.load import check_model, check_same_vocabulary, load_m
 from prefuse.engine.report.log import say
 from prefuse.engine.run.ranks import Ranks, share
 from prefuse.engine.run.reference_logps import Logps, reference_logps
-from prefuse.losses.contract import Loss
+from prefuse.losses.contract import Loss, needs_of
 
 Parts = list[list[list[int]]]  # of one step, by rank and microbatch: example indices
 
@@ -31,7 +30,7 @@ class Share:
 
     step: int
     batches: list[Batch]
-    mismatches: list[Batch]  # KTO: one for each batch
+    mismatches: list[Batch]  # for a loss that needs z0: one for each batch
     counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
 
@@ -72,7 +71,7 @@ class TrainingSet:
     steps: Steps
     ranks: Ranks
     ref_logps: Logps | None = None  # of the rows of planned steps
-    mismatches: list[Examples] | None = None  # KTO, by epoch
+    mismatches: list[Examples] | None = None  # for a loss that needs z0, by epoch
     mismatch_ref_logps: list[Logps] | None = None  # by epoch, of the rows of its planned steps
 
     @property
@@ -106,21 +105,21 @@ def meet_reference(
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards."""
     ref = lm
-    if loss.uses_reference and config.ref_model_name_or_path is not None:
+    if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
         check_same_vocabulary(lm, ref)
     examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
     steps = Steps(examples, config, ranks)
-    if not loss.uses_reference:
+    if "reference" not in needs_of(loss):
         return TrainingSet(examples, steps, ranks), held and hold(held, None, loss, config, ranks)
 
     say(f"reference log-probabilities of {_planned(steps, len(examples))} examples ...")
     first = steps.microbatches_of(ranks.rank, 0)  # as the policy will meet them
     logps = reference_logps(ref, examples, first, config.reference_cache, ranks)
     mismatches = mismatch_logps = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
         mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
         mismatch_logps = [
