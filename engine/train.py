@@ -36,8 +36,9 @@ from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.optimizer import learning_rate
+from prefuse.engine.run.plan import Share
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, Share, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import needs_of
 

@@ -65,7 +65,8 @@ def day_of_run(config: Config) -> str:
 
 def reading_of(config: Config) -> dict[str, Any]:
     """How the settings want rows to be read and to become tokens: keywords of `load_examples`."""
-    return {**config.reading(), "max_skipped": config.max_skipped, "text": text_options(config)}
+    rest = {"max_skipped": config.max_skipped, "text": text_options(config), "cache": config.dataset_cache}
+    return {**config.reading(), **rest}
 
 
 def read_examples(
