@@ -117,7 +117,7 @@ def by_prefuse(given: Prepared) -> Outcome:
                 for plan in run.data.plans
             ]
         training = Stopwatch(arguments)
-        train_loop(run)
+        train_loop(run, run.data.steps_from(run.start))
         seconds = {"reference": reference.seconds, "training": training.stop()}
         losses = [row["loss"] for row in map(json.loads, run.log.path.read_text().splitlines()) if "loss" in row]
     return Outcome(seconds, losses, run.lm.model)

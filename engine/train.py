@@ -11,7 +11,9 @@ step, from a pass over all its mismatches before the update, where the paper and
 """
 
 import logging
+import shlex
 import tempfile
+from collections.abc import Iterable
 from itertools import compress
 from pathlib import Path
 
@@ -21,13 +23,14 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
-from prefuse.engine.evaluate import evaluate
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model.load import save_model, trained_weights
-from prefuse.engine.report.log import add_metrics, progress_bar, say, say_metrics
+from prefuse.engine.report.clock import clock, timed
+from prefuse.engine.report.log import add_metrics, progress_bar, say, say_metrics, say_time
 from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import save_checkpoint
+from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.ranks import clip_gradients, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import Run, Share, prepare, state_of
@@ -38,17 +41,38 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, command: str) -> dict[str, float]:
     """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
+    clock.restart(torch.device("cpu"))
     run = prepare(config, command)
-    metrics = train_loop(run)
-    publish_model(run)
+    clock.use(run.lm.device)
+    metrics = train_loop(run, run.data.steps_from(run.start))
+    with clock.part("checkpoints"):
+        publish_model(run)
     if run.ranks.main:
         plot_curves(run.log.path, run.folder / "curves.png")
+    say_time(clock.shares())
     say(f"{run.data.total_steps} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
+    say(next_commands(run, command))
     run.ranks.wait()
     return metrics
 
 
-def train_loop(run: Run) -> dict[str, float]:
+def next_commands(run: Run, command: str) -> str:
+    """What to do with the model: commands that run as they stand."""
+    config, rows = run.config, f"--config {shlex.quote(str(run.folder / 'config.yaml'))}"
+    ref = config.ref_model_name_or_path or config.model_name_or_path
+    against = f"--ref_model_name_or_path {shlex.quote(ref)}"
+    own = f"--model_name_or_path {shlex.quote(str(run.folder))}"
+    if run.held is None:  # the run's settings hold no rows out
+        rows += " --eval_fraction 1.0"
+    how = "--loss_type sft" if command == "sft" else against
+    load = f'AutoModelForCausalLM.from_pretrained("{run.folder}")'
+    if run.lm.adapters is not None:
+        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{ref}"), "{run.folder}")'
+    return f"next:\n  prefuse eval {rows} {own} {how}\n  prefuse generate {rows} {own} {against}\n  in Python: {load}"
+
+
+def train_loop(run: Run, steps: Iterable[Share]) -> dict[str, float]:
+    """Train on `steps`, which begin after step `run.start`; the last metrics, eval_* among them."""
     config, data, window, ranks, total = run.config, run.data, run.window, run.ranks, run.data.total_steps
     done = saved = run.start
     last, evaluates = {}, run.evaluate_first
@@ -59,7 +83,7 @@ def train_loop(run: Run) -> dict[str, float]:
                 last |= evaluate_and_log(run, done, signals)
             evaluates = False
             window.restart_clock()
-            for share in data.steps_from(run.start):
+            for share in timed(steps, "data"):
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
@@ -120,6 +144,7 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
 def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[str, Tensor]:
     """One update from the microbatches of all ranks: {name: (2,) [sum, count]}. None, and {}, if that is no number."""
     totals, suspects = accumulate(run, share, num_items)
+    clock.to("optimizer")
     norm = clip_gradients(run.lm.model, run.config.max_grad_norm).to(run.lm.device)  # from the CPU, if offloaded
     # The one wait for the device in a step: an update that must not be made cannot be taken back.
     loss = totals["loss"][0].item() / num_items
@@ -132,6 +157,7 @@ def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[
     else:
         totals = {}
     run.optimizer.zero_grad()
+    clock.to("other")
     return totals
 
 
@@ -153,13 +179,15 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
         counts = share.counts[number]
-        (out.loss if counts else 0.0 * out.loss).backward()
+        with clock.part("head"):  # until the gradient of the hidden states is there
+            (out.loss if counts else 0.0 * out.loss).backward()
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
         add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
-    sum_gradients(lm.model, ranks)
+    with clock.part("optimizer"):
+        sum_gradients(lm.model, ranks)
     own = list(compress(share.batches, share.counts))
     padded = padded_tokens(own, run.config.per_device_train_batch_size)
     saved = [padded - sum(batch.tokens.num_tokens for batch in own), padded]
@@ -183,8 +211,10 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
         if run.ranks.any(bool(signals.received)):
             signals.stop()
 
-    with run.window.clock_stopped():
-        means = evaluate(run.lm, run.held, run.loss, run.ranks, between)
+    # A policy that is its own reference, before the first step: known without running it.
+    unmoved = step == 0 and run.loss.uses_reference and run.config.ref_model_name_or_path is None
+    with run.window.clock_stopped(), clock.part("evaluation"):
+        means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     run.guards.on_evaluation(step, means)
     metrics = {f"eval_{name}": value for name, value in means.items()}
     run.log.write(step, step / run.data.steps_per_epoch, metrics)
@@ -215,7 +245,8 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
 def save(run: Run, step: int, evaluate: bool) -> None:
     state = state_of(run, step, evaluate)
-    save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.config.save_total_limit, run.ranks)
+    with clock.part("checkpoints"):
+        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.config.save_total_limit, run.ranks)
 
 
 def publish_model(run: Run) -> None:

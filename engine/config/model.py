@@ -37,5 +37,3 @@ class ModelSettings(Topic):
 
     def check(self, command: str) -> None:
         require(self, "model_name_or_path")
-        if command == "eval":
-            require(self, "ref_model_name_or_path")  # what rewards and KL are relative to

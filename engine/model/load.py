@@ -20,7 +20,7 @@ from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
+from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,12 +160,34 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
     return dataclasses.replace(examples, padding_free=True)
 
 
-def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:
+    """How many tokens both models have; UserError where the same id may mean another token.
+
+    Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
+    """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    if own != theirs:
+    tokens = load_tokenizer(config.model_name_or_path).get_vocab()
+    try:
+        others = load_tokenizer(config.ref_model_name_or_path).get_vocab()
+    except UserError:  # a folder with weights alone
+        others = None
+    if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
         raise UserError(
             f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
         )
+    if others is not None and others != tokens:
+        different = len(tokens.items() ^ others.items())
+        logger.warning(
+            "the tokenizers of model and reference differ in %d entries; rows are read with the model's own, and the "
+            "reference is asked about the same ids", different,
+        )  # fmt: skip
+    return min(own, theirs)
+
+
+def first_rows(head: Head, tokens: int) -> Head:
+    """The head over the first `tokens` tokens: without rows of padding."""
+    bias = None if head.bias is None else head.bias[:tokens]
+    return Head(head.weight[:tokens], bias, head.softcap, head.logit_scale)
 
 
 def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:

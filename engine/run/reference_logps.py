@@ -24,6 +24,7 @@ from prefuse.engine.data.batches import Examples, collate
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
 from prefuse.engine.model.forward import LanguageModel, token_logps
+from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
 
@@ -85,7 +86,7 @@ def _compute(
     lm: LanguageModel, examples: Examples, batches: Sequence[Sequence[int]], ranks: Ranks = ALONE
 ) -> list[Tensor]:
     logps: list[Tensor | None] = [None] * len(examples)
-    for indices, counts_here in ranks.in_step(batches, [0]):
+    for indices, counts_here in progress(ranks.in_step(batches, [0]), "reference", len(batches)):
         values = _logps_of(lm, examples, indices)
         if counts_here:
             for index, own in zip(indices, values, strict=True):

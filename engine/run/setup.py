@@ -18,7 +18,6 @@ from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import KIND_OF, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.errors import UserError
-from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
@@ -30,9 +29,11 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
+from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import check_same, latest_checkpoint, load_checkpoint, read_state
 from prefuse.engine.run.guards import Guards
+from prefuse.engine.run.held_out import HeldOut, hold
 from prefuse.engine.run.optimizer import make_optimizer
 from prefuse.engine.run.ranks import Ranks, fingerprint, join, share
 from prefuse.engine.run.reference_logps import reference_logps
@@ -124,7 +125,8 @@ def prepare(config: Config, command: str) -> Run:
         kind = KIND_OF["sft" if command == "sft" else config.loss_type]
         return tokenizer, *read_training_data(config, kind, tokenizer)
 
-    tokenizer, examples, held_examples, skipped = ranks.together(read)
+    with clock.part("data"):
+        tokenizer, examples, held_examples, skipped = ranks.together(read)
     _check_same_rows(examples, held_examples, ranks)
     ranks.from_main(lambda: write_skipped(skipped, folder / "skipped.jsonl"))
     torch.manual_seed(config.seed + ranks.rank)
@@ -133,7 +135,7 @@ def prepare(config: Config, command: str) -> Run:
     guards = Guards(config, loss.beta if loss.uses_reference else None)
     if isinstance(loss, prefuse.KTO):
         guards.check_labels(examples.labels)
-    with adapters_off(lm.model):
+    with adapters_off(lm.model), clock.part("reference"):
         data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if decides_weights(k)}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
@@ -224,7 +226,7 @@ def _meet_reference(
     if loss.uses_reference and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
-        check_same_vocabulary(lm, ref)
+        check_same_vocabulary(lm, ref, config)
     examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
 
