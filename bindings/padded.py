@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from prefuse.kernels import linear_logprobs
-from prefuse.losses.contract import DPO, Loss, Sequences
+from prefuse.losses.contract import Loss, Sequences, needs_of
+from prefuse.losses.pairs import DPO
 from prefuse.models.head import IGNORE
 
 
@@ -137,7 +138,7 @@ def preference_loss(
     sides = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     if len({x.shape for x in sides}) > 1 or policy_chosen_logps.dim() != 1:
         raise ValueError(f"expected four tensors (P,), one number for each pair, got {[tuple(x.shape) for x in sides]}")
-    if loss.per != "pair" or not loss.uses_reference:
+    if loss.per != "pair" or needs_of(loss) != {"reference"}:
         raise ValueError(f"expected a loss over pairs with a reference (DPO, IPO), got {loss}")
     chosen = policy_chosen_logps.double() - reference_chosen_logps.detach().double()
     rejected = policy_rejected_logps.double() - reference_rejected_logps.detach().double()

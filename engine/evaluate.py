@@ -11,7 +11,6 @@ position of the completions; while training it is a mean over a sample of them (
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples, collate
-from prefuse.engine.data.dataset import KIND_OF, read_evaluation_data
+from prefuse.engine.data.dataset import kind_of, read_evaluation_data
 from prefuse.engine.model.forward import (
     LanguageModel,
     completion_states,
@@ -40,15 +39,16 @@ from prefuse.engine.model.load import (
     without_padding,
 )
 from prefuse.engine.report.log import add_metrics, progress, say, table
+from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
-from prefuse.losses.contract import Loss
+from prefuse.losses.contract import Loss, needs_of
 
 
 def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    examples = read_evaluation_data(config, KIND_OF[config.loss_type], tokenizer)
+    examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
     lm, ref = load_model(config.model_name_or_path, config, device), None
     check_model(lm, examples)
     title = f"{config.model_name_or_path}, {len(examples)} examples"
@@ -59,13 +59,13 @@ def evaluate_command(config: Config) -> dict[str, float]:
         title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     examples = without_padding(examples, (lm,) if ref is None else (lm, ref), config)
     metrics = compare(lm, ref, examples, config)
+    if config.output_file is not None:  # before it is shown: a screen may be gone
+        write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
     if "rewards/ties" in metrics and metrics["rewards/ties"] > 0:
         say("rewards/ties: pairs with equal rewards; rewards/accuracies counts them as wrong, as TRL does")
     if "kl_to_ref" in metrics:
         say("kl_to_ref: over every learned position of the completions (while training, over a sample of them)")
-    if config.output_file is not None:
-        Path(config.output_file).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 
@@ -75,7 +75,7 @@ def compare(lm: LanguageModel, ref: LanguageModel | None, examples: Examples, co
     loss = config.loss()
     batches = evaluation_batches(examples, config)
     z0 = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         z0 = _reference_point(lm, ref, held_out_mismatches(examples, config), batches)
     totals: dict[str, Tensor] = {}
     for indices in progress(batches, "evaluating", len(batches)):
@@ -94,7 +94,7 @@ def measure(
     if loss.per == "token":
         metrics = token_metrics(lm, hidden, batch, learned)
     else:
-        if loss.uses_reference:
+        if "reference" in needs_of(loss):
             batch = dataclasses.replace(batch, ref_logps=logps_of_states(ref, ref_hidden, batch))
         out = loss_of_states(lm, hidden, batch, loss, num_items=1, z0=z0)
         metrics = {"loss": torch.stack([out.loss, out.loss.new_tensor(count_items(batch, loss))]), **out.metrics}

@@ -10,8 +10,8 @@ step, from a pass over all its mismatches before the update, where the paper and
 (`z0_scope`).
 """
 
+import contextlib
 import logging
-import shlex
 import tempfile
 from collections.abc import Iterable
 from itertools import compress
@@ -23,18 +23,24 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
+from prefuse.engine.errors import Diverged
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model.load import save_model, trained_weights
 from prefuse.engine.report.clock import clock, timed
-from prefuse.engine.report.log import add_metrics, progress_bar, say, say_metrics, say_time
+from prefuse.engine.report.end import next_commands, say_time
+from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
 from prefuse.engine.report.plots import plot_curves
-from prefuse.engine.run.checkpoint import save_checkpoint
+from prefuse.engine.run.checkpoint import model_bytes, save_checkpoint
+from prefuse.engine.run.files import require_space
+from prefuse.engine.run.folder import RunFolder
+from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
-from prefuse.engine.run.ranks import clip_gradients, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, Share, prepare, state_of
+from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
+from prefuse.engine.run.setup import Run, Share, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
+from prefuse.losses.contract import needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,41 +48,65 @@ logger = logging.getLogger(__name__)
 def train(config: Config, command: str) -> dict[str, float]:
     """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
     clock.restart(torch.device("cpu"))
-    run = prepare(config, command)
-    clock.use(run.lm.device)
-    metrics = train_loop(run, run.data.steps_from(run.start))
+    with StopSignals() as signals:
+        home = None
+        try:
+            try:
+                ranks = join(config)
+                home = open_run(config, command, ranks)
+                if is_finished(home, config):
+                    return last_metrics(home)
+                run = prepare(config, command, ranks, home)
+            except Stopped as stop:
+                raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
+            with signals.postponed(), contextlib.closing(run.log):
+                return finish(run, signals)
+        finally:
+            if home is not None:
+                home.close()
+
+
+def finish(run: Run, signals: StopSignals) -> dict[str, float]:
+    """Train, publish the model, and say so."""
+    try:
+        clock.use(run.lm.device)
+        metrics, done = train_loop(run, run.data.steps_from(run.start), signals)
+        check_end(run, done, evaluated="eval_loss" in metrics)
+    except Diverged as error:
+        raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
         publish_model(run)
+
+    def end() -> None:
+        run.checkpoints.proven(run.folder)
+        run.home.write_mark(state="finished", steps=done)
+
+    run.ranks.from_main(end)
     if run.ranks.main:
-        plot_curves(run.log.path, run.folder / "curves.png")
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     say_time(clock.shares())
-    say(f"{run.data.total_steps} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
-    say(next_commands(run, command))
+    say(f"{done} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
+    say(next_commands(run.config, run.identity.command, holds_out=run.held is not None))
     run.ranks.wait()
     return metrics
 
 
-def next_commands(run: Run, command: str) -> str:
-    """What to do with the model: commands that run as they stand."""
-    config, rows = run.config, f"--config {shlex.quote(str(run.folder / 'config.yaml'))}"
-    ref = config.ref_model_name_or_path or config.model_name_or_path
-    against = f"--ref_model_name_or_path {shlex.quote(ref)}"
-    own = f"--model_name_or_path {shlex.quote(str(run.folder))}"
-    if run.held is None:  # the run's settings hold no rows out
-        rows += " --eval_fraction 1.0"
-    how = "--loss_type sft" if command == "sft" else against
-    load = f'AutoModelForCausalLM.from_pretrained("{run.folder}")'
-    if run.lm.adapters is not None:
-        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{ref}"), "{run.folder}")'
-    return f"next:\n  prefuse eval {rows} {own} {how}\n  prefuse generate {rows} {own} {against}\n  in Python: {load}"
+def last_metrics(home: RunFolder) -> dict[str, float]:
+    """Of a run that is finished, which it says."""
+    steps = home.mark.get("steps", home.mark.get("total_steps"))
+    say(
+        f"the run in {home.path} is finished{f' ({steps} steps)' if steps else ''}: there is nothing to resume. More "
+        "num_train_epochs or max_steps would extend it"
+    )
+    return {name: value for row in read_metrics(home.path / "metrics.jsonl") for name, value in row.items()}
 
 
-def train_loop(run: Run, steps: Iterable[Share]) -> dict[str, float]:
-    """Train on `steps`, which begin after step `run.start`; the last metrics, eval_* among them."""
+def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[dict[str, float], int]:
+    """Train on `steps`, which begin after step `run.start`: the last metrics, and the steps that are done."""
     config, data, window, ranks, total = run.config, run.data, run.window, run.ranks, run.data.total_steps
-    done = saved = run.start
+    done = run.start
     last, evaluates = {}, run.evaluate_first
-    with StopSignals() as signals, progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("training", total=total, completed=done)
         try:
             if evaluates:
@@ -109,17 +139,22 @@ def train_loop(run: Run, steps: Iterable[Share]) -> dict[str, float]:
                 evaluates = False
                 if run.guards.stop or (config.save_steps and done % config.save_steps == 0):
                     save(run, done, evaluate=False)
-                    saved = done
                 if run.guards.stop:
                     say(f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}")
                     break
         except Stopped as stop:
-            if done > saved:
+            if done > (run.checkpoints.newest or 0):
                 save(run, done, evaluates)
-            where = f"checkpoint-{done} is whole" if done else "no step was done yet"
             ranks.wait()
-            raise Stopped(stop.signal, f"{stop} after step {done}; {where}, --resume goes on from there") from None
-    return last
+            raise Stopped(stop.signal, f"{stop} after step {done}; {what_resume_does(run)}") from None
+    return last, done
+
+
+def what_resume_does(run: Run) -> str:
+    newest = run.checkpoints.newest
+    if newest is None:
+        return "no checkpoint was written, --resume starts from the first step"
+    return f"checkpoint-{newest} is whole, --resume goes on from there"
 
 
 def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, float]:
@@ -150,6 +185,8 @@ def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[
     loss = totals["loss"][0].item() / num_items
     rows = [row for part in share.rows for microbatch in part for row in microbatch]
     if run.guards.on_step(share.step + 1, loss, norm.item(), suspects or rows):
+        if run.guards.sound:  # with the weights of the last checkpoint, or with later ones
+            run.checkpoints.proven(run.folder)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         run.optimizer.step()
@@ -212,9 +249,10 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
             signals.stop()
 
     # A policy that is its own reference, before the first step: known without running it.
-    unmoved = step == 0 and run.loss.uses_reference and run.config.ref_model_name_or_path is None
+    unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
     with run.window.clock_stopped(), clock.part("evaluation"):
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
+    check_evaluation(step, means)
     run.guards.on_evaluation(step, means)
     metrics = {f"eval_{name}": value for name, value in means.items()}
     run.log.write(step, step / run.data.steps_per_epoch, metrics)
@@ -227,9 +265,9 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
-    if not run.loss.uses_reference or run.config.ref_model_name_or_path is not None or "loss" not in means:
+    if "reference" not in needs_of(run.loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
-    z0 = 0.0 if isinstance(run.loss, prefuse.KTO) else None
+    z0 = 0.0 if "z0" in needs_of(run.loss) else None
     expected = sum(
         prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
         for b in compress(share.batches, share.counts)
@@ -244,9 +282,17 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
 
 def save(run: Run, step: int, evaluate: bool) -> None:
+    """A checkpoint, unless the weights are those of the last one or no use."""
+    fault = fault_of_weights(run)
+    if fault is None and run.guards.skipped_in_row:
+        fault = "the last step made no update"
+    if fault is not None:
+        say(f"no checkpoint after step {step}: {fault}; {what_resume_does(run)}")
+        return
     state = state_of(run, step, evaluate)
     with clock.part("checkpoints"):
-        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.config.save_total_limit, run.ranks)
+        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.identity.rows, run.ranks)
+    run.checkpoints.saved(step)
 
 
 def publish_model(run: Run) -> None:
@@ -254,7 +300,8 @@ def publish_model(run: Run) -> None:
     weights = trained_weights(run.lm, run.ranks)
 
     def publish() -> None:
-        with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.") as aside:
+        require_space(run.folder, model_bytes(run.lm), "the model")
+        with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.", suffix=".tmp") as aside:
             save_model(run.lm, run.tokenizer, Path(aside), weights)
             for path in Path(aside).iterdir():
                 path.replace(run.folder / path.name)

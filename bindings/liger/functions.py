@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from torch.nn.functional import logsigmoid
 
 from prefuse.kernels import HeadOptions, linear_logprobs
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
-from prefuse.losses.contract import KTO, Loss, Sequences
+from prefuse.losses.contract import Defaults, Loss, Need, Sequences, is_batchwise, needs_of
 from prefuse.losses.likelihood import CPO, ORPO, ChosenNLL, Mixture, SimPO
 from prefuse.losses.names import fields_of, loss_named
+from prefuse.losses.unpaired import KTO
 from prefuse.preference import WORKSPACE, PreferenceOutput, linear_preference_loss, preference_loss
 
 DPO_LOSS_TYPES = (
@@ -39,19 +40,18 @@ def _of_means(seq: Sequences) -> Sequences:
 
 
 @dataclass(frozen=True)
-class _Averaged:
+class _Averaged(Defaults):
     """A loss over pairs, of means per token."""
 
     loss: Loss
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
 
     @property
-    def uses_reference(self) -> bool:
-        return self.loss.uses_reference
+    def needs(self) -> frozenset[Need]:
+        return needs_of(self.loss)
 
     @property
     def batchwise(self) -> bool:
-        return getattr(self.loss, "batchwise", False)
+        return is_batchwise(self.loss)
 
     def losses(self, seq: Sequences) -> Tensor:
         return self.loss.losses(_of_means(seq))
@@ -189,7 +189,7 @@ def _paired(
     """The loss, and what Liger returns beside it for every paired loss."""
     packed = _pack(_input, target, ignore_index, paired=True)
     pairs = max(len(target) // 2, 1)
-    ref_logps = _reference(packed, target, **reference) if loss.uses_reference else None
+    ref_logps = _reference(packed, target, **reference) if "reference" in needs_of(loss) else None
     loss = _Averaged(loss) if average else loss
 
     # The mean over the chosen tokens of the batch: its divisor is known before any log-probability.

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import prefuse
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
-from prefuse.losses.contract import Loss
-from prefuse.losses.names import fields_of
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.names import loss_from
 from prefuse.models.flat import check_packing
 from prefuse.models.logps import UnsupportedModel, check_head, head_of
 from prefuse.models.padding import Padded, completion_hidden
@@ -52,22 +52,21 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # Losses by name
 
-CONFIGS_NAMES = {"tau": "discopop_tau"}  # where a field of the loss has another name in the config
+
+def loss_of_config(name: str, config: Any) -> Loss:
+    """The loss of this name, its hyperparameters those of TRL's config."""
+    # In TRL "sft" is a mean over all tokens of a microbatch.
+    return prefuse.SFT() if name == "sft" else loss_from(config, name)
 
 
-def loss_named(name: str, args: Any) -> Loss:
-    """The loss of this name, its hyperparameters those of the config."""
-    if name == "sft":  # in TRL a mean over all of a microbatch's tokens
-        return prefuse.SFT()
-    given = {field: getattr(args, CONFIGS_NAMES.get(field, field), None) for field in fields_of(name)}
-    return prefuse.loss_named(name, **{field: value for field, value in given.items() if value is not None})
-
-
-def check_loss(loss: Any, per: str, trainer: str) -> None:
-    if isinstance(loss, type) or not hasattr(loss, "losses"):
-        raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
+def check_loss(loss: Any, per: str, brings: set[str], trainer: str) -> None:
+    """Raises unless it is a loss over what the trainer's rows are, and needs nothing but what they bring."""
+    needs = needs_of(loss)
     if loss.per != per:
         raise ValueError(f"{type(loss).__name__} is a loss per {loss.per}: {trainer} takes losses per {per}")
+    if needs - brings:
+        missing = ", ".join(sorted(needs - brings))
+        raise ValueError(f"{type(loss).__name__} needs {missing}, which the rows of {trainer} do not bring")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,6 +143,7 @@ class FusedTrainer:
 
     OUTPUTS: tuple[str, ...]  # what the head gives beside the log-probabilities
     CONFIG: type
+    _uses_reference: bool
 
     def _start(self, positional: tuple, named: dict, padding_free: bool, workspace: int | None) -> dict[str, Any]:
         """TRL's arguments by name, once it is known that all of them can be honoured."""
@@ -288,6 +288,14 @@ class FusedTrainer:
         self._cache.put(rows, logps)
         return logps
 
+    def _reference_flags(self, given: dict[str, Any]) -> dict[str, bool]:
+        """Settings with which TRL loads no reference model where the loss uses none."""
+        if self._uses_reference:
+            return {}
+        if given.get("ref_model") is not None:
+            raise ValueError("this loss uses no reference, so ref_model must be None")
+        return {"precompute_ref_log_probs": True}
+
     @property
     def _reference_at_hand(self) -> bool:
         return self.ref_model is not None or has_adapters(self.model) or self._precomputing
@@ -303,6 +311,8 @@ class FusedTrainer:
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """TRL adds columns of sums to the data set; here the numbers of each token go to the cache."""
+        if not self._uses_reference:
+            return dataset
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "precompute_ref_log_probs=True needs a data set with a length, got an IterableDataset: "

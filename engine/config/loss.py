@@ -5,23 +5,11 @@ import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import prefuse
 from prefuse.engine.config.setting import Topic, setting
 from prefuse.engine.errors import UserError
-from prefuse.losses.contract import Loss
-from prefuse.losses.names import fields_of
-
-# Setting -> field of the losses that have it.
-LOSS_SETTINGS = {
-    "beta": "beta",
-    "label_smoothing": "label_smoothing",
-    "nll_weight": "nll_weight",
-    "simpo_gamma": "gamma",
-    "slic_delta": "delta",
-    "discopop_tau": "tau",
-    "desirable_weight": "desirable_weight",
-    "undesirable_weight": "undesirable_weight",
-}
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
+from prefuse.losses.unpaired import SFT
 
 
 @dataclass(frozen=True)
@@ -74,10 +62,7 @@ class LossSettings(Topic):
 
     def loss(self) -> Loss:
         """The loss these settings name."""
-        if self.loss_type == "sft":
-            return prefuse.SFT()
-        given = {own: getattr(self, name) for name, own in LOSS_SETTINGS.items() if own in fields_of(self.loss_type)}
-        return prefuse.loss_named(self.loss_type, **{own: value for own, value in given.items() if value is not None})
+        return SFT() if self.loss_type == "sft" else loss_from(self, self.loss_type)
 
     def check(self, command: str) -> None:
         if command not in LossSettings.commands:
@@ -94,7 +79,7 @@ class LossSettings(Topic):
             loss = self.loss()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        if command == "eval" and loss.uses_reference and not self.ref_model_name_or_path:
+        if command == "eval" and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
             raise UserError(
                 f"ref_model_name_or_path is required: rewards of {self.loss_type} are relative to a reference. Give "
                 "--ref_model_name_or_path, or --loss_type sft for loss and perplexity of the completions alone"
@@ -103,10 +88,14 @@ class LossSettings(Topic):
 
 _FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
 LOSS_TYPES = tuple(name for name in typing.get_args(_FIELDS["loss_type"].type) if name != "sft")  # of preferences
+# Setting -> field of the losses that have it.
+LOSS_SETTINGS = {
+    setting: field for name in LOSS_TYPES for field, setting in setting_names(name).items() if setting in _FIELDS
+}
 
 
 def loss_types_with(name: str) -> list[str]:
     """The values of loss_type with which the setting `name` has a meaning."""
     if name == "z0_scope":
-        return ["kto"]
+        return [loss_type for loss_type in LOSS_TYPES if "z0" in needs_of(loss_named(loss_type))]
     return [loss_type for loss_type in LOSS_TYPES if LOSS_SETTINGS[name] in fields_of(loss_type)]

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.report.clock import PARTS
-from prefuse.engine.run.files import write_whole
+from prefuse.engine.report.screen import console, printable
+from prefuse.engine.run.files import json_text, write_whole
 
 logger = logging.getLogger(__name__)
-console = Console(highlight=False, soft_wrap=True)
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
@@ -104,24 +102,31 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line. A resumed run keeps the `lines` that its checkpoint knew, and writes the
-    others again. Of several ranks only the main one `writes`.
+    """metrics.jsonl: one JSON object a line, in which a number that is none is null.
+
+    A resumed run keeps the `lines` that its checkpoint knew, and writes the others again. Of several ranks only the
+    main one `writes`.
     """
 
     def __init__(self, path: Path, lines: int = 0, writes: bool = True):
         self.path = path
         self.lines = lines
-        self.writes = writes
+        self._file = None
         if writes:
             kept = read_metrics(path)[:lines]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(path, "".join(json_text(row) + "\n" for row in kept))
+            self._file = path.open("a", encoding="utf-8")  # which stays the file, wherever the folder is moved
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         self.lines += 1
-        if not self.writes:
+        if self._file is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+        self._file.write(json_text({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -136,7 +141,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def say(message: str) -> None:
-    console.print(message, markup=False)
+    console.print(printable(message), markup=False)
 
 
 def say_metrics(step: int, total: int, metrics: dict[str, float], prefix: str = "") -> None:
@@ -163,27 +168,20 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
             now = time.monotonic()
             if done and now - said > SECONDS_BETWEEN_LINES and not console.is_terminal:
                 left = (now - began) / done * (total - done)
-                say(f"  {what}: {done} of {total} batches, about {_duration(left)} left")
+                say(f"  {what}: {done} of {total} batches, about {duration(left)} left")
                 said = now
             yield item
             bar.update(task, completed=done + 1)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def say_time(shares: list[tuple[str, float, float]]) -> None:
-    """Where the time of a run went, from `Clock.shares`."""
-    total = sum(seconds for _, seconds, _ in shares)
-    rows = [[name, f"{seconds:.1f}", f"{share:.1%}", PARTS[name]] for name, seconds, share in shares]
-    table(f"where {_duration(total)} went", ["part", "seconds", "share", ""], rows, lines=False)
-
-
 def table(title: str, header: list[str], rows: list[list[str]], lines: bool = True) -> None:
     grid = Table(*header, title=title, show_lines=lines)
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid, soft_wrap=False)

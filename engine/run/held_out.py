@@ -32,7 +32,7 @@ from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, progress
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
-from prefuse.losses.contract import Loss
+from prefuse.losses.contract import Loss, needs_of
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most
@@ -77,7 +77,7 @@ def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Conf
         return HeldOut(examples, batches)
     own = batches[ranks.rank :: ranks.size]
     mismatches = mismatch_logps = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         mismatches = held_out_mismatches(examples, config)
         mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
     ref_logps: list[Tensor | None] = [None] * len(examples)
