@@ -27,6 +27,7 @@ from prefuse.engine.errors import Diverged
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model.load import save_model, trained_weights
+from prefuse.engine.report.card import model_card
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
@@ -75,7 +76,7 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     except Diverged as error:
         raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
-        publish_model(run)
+        publish_model(run, metrics)
 
     def end() -> None:
         run.checkpoints.proven(run.folder)
@@ -295,7 +296,7 @@ def save(run: Run, step: int, evaluate: bool) -> None:
     run.checkpoints.saved(step)
 
 
-def publish_model(run: Run) -> None:
+def publish_model(run: Run, metrics: dict[str, float]) -> None:
     """The final model straight in the run folder, each file whole or absent."""
     weights = trained_weights(run.lm, run.ranks)
 
@@ -303,6 +304,8 @@ def publish_model(run: Run) -> None:
         require_space(run.folder, model_bytes(run.lm), "the model")
         with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.", suffix=".tmp") as aside:
             save_model(run.lm, run.tokenizer, Path(aside), weights)
+            card = model_card(run.config, run.identity.command, metrics)
+            (Path(aside) / "README.md").write_text(card, encoding="utf-8")
             for path in Path(aside).iterdir():
                 path.replace(run.folder / path.name)
 

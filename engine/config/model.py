@@ -34,6 +34,11 @@ class ModelSettings(Topic):
         "Which implementation of the fused head runs (see prefuse.linear_logprobs).",
         commands=(*TRAINING, "eval"),
     )
+    trust_remote_code: bool = setting(
+        False,
+        "Run the Python code that a model's folder or hub repository brings with it. Read that code first: it can do "
+        "whatever you can.",
+    )
 
     def check(self, command: str) -> None:
         require(self, "model_name_or_path")

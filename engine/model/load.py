@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 SHARD_SIZE = "5GB"  # of a file of weights
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_embed")
 WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -56,7 +59,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     base = base_of(Path(path))
@@ -65,9 +68,9 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if base is None:
         _require_model_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
 
 
 def load_model(
@@ -92,10 +95,13 @@ def load_model(
     try:
         with file_faults_as_oserror():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, config.dtype), output_loading_info=True
+                path,
+                dtype=getattr(torch, config.dtype),
+                output_loading_info=True,
+                trust_remote_code=config.trust_remote_code,
             )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise UserError(
@@ -126,13 +132,7 @@ def load_model(
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
     """Before the first step: every token has a row in the head, and the fused head is the model's own."""
-    vocabulary = lm.head.weight.shape[0]
-    largest = examples.largest_token()
-    if largest >= vocabulary:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
-            "the model was trained with"
-        )
+    check_tokens(lm, examples.largest_token(), len(examples.longest_sequence()), "lower max_length")
     probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
@@ -142,6 +142,29 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+
+
+def check_tokens(lm: LanguageModel, largest: int, length: int, fix: str) -> None:
+    """Every token has a row in the head, and every position one where the model has learned so many of them."""
+    vocabulary = lm.head.weight.shape[0]
+    if largest >= vocabulary:
+        raise UserError(
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
+            "the model was trained with"
+        )
+    positions = learned_positions(lm.model)
+    if positions is not None and length > positions:
+        raise UserError(f"the model has learned {positions} positions, and a row takes {length}: {fix}")
+
+
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """How many positions the model has an embedding of; None where it computes them (rotary, ALiBi)."""
+    tables = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+    }
+    return min((table.num_embeddings - getattr(table, "offset", 0) for table in tables.values()), default=None)
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
@@ -166,9 +189,9 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config)
     Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
     """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    tokens = load_tokenizer(config.model_name_or_path).get_vocab()
+    tokens = load_tokenizer(config.model_name_or_path, config.trust_remote_code).get_vocab()
     try:
-        others = load_tokenizer(config.ref_model_name_or_path).get_vocab()
+        others = load_tokenizer(config.ref_model_name_or_path, config.trust_remote_code).get_vocab()
     except UserError:  # a folder with weights alone
         others = None
     if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
@@ -211,8 +234,12 @@ def _require_model_folder(path: str) -> None:
     """A path that exists must be a whole model; any other name is left to the hub."""
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")):
-            raise UserError(f"model folder {path} does not exist")
+        siblings = [str(other) for other in folder.parent.glob("*") if (other / "config.json").is_file()]
+        near = difflib.get_close_matches(path, siblings, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or near:
+            raise UserError(f"model folder {path} does not exist{hint}")
+        _require_on_hub(path)
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
@@ -220,5 +247,22 @@ def _require_model_folder(path: str) -> None:
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@functools.cache  # the hub is asked once
+def _require_on_hub(name: str) -> None:
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except Exception as error:  # no network, no such repository, no right to read it, no valid name
+        raise UserError(
+            f"{name} is no folder here, and no model of the hub that can be read: {_fault(error)}"
+        ) from None
+
+
+def _fault(error: Exception) -> str:
+    """One line, with the fix where it is a flag."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if "trust_remote_code" in str(error):
+        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
+    return said

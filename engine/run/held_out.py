@@ -29,7 +29,7 @@ from prefuse.engine.model.forward import (
     reference_point,
 )
 from prefuse.engine.model.sharding import where_weights_are
-from prefuse.engine.report.log import add_metrics, progress
+from prefuse.engine.report.log import add_metrics, progress, say
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import Loss, needs_of
@@ -84,6 +84,7 @@ def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Conf
     if config.reference_cache is not None:
         ref_logps = reference_logps(ref, examples, own, config.reference_cache, ranks)
     chosen, kl_samples = _sampled_positions(examples, batches, ref.head.weight.shape[0]), {}
+    say(f"  kl_to_ref is taken at {sum(map(len, chosen))} of {int(examples.counts.sum())} held-out positions")
     for number, _ in progress(_own_batches(batches, ranks), "reference, held-out rows", len(own)):
         batch = collate(examples, batches[number]).to(ref.device)
         logps, logprobs = _ask(ref, batch, chosen[number], needs_logps=config.reference_cache is None)

@@ -24,6 +24,7 @@ from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import (
     check_model,
     check_same_vocabulary,
+    check_tokens,
     device_of,
     load_model,
     load_tokenizer,
@@ -169,7 +170,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
 
     def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path)
+        tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
         return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
     with clock.part("data"):
@@ -179,6 +180,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
+    if held_examples is not None:
+        check_tokens(lm, held_examples.largest_token(), len(held_examples.longest_sequence()), "lower max_length")
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
