@@ -47,7 +47,7 @@ from prefuse.losses.contract import Loss, needs_of
 def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model_name_or_path, config)
     examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
     lm, ref = load_model(config.model_name_or_path, config, device), None
     check_model(lm, examples)

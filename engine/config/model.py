@@ -38,6 +38,7 @@ class ModelSettings(Topic):
         False,
         "Run the Python code that a model's folder or hub repository brings with it. Read that code first: it can do "
         "whatever you can.",
+        may_differ=True,
     )
 
     def check(self, command: str) -> None:

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
+from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
 from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,10 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
 
     base = base_of(Path(path))
@@ -68,9 +73,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> "PreTrainedTok
     if base is None:
         _require_model_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
+    refuse_foreign(tokenizer, path)
+    if settings is not None:
+        apply_settings(tokenizer, settings)
+    return tokenizer
 
 
 def load_model(
@@ -81,7 +91,7 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
@@ -91,6 +101,35 @@ def load_model(
                 "(peft's merge_and_unload, then save_pretrained)"
             )
         path = base
+    model = _read_model(path, config)
+    adapters = None
+    if config.use_liger_kernel:
+        use_liger(model, device)
+    if base is not None:
+        adapters = load_adapters(model, folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    elif trains and config.use_peft:
+        adapters = add_adapters(model, config)
+    if trains:
+        prepare_layers(model, config, device)
+    model = model.eval() if ranks.sharded else model.to(device).eval()
+    try:
+        head = head_of(model)
+    except UnsupportedModel as error:
+        raise UserError(str(error)) from None
+    dtype = compute_dtype(config, device)
+    if ranks.sharded:
+        model = shard(model, ranks, device, dtype)
+    if ranks.sharded or adapters is not None:
+        head = LiveHead(model.get_output_embeddings(), head)
+    return LanguageModel(model, head, device, dtype, config.impl, adapters)
+
+
+def _read_model(path: str, config: Config) -> "PreTrainedModel":
+    """The whole causal LM of a folder or of the hub, in the settings' dtype."""
+    from transformers import AutoModelForCausalLM
+
     _require_model_folder(path)
     try:
         with file_faults_as_oserror():
@@ -108,26 +147,7 @@ def load_model(
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
-    adapters = None
-    if config.use_liger_kernel:
-        use_liger(model, device)
-    if base is not None:
-        adapters = load_adapters(model, folder)
-    elif trains and config.use_peft:
-        adapters = add_adapters(model, config)
-    if trains:
-        prepare_layers(model, config, device)
-    model = model.eval() if ranks.sharded else model.to(device).eval()
-    try:
-        head = head_of(model)
-    except UnsupportedModel as error:
-        raise UserError(str(error)) from None
-    dtype = compute_dtype(config, device)
-    if ranks.sharded:
-        model = shard(model, ranks, device, dtype)
-    if ranks.sharded or adapters is not None:
-        head = LiveHead(model.get_output_embeddings(), head)
-    return LanguageModel(model, head, device, dtype, config.impl, adapters)
+    return model
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
@@ -189,9 +209,9 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config)
     Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
     """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    tokens = load_tokenizer(config.model_name_or_path, config.trust_remote_code).get_vocab()
+    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
     try:
-        others = load_tokenizer(config.ref_model_name_or_path, config.trust_remote_code).get_vocab()
+        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
     except UserError:  # a folder with weights alone
         others = None
     if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
@@ -227,6 +247,8 @@ def save_model(
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:
             save_adapters(lm.adapters, folder, weights)
+            if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
+                lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

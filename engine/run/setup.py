@@ -17,6 +17,7 @@ from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
+from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
@@ -30,6 +31,7 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
+from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
@@ -170,7 +172,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
 
     def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
         return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
     with clock.part("data"):
@@ -182,6 +184,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     check_model(lm, examples)
     if held_examples is not None:
         check_tokens(lm, held_examples.largest_token(), len(held_examples.longest_sequence()), "lower max_length")
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
