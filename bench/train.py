@@ -50,6 +50,7 @@ from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug
 from prefuse.bench.rows import CHAT, LONG, SEED, Case, add_model_arguments, drawn_case, read_case, save_model
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import Pair, load_examples
+from prefuse.engine.run.signals import StopSignals
 from prefuse.engine.train import train_loop
 from prefuse.packing import Packed, fill, pack
 
@@ -120,9 +121,14 @@ def by_prefuse(given: Prepared) -> Outcome:
             per_epoch = [taken[n : n + steps.per_epoch] for n in range(0, steps.total, steps.per_epoch)]
             given.order += [[i for step in epoch for i in step] for epoch in per_epoch]
         training = Stopwatch(arguments)
-        train_loop(run)
+        with StopSignals() as signals:
+            train_loop(run, run.data.steps_from(run.start), signals)
         seconds = {"reference": reference.seconds, "training": training.stop()}
-        losses = [row["loss"] for row in map(json.loads, run.log.path.read_text().splitlines()) if "loss" in row]
+        losses = [
+            row["loss"]
+            for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
     return Outcome(seconds, losses, run.lm.model)
 
 

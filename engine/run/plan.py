@@ -13,10 +13,10 @@ from functools import lru_cache
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
-from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import check_model, check_same_vocabulary, load_model, without_padding
 from prefuse.engine.report.log import say
+from prefuse.engine.run.held_out import HeldOut, hold
 from prefuse.engine.run.ranks import Ranks, share
 from prefuse.engine.run.reference_logps import Logps, reference_logps
 from prefuse.losses.contract import Loss, needs_of
@@ -108,7 +108,7 @@ def meet_reference(
     if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
-        check_same_vocabulary(lm, ref)
+        check_same_vocabulary(lm, ref, config)
     examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
     steps = Steps(examples, config, ranks)

@@ -29,6 +29,7 @@ from prefuse.engine.data.ragged import ranges
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
 from prefuse.engine.model.forward import LanguageModel, token_logps
+from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
 
@@ -124,7 +125,7 @@ def _compute(
 ) -> None:
     """Into `logps` what it does not know. Numbers that it has stay, to the last bit."""
     before = logps.known.copy()
-    for indices, counts_here in ranks.in_step(batches, [0]):
+    for indices, counts_here in progress(ranks.in_step(batches, [0]), "reference", len(batches)):
         values = _logps_of(lm, examples, indices)
         for index, own in zip(indices, values, strict=True):
             if counts_here and not before[index]:

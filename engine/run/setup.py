@@ -16,18 +16,19 @@ from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.evaluate import HeldOut
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
+from prefuse.engine.model.load import check_model, check_tokens, device_of, load_model, load_tokenizer
 from prefuse.engine.model.tokenizer import stop_at
+from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
 from prefuse.engine.run.guards import Guards
 from prefuse.engine.run.health import largest_weight
+from prefuse.engine.run.held_out import HeldOut
 from prefuse.engine.run.identity import (
     Identity,
     check_same,
@@ -119,18 +120,21 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         tokenizer = load_tokenizer(config.model_name_or_path, config)
         return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
-    tokenizer, examples, held_examples, skipped = ranks.together(read)
+    with clock.part("data"):
+        tokenizer, examples, held_examples, skipped = ranks.together(read)
     _check_same_rows(examples, held_examples, ranks)
     ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
+    if held_examples is not None:
+        check_tokens(lm, held_examples.largest_token(), len(held_examples.longest_sequence()), "lower max_length")
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
     model = checksums(base_state(lm.model), ranks)
-    with adapters_off(lm.model):
+    with adapters_off(lm.model), clock.part("reference"):
         data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
