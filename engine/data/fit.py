@@ -44,7 +44,7 @@ class Room:
     def _with_whole_answers(self, record: Record) -> Record:
         """A conversation that is too long, up to the last answer that fits; as it is where none does."""
         learned = record.learned
-        if learned is None or len(learned) <= self.max_length - len(record.prompt):
+        if learned is None or len(record.sides) > 1 or len(learned) <= self.max_length - len(record.prompt):
             return record
         fitting = range(1, self.max_length - len(record.prompt) + 1)
         end = max((i for i in fitting if learned[i - 1] and not learned[i]), default=0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefuse.engine.data import load_examples
+from prefuse.engine.data import DataError, Demonstration, load_examples
 from prefuse.engine.data.templates import TextOptions
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
@@ -142,3 +142,46 @@ def test_an_unlearned_token_has_no_part_in_the_loss(tmp_path):
     batch = collate(examples_of(examples), [0])
     assert batch.targets.ge(0).tolist() == examples[0].learned
     assert batch.num_learned == sum(examples[0].learned)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pairs that differ before the last turn
+
+PAIR = {
+    "prompt": [user("u1")],
+    "chosen": [answer("a1"), user("u2"), answer("a2")],
+    "rejected": [answer("b1"), user("u2"), answer("b2")],
+}
+
+
+def test_a_pair_that_differs_before_the_last_turn_is_refused_with_the_fix(tmp_path):
+    with pytest.raises(DataError, match=r"a turn from .user., expected assistant turns only. Fix: --multi_turn"):
+        load(tmp_path, [PAIR], kind="pair")
+
+
+def test_such_pairs_in_their_first_answers_or_in_all(tmp_path):
+    tokenizer, (first,) = load(tmp_path, [PAIR], kind="pair", multi_turn="first")
+    assert (tokenizer.decode(first.chosen), tokenizer.decode(first.rejected)) == ("a1<|im_end|>", "b1<|im_end|>")
+    _, examples = load(tmp_path, [PAIR], kind="pair", multi_turn="all")
+    (pair,), flags = examples, examples.learned_of(0).tolist()
+    for ids, own, words in (
+        (pair.chosen, flags[: len(pair.chosen)], ("a1", "a2")),
+        (pair.rejected, flags[len(pair.chosen) :], ("b1", "b2")),
+    ):
+        turns = [user("u1"), answer(words[0]), user("u2"), answer(words[1])]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+        assert tokenizer.decode(pair.prompt + ids) == whole
+        assert learned(tokenizer, Demonstration(pair.prompt, ids, "", own)) == [f"{word}<|im_end|>" for word in words]
+
+
+def test_the_loss_of_such_a_pair_is_that_of_its_answers_alone(tmp_path):
+    """ln 2 at the start, and no gradient from the turns between the answers: the targets say so."""
+    from prefuse.engine.train import train
+    from tiny_run import read_log, save_model, settings, write_rows
+
+    rows = write_rows(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": [user("other")]}])
+    changes = {"model_name_or_path": save_model(tmp_path / "model"), "dataset_name": rows, "max_length": 256}
+    train(settings(**changes, output_dir=str(tmp_path / "run"), multi_turn="all", max_steps=2), "train")
+    first, second = (line["loss"] for line in read_log(tmp_path / "run") if "loss" in line)
+    assert first == pytest.approx(0.6931472, abs=1e-5)
+    assert second < first
