@@ -17,6 +17,7 @@ from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
+from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.adapters import adapters_off, base_state
@@ -30,6 +31,7 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
+from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
@@ -168,7 +170,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
 
     def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path)
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
         return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
     tokenizer, examples, held_examples, skipped = ranks.together(read)
@@ -177,6 +179,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
