@@ -15,6 +15,7 @@ from prefuse.engine.data.dataset import hold_out_rows
 from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.report.log import progress_bar, say, table
 from prefuse.engine.run.files import write_whole
@@ -34,6 +35,8 @@ def generate(config: Config) -> list[dict[str, str]]:
     answers = {}
     for role, path in names.items():
         lm = load_model(path, config, device)
+        rows = [prompt.row for prompt in prompts]
+        check_prompts(lm, [prompt.ids for prompt in prompts], rows, config.max_new_tokens)
         answers[role] = answer(lm, tokenizer, [prompt.ids for prompt in prompts], config)
 
     results = [

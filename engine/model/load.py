@@ -16,6 +16,7 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
+from prefuse.engine.model.limits import check_rows
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
@@ -66,7 +67,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         _require_model_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever is in its files: tokenizers has no class of its own
         raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 
@@ -94,7 +95,9 @@ def load_model(
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, config.dtype), output_loading_info=True
             )
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its config, its weights or a pickle in their place hold
         raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
@@ -102,6 +105,7 @@ def load_model(
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
+    _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
@@ -125,14 +129,8 @@ def load_model(
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
-    """Before the first step: every token has a row in the head, and the fused head is the model's own."""
-    vocabulary = lm.head.weight.shape[0]
-    largest = examples.largest_token()
-    if largest >= vocabulary:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
-            "the model was trained with"
-        )
+    """Before the first step: the model can take the rows, and the fused head is the model's own."""
+    check_rows(lm, examples)
     probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
@@ -142,6 +140,8 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_first_line(error)}") from None
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
@@ -185,6 +185,15 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
+def _refuse_no_numbers(model: torch.nn.Module, path: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"the weights in {path} are not finite (NaN or infinity) in {len(wrong)} tensors ({', '.join(wrong[:3])}): "
+            "expected a model that was saved whole, before it diverged"
+        )
+
+
 def _require_model_folder(path: str) -> None:
     """A path that exists must be a whole model; any other name is left to the hub."""
     folder = Path(path)
@@ -199,4 +208,5 @@ def _require_model_folder(path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    said = str(error).strip().splitlines()[:1]
+    return said[0] if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {' '.join(said)}"

@@ -22,6 +22,7 @@ from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.limits import check_mismatches, check_rows
 from prefuse.engine.model.load import (
     check_model,
     check_same_vocabulary,
@@ -177,6 +178,12 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
+    if held_examples is not None:
+        check_rows(lm, held_examples)
+    if isinstance(loss, prefuse.KTO):
+        for rows in (examples, held_examples):
+            if rows is not None:
+                check_mismatches(lm, rows, config.max_length)
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
@@ -201,6 +208,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
 
         saved = load_newest(home.path, lm, optimizer, ranks, agree)
+        if saved is None and home.finished:
+            raise UserError(
+                f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
+                "it (model_name_or_path) in another output_dir"
+            )
         if saved is None:
             say(f"{home.path} has no whole checkpoint: starting from the first step")
         else:
