@@ -127,7 +127,7 @@ def compare(lm: LanguageModel, ref: LanguageModel, examples: Examples, config: C
 def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, config)
     examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
     lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
     for model in lm, ref:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.dataset import hold_out_rows
+from prefuse.engine.data.dataset import hold_out_rows, text_options
 from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
@@ -27,7 +27,7 @@ SHOWN_ANSWERS = 20  # where output_file has all
 def generate(config: Config) -> list[dict[str, str]]:
     """`prefuse generate`: prints a table, writes JSONL to output_file; one {row, prompt, model, reference} a prompt."""
     device = device_of(config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = _read_prompts(config, tokenizer)
     names = {"model": config.model_name_or_path}
     if config.ref_model_name_or_path is not None:
@@ -107,10 +107,12 @@ def _end_of(text: str) -> str:
 
 def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
     """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out."""
+    rest, reading = (tokenizer, config.max_length), {**config.reading(), "text": text_options(config)}
     if config.eval_dataset is not None:
-        prompts = load_prompts(config.eval_dataset, tokenizer, config.max_length, split=config.dataset_test_split)
+        prompts = load_prompts(config.eval_dataset, *rest, split=config.dataset_test_split, **reading)
     else:
-        prompts = load_prompts(config.dataset_name, tokenizer, config.max_length, split=config.dataset_train_split)
+        source = config.datasets or config.dataset_name
+        prompts = load_prompts(source, *rest, split=config.dataset_train_split, **reading)
         _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
     prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each

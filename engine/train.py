@@ -11,6 +11,7 @@ step, from a pass over all its mismatches before the update, where the paper and
 """
 
 import contextlib
+import dataclasses
 import logging
 import tempfile
 from itertools import compress
@@ -22,6 +23,7 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
+from prefuse.engine.data.dataset import day_of_run
 from prefuse.engine.errors import Diverged
 from prefuse.engine.evaluate import evaluate
 from prefuse.engine.model.flops import training_flops
@@ -49,6 +51,8 @@ def train(config: Config, command: str) -> dict[str, float]:
         try:
             try:
                 ranks = join(config)
+                day = ranks.from_main(lambda: day_of_run(config))  # ranks may start on both sides of midnight
+                config = dataclasses.replace(config, template_date=day)
                 home = open_run(config, command, ranks)
                 if is_finished(home, config):
                     return last_metrics(home)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
@@ -18,6 +19,7 @@ from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
+from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
@@ -57,7 +59,8 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str, settings: TextSettings | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
 
     base = base_of(Path(path))
@@ -66,9 +69,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if base is None:
         _require_model_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever is in its files: tokenizers has no class of its own
         raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+    refuse_foreign(tokenizer, path)
+    if settings is not None:
+        apply_settings(tokenizer, settings)
+    return tokenizer
 
 
 def load_model(
@@ -79,7 +86,7 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
@@ -111,6 +118,8 @@ def load_model(
         use_liger(model, device)
     if base is not None:
         adapters = load_adapters(model, folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
     if trains:
@@ -182,6 +191,8 @@ def save_model(
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:
             save_adapters(lm.adapters, folder, weights)
+            if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
+                lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

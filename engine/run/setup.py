@@ -17,6 +17,7 @@ from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
+from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import HeldOut, hold
 from prefuse.engine.model.adapters import adapters_off, base_state
@@ -31,6 +32,7 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
+from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
@@ -169,7 +171,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
 
     def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path)
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
         return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
     tokenizer, examples, held_examples, skipped = ranks.together(read)
@@ -178,12 +180,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
-    if held_examples is not None:
-        check_rows(lm, held_examples)
-    if isinstance(loss, prefuse.KTO):
-        for rows in (examples, held_examples):
-            if rows is not None:
-                check_mismatches(lm, rows, config.max_length)
+    _check_rows_fit(lm, examples, held_examples, loss, config)
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
@@ -232,6 +230,15 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], Checkpoints(config.save_total_limit, ranks, newest), largest,
     )  # fmt: skip
+
+
+def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
+    """Beside what `check_model` has looked at: held-out rows, and what KTO makes of the rows."""
+    if held is not None:
+        check_rows(lm, held)
+    for rows in (examples, held):
+        if isinstance(loss, prefuse.KTO) and rows is not None:
+            check_mismatches(lm, rows, config.max_length)
 
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:

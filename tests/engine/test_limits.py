@@ -18,9 +18,9 @@ from tiny_tokenizer import tiny_tokenizer
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
-    shape = {"vocab_size": len(tiny_tokenizer()), "n_positions": 24, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    shape = {"vocab_size": len(tiny_tokenizer()), "n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=1))
-    long = [*PAIRS, PAIRS[0] | {"prompt": "the sky is blue " * 5}]
+    long = [*PAIRS, PAIRS[0] | {"prompt": "the sky is blue " * 12}]
     return {
         "model": save_model(folder / "model"),
         "gpt2": save_model(folder / "gpt2", model=gpt2),
@@ -43,10 +43,10 @@ def refused(capsys, command, **flags) -> str:
 def test_rows_beyond_a_table_of_positions_name_the_limit_and_max_length(command, files, tmp_path, capsys):
     flags = {"model_name_or_path": files["gpt2"], "dataset_name": files["long"], "output_dir": tmp_path / "run"}
     said = refused(capsys, command, **flags, device="cpu", eval_fraction=0)
-    assert "GPT2LMHeadModel takes at most 24 tokens, and long.jsonl:13 has " in said
-    assert "set max_length to 24" in said
+    assert "GPT2LMHeadModel takes at most 48 tokens, and long.jsonl:13 has " in said
+    assert "set max_length to 48" in said
     assert not (tmp_path / "run").exists()
-    assert cli.main([command, *words(flags), "--device", "cpu", "--max_length", "24", "--max_steps", "1"]) == 0
+    assert cli.main([command, *words(flags), "--device", "cpu", "--max_length", "48", "--max_steps", "1"]) == 0
 
 
 def words(flags):
@@ -56,34 +56,34 @@ def words(flags):
 def test_held_out_rows_are_looked_at_too(files, tmp_path, capsys):
     flags = {"model_name_or_path": files["gpt2"], "dataset_name": files["pairs"], "eval_dataset": files["long"]}
     said = refused(capsys, "train", **flags, output_dir=tmp_path / "run", device="cpu", max_length=128)
-    assert "takes at most 24 tokens, and long.jsonl:13 has " in said
+    assert "takes at most 48 tokens, and long.jsonl:13 has " in said
 
 
 def test_kto_mismatches_must_fit_as_well(files, tmp_path, capsys):
-    rows = [row | {"prompt": "the " * 16} if i == 0 else row for i, row in enumerate(LABELLED)]
-    rows[1] = rows[1] | {"completion": "the " * 10}
+    rows = [row | {"prompt": "the " * 38} if i == 0 else row for i, row in enumerate(LABELLED)]
+    rows[1] = rows[1] | {"completion": "the " * 20}
     flags = {"model_name_or_path": files["gpt2"], "dataset_name": write_rows(tmp_path / "rows.jsonl", rows)}
     said = refused(capsys, "train", **flags, output_dir=tmp_path / "run", device="cpu", loss_type="kto")
-    assert "takes at most 24 tokens, and kto puts completions after other rows' prompts" in said
+    assert "takes at most 48 tokens, and kto puts completions after other rows' prompts" in said
 
 
 def test_generation_beyond_a_table_of_positions(files, capsys):
     flags = {"model_name_or_path": files["gpt2"], "dataset_name": files["pairs"], "device": "cpu"}
-    said = refused(capsys, "generate", **flags, max_new_tokens=30)
-    assert "with max_new_tokens 30 behind it: lower max_new_tokens" in said
+    said = refused(capsys, "generate", **flags, max_new_tokens=47)
+    assert "with max_new_tokens 47 behind it: lower max_new_tokens" in said
 
 
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_a_token_the_model_lacks_is_named_by_its_row(command, files, tmp_path, capsys):
     """In held-out rows and in prompts, where training rows have none."""
-    import tiny_tokenizer as words_of
-
-    small = tmp_path / "small"
-    vocabulary = max(max(words_of.tiny_tokenizer()(json.dumps(row))["input_ids"]) for row in PAIRS) + 1
+    tokenizer, small = tiny_tokenizer(), tmp_path / "small"
+    plain = [{"prompt": a, "chosen": b, "rejected": a} for a, b in ("xy", "yz", "zx", "yx")]
+    used = {token for row in plain for text in row.values() for token in tokenizer(text)["input_ids"]}
+    vocabulary = max(used | {tokenizer.eos_token_id}) + 1
     save_model(small, vocab_size=vocabulary)
-    new = words_of.tiny_tokenizer().convert_ids_to_tokens(len(words_of.tiny_tokenizer()) - 1)
-    odd = write_rows(tmp_path / "odd.jsonl", [*PAIRS[:2], PAIRS[2] | {"prompt": f"what is {new} here"}])
-    flags = {"model_name_or_path": small, "dataset_name": files["pairs"], "eval_dataset": odd, "device": "cpu"}
+    data = write_rows(tmp_path / "plain.jsonl", plain)
+    odd = write_rows(tmp_path / "odd.jsonl", [*plain[:2], PAIRS[2]])
+    flags = {"model_name_or_path": small, "dataset_name": data, "eval_dataset": odd, "device": "cpu"}
     flags |= {"output_dir": tmp_path / "run"} if command == "train" else {"max_new_tokens": 2}
     said = refused(capsys, command, **flags)
     assert f"in odd.jsonl:3 is outside the model's vocabulary of {vocabulary}" in said
@@ -96,7 +96,7 @@ def test_only_tables_limit_positions(files):
     opt = transformers.OPTForCausalLM(
         transformers.OPTConfig(**shape, max_position_embeddings=20, word_embed_proj_dim=16)
     )
-    assert (position_limit(gpt2), position_limit(llama), position_limit(opt)) == (24, None, 20)
+    assert (position_limit(gpt2), position_limit(llama), position_limit(opt)) == (48, None, 20)
 
 
 def change(name, text):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, first_look, holds_text
+from prefuse.engine.data.forms.mixture import mixed_form, parts_of, sources_of
 from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, describe
 from prefuse.engine.data.sources import Source, open_source
@@ -24,25 +25,36 @@ class Reading(NamedTuple):
 
 
 def read_records(
-    source: str, kind: str, split: str = "train", options: ReadOptions | None = None, config: str | None = None
+    source: str | Sequence[Any], kind: str, split: str = "train", options: ReadOptions | None = None
 ) -> Reading:
     """The rows of a source as records (or `Skipped`), in order; the first rows say in which form they are.
 
+    `source`: a path or a hub name, or the `datasets` of a mixture (see mixture.py).
     Raises DataError for a source that cannot be read, whose columns are not understood, or that has columns with text
     that nothing uses.
     """
-    opened = open_source(source, split, config)
-    rows = opened.rows()
+    options = options or ReadOptions()
+    if isinstance(source, str):
+        return read_source(open_source(source, split, options.dataset_config), kind, options)
+    readings = [read_source(part, kind, options) for part in sources_of(parts_of(source), split)]
+    ignored = list(dict.fromkeys(column for reading in readings for column in reading.ignored))
+    outcomes = itertools.chain.from_iterable(reading.outcomes for reading in readings)
+    return Reading(outcomes, mixed_form([reading.form for reading in readings]), ignored)
+
+
+def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
+    """The same for one source that is open."""
+    rows = source.rows()
     first = list(itertools.islice(rows, FIRST_ROWS))
-    look = first_look(source, first)
+    look = first_look(source.name, first)
     if not first:
-        raise DataError(f"{source} has no rows")
+        raise DataError(f"{source.name} has no rows")
     if not look.values:
         reasons = "\n".join(f"  {name}: {_problem(row)}" for name, row in first[:5])
-        raise DataError(f"{source}: none of its {len(first)} rows is an object with columns:\n{reasons}")
-    form = detect_form(look, kind, options or ReadOptions())
+        raise DataError(f"{source.name}: none of its {len(first)} rows is an object with columns:\n{reasons}")
+    form = detect_form(look, kind, options)
     ignored = [column for column in look.values if column not in form.used]
-    checked = _checked(itertools.chain(first, rows), opened, form, kind, ignored)
+    checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
     return Reading(_outcomes(checked, form, kind), form, ignored)
 
 

@@ -153,7 +153,8 @@ def _of_one_hot(columns: dict[str, str]) -> Callable[[Row], float]:
 
 def _of_column(look: Look, column: str, answers: Answers, options: ReadOptions) -> Callable[[Row], float]:
     """Lists hold one verdict of each annotator: the majority counts, and where there is none it is a tie."""
-    seen = {_key(part) for value in look.values[column] for part in (value if isinstance(value, list) else [value])}
+    values = [part for value in look.values[column] for part in (value if isinstance(value, list) else [value])]
+    seen = Counter(_key(value) for value in values if value is not None)
     one = _meaning(seen, column, answers, options, look.source)
 
     def read(row: Row) -> float:
@@ -171,14 +172,14 @@ def _of_column(look: Look, column: str, answers: Answers, options: ReadOptions) 
     return read
 
 
-def _meaning(seen: set[Any], column: str, answers: Answers, options: ReadOptions, source: str) -> Verdict:
+def _meaning(seen: Counter[Any], column: str, answers: Answers, options: ReadOptions, source: str) -> Verdict:
     if options.verdict_first is not None:
         return _as_told(options.verdict_first, column)
     words = {value for value in seen if isinstance(value, str)}
     numbers = {value for value in seen if not isinstance(value, str)}
     if words and not numbers:
         table = _table_of_words(answers)
-        if len(words - set(table)) <= 0.1 * len(words):
+        if sum(seen[word] for word in words - set(table)) <= 0.1 * seen.total():
             return _looked_up(table, column)
     elif numbers and not words:
         if any(value not in (0, 1, 2) for value in numbers) and all(1 <= value <= 2 for value in numbers):
