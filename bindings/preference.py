@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.grouped import WithGradients, cut, gradients_in_forward
-from prefuse.kernels import HeadOptions
-from prefuse.kernels.logprobs.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
+from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
+from prefuse.kernels import HeadOptions, checks
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of, prepare
 from prefuse.kernels.preference.tail import METRICS, preference_tail
 from prefuse.losses.contract import NEEDS, Loss, Sequences, is_batchwise, needs_of
 from prefuse.losses.pairs import DPO, IPO
@@ -109,6 +109,7 @@ def linear_preference_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> PreferenceOutput:
     """Equals `preference_loss(linear_logprobs(hidden, weight, targets, ...), ref_logps, cu_seqlens, loss, ...)`.
 
@@ -121,10 +122,14 @@ def linear_preference_loss(
     products instead of 4. When those of some whole pairs fit, beside a float32 gradient of a half-precision weight,
     pairs go group by group and the gradients are made in the forward: 3 units too, the same log-probabilities bit by
     bit. 0 always recomputes.
+
+    `gradient_tolerance` is `linear_logprobs`'s: above 0.0 the backward takes the place of the workspace, and writes the
+    skipped share into `metrics["head/skipped_mass"]`, which is [0, 0] before.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     workspace = WORKSPACE if workspace is None else workspace
-    _, targets, _ = prepare(hidden, weight, targets, bias, options, (), impl)
+    call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
+    targets = call.targets
     _check_packed(targets, cu_seqlens)
     kept = targets != ignore_index
     counts = _sequence_sums(kept.double(), cu_seqlens).long()
@@ -140,15 +145,18 @@ def linear_preference_loss(
         desirable = None if labels is None else labels[sequences]
         return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items, impl)
 
-    head = (hidden, weight, bias, targets, options, impl)
+    if gradient_tolerance > 0.0:
+        meter = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        out = loss_of(logprobs_of(call, guess=ref_logps if per_token else None, meter=meter))
+        return replace(out, metrics={**out.metrics, "head/skipped_mass": meter})
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
     whole = vocab_group or is_batchwise(loss)
-    groups = [] if whole else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    groups = [] if whole else split_in_groups(call, workspace, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
-        return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
+        return loss_of(logprobs_of(call, workspace))
     if isinstance(z0, Mismatched):  # of all groups
         z0 = kto_reference_point(*z0)
-    logps, gradients = gradients_in_forward(groups, *head, lambda *group: loss_of(*group).loss)
+    logps, gradients = gradients_in_forward(groups, call, lambda *group: loss_of(*group).loss)
     out = loss_of(logps)
     return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
 
@@ -208,8 +216,7 @@ def _preference_loss(
     num_items: int | Tensor | None,
     impl: str = "auto",
 ) -> PreferenceOutput:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    checks.check_impl(impl)
     _check_loss(loss, len(counts), ref_logps, labels, z0)
     _check_devices(logps, {"ref_logps": ref_logps, "cu_seqlens": cu_seqlens, "labels": labels})
     if isinstance(z0, Mismatched):
@@ -218,7 +225,7 @@ def _preference_loss(
         raise ValueError(f"num_items must be at least 1, got {num_items}")
     num_items = _items(loss, counts) if num_items is None else num_items
     ref_logps = None if ref_logps is None else ref_logps.detach()
-    if _resolve(impl, logps) == "triton" and type(loss) in TAILS:
+    if checks.resolve(impl, logps) == "triton" and type(loss) in TAILS:
         return _tail(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
 
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)
