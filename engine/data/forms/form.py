@@ -83,7 +83,7 @@ def make_record(row: str, prompt: Text, sides: dict[str, Text], *, label: bool |
             raise BadRow(f'"{side}" is empty')
         if not (turns[-1].get("tool_calls") if turns else False) and not _words(text).strip():
             raise BadRow(f'"{side}" is empty: nothing but blanks')
-        for turn in turns:
+        for turn in turns[:1] + turns[-1:]:  # between them: see the setting multi_turn
             if turn["role"] != "assistant":
                 raise BadRow(f'"{side}" has a turn from "{turn["role"]}", expected assistant turns only')
     if prompt == []:
