@@ -26,6 +26,7 @@ class ReadOptions:
     bad_to: float | None = None  # scores up to here are bad answers; those between are set aside
     pairs: Literal["best_worst", "all", "best_vs_random"] = "best_worst"  # which pairs a list of answers gives
     seed: int = 0  # of best_vs_random
+    keep_scores: bool = False  # scores stay scores, and no threshold is asked for
     dataset_config: str | None = None  # of a dataset with several configurations, the one to read
 
 
