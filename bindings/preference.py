@@ -8,6 +8,7 @@ reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last dig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.grouped import WithGradients, cut, gradients_in_forward
+from prefuse.grouped import WithGradients, gradients_in_forward, groups_within
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
 from prefuse.kernels.preference.tail import METRICS, preference_tail
@@ -143,7 +144,7 @@ def linear_preference_loss(
     head = (hidden, weight, bias, targets, options, impl)
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
     whole = vocab_group or is_batchwise(loss)
-    groups = [] if whole else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    groups = [] if whole else groups_within(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
         return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
     if isinstance(z0, Mismatched):  # of all groups
@@ -191,7 +192,13 @@ def reduce_metrics(metrics: dict[str, Tensor], group: dist.ProcessGroup | None =
     packed = torch.stack([value.double() for value in metrics.values()])  # (names, 2)
     if group is not None:
         dist.all_reduce(packed, group=group)
-    means = {name: total / count for name, (total, count) in zip(metrics, packed.tolist(), strict=True) if count}
+    return means_of(dict(zip(metrics, packed.tolist(), strict=True)))
+
+
+def means_of(metrics: dict[str, Sequence[float]]) -> dict[str, float]:
+    """{name: [sum, count]} -> {name: mean}, without those that nobody counted, and with a margin where both sides have
+    a reward."""
+    means = {name: total / count for name, (total, count) in metrics.items() if count}
     if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -36,7 +36,7 @@ from prefuse.engine.report.log import add_metrics, table
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import needs_of
-from prefuse.models.padding import completion_hidden
+from prefuse.models.flat import completion_hidden
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most, while training

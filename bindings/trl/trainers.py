@@ -25,7 +25,7 @@ from torch import Tensor
 import prefuse
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.trl.base import FusedTrainer, changed, check_loss, has_adapters, loss_of_config, trl
-from prefuse.trl.batches import Batch, Row, mismatches
+from prefuse.trl.batches import Microbatch, TokenizedRow, mismatches
 
 # ---------------------------------------------------------------------------------------------------------
 # DPO and its like
@@ -76,10 +76,10 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         weights = config.loss_weights or [1.0] * len(terms)
         return list(zip(weights, terms, strict=True))
 
-    def _before_policy(self, batch: Batch) -> tuple[Tensor | None, None]:
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, None]:
         return (self._reference(batch.rows, batch.tokens) if self._uses_reference else None), None
 
-    def _loss(self, logps: Tensor, ref_logps: Tensor | None, z0: None, batch: Batch) -> tuple[Tensor, dict]:
+    def _loss(self, logps: Tensor, ref_logps: Tensor | None, z0: None, batch: Microbatch) -> tuple[Tensor, dict]:
         total, metrics = torch.zeros((), device=logps.device), None
         for weight, loss in self._terms:
             if loss.per == "token":  # SFT, of the chosen side
@@ -92,7 +92,9 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
             metrics = self._pairs(logps.detach(), ref_logps, batch, prefuse.DPO(beta=self.beta)).metrics
         return total, metrics
 
-    def _pairs(self, logps: Tensor, ref_logps: Tensor | None, batch: Batch, loss: Loss) -> prefuse.PreferenceOutput:
+    def _pairs(
+        self, logps: Tensor, ref_logps: Tensor | None, batch: Microbatch, loss: Loss
+    ) -> prefuse.PreferenceOutput:
         ref_logps = ref_logps if "reference" in needs_of(loss) else None
         return prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, loss=loss)
 
@@ -166,7 +168,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             samples = [inputs | {"batch": replace(inputs["batch"], z0=z0)} for inputs in samples]
         return samples, num_items
 
-    def _drawn_z0(self, rows: list[Row], keep: bool) -> Tensor:  # ()
+    def _drawn_z0(self, rows: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         partners = mismatches([row.prompt for row in rows])
         if None in partners and self._group is None:
             warnings.warn(
@@ -176,9 +178,11 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             )
         pairs = [(row, rows[other]) for row, other in zip(rows, partners, strict=True) if other is not None]
         cut = self._collate.cut
-        return self._z0([Row(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep)
+        return self._z0(
+            [TokenizedRow(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep
+        )
 
-    def _z0(self, mismatched: list[Row], keep: bool) -> Tensor:  # ()
+    def _z0(self, mismatched: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         """Over these completions of other prompts and those of the other ranks, a microbatch at a time.
 
         `keep`: whether the same rows will come again, so that the cache is to have them.
@@ -195,7 +199,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
         return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens, group=self._group)
 
-    def _before_policy(self, batch: Batch) -> tuple[Tensor | None, Tensor | float | None]:
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, Tensor | float | None]:
         ref_logps = self._reference(batch.rows, batch.tokens) if self._uses_reference else None
         if not self._draws_z0:
             return ref_logps, 0.0 if self._uses_z0 else None
@@ -205,20 +209,20 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             return ref_logps, self._drawn_z0(batch.rows, keep=True)
         return ref_logps, self._z0(_paired(batch), keep=True)
 
-    def _precompute(self, batch: Batch) -> None:
+    def _precompute(self, batch: Microbatch) -> None:
         super()._precompute(batch)
         if self._draws_z0 and self._sampling == "trl":
             mismatched = self._collate.batch(_paired(batch)).to(self.accelerator.device)
             self._reference(mismatched.rows, mismatched.tokens)
 
     def _loss(
-        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor | float | None, batch: Batch
+        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor | float | None, batch: Microbatch
     ) -> tuple[Tensor, dict]:
         labels = batch.labels if "labels" in needs_of(self._term) else None
         out = prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, self._term, labels, z0)
         return out.loss, out.metrics
 
 
-def _paired(batch: Batch) -> list[Row]:
+def _paired(batch: Microbatch) -> list[TokenizedRow]:
     """The mismatched rows that TRL has chosen."""
-    return [Row(row.prompt, [row.other]) for row in batch.rows]
+    return [TokenizedRow(row.prompt, [row.other]) for row in batch.rows]
