@@ -17,7 +17,8 @@ from prefuse.engine.config.flags import given_settings, help_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.run.launch import launch
+from prefuse.engine.run.launch import launch, what_is_there
+from prefuse.engine.run.ranks import launched
 from prefuse.engine.run.signals import Stopped
 
 
@@ -75,7 +76,7 @@ OTHER_NAMES = {
 def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     command = None
     try:
         if argv and argv[0] in ("-h", "--help", "--version"):
@@ -90,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_of(command, COMMANDS[command].about))
             return 0
         config = validate(settings(command, words), command)
-        if command in TRAINING_COMMANDS and "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
-            return launch(argv, config.nproc, config.max_restarts)
+        if command in TRAINING_COMMANDS:
+            rank, _ = launched(config.nproc)
+            if "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
+                return launch(argv, config.nproc, config.max_restarts, config.output_dir)
         run(command, config)
     except (UserError, OSError) as error:
         if not isinstance(error, OtherRankFailed):
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
-            "the last checkpoint is whole, --resume goes on from it", file=sys.stderr,
+            f"{what_is_there(config.output_dir)}", file=sys.stderr,
         )  # fmt: skip
         return 75
     return 0

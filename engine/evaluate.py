@@ -9,7 +9,6 @@ kept (at most 64 MiB), so no second model stays in memory.
     prefuse eval --model_name_or_path run --ref_model_name_or_path base --eval_dataset test.jsonl
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from prefuse.engine.model.load import (
 )
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, table
+from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import needs_of
@@ -135,10 +135,10 @@ def evaluate_command(config: Config) -> dict[str, float]:
     check_same_vocabulary(lm, ref)
     examples = without_padding(examples, (lm, ref), config)
     metrics = compare(lm, ref, examples, config)
+    if config.output_file is not None:  # before it is shown: a screen may be gone
+        write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
     title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
-    if config.output_file is not None:
-        Path(config.output_file).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -17,6 +17,7 @@ from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.report.log import progress_bar, say, table
+from prefuse.engine.run.files import write_whole
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
 SHOWN_ANSWERS = 20  # where output_file has all
@@ -39,6 +40,10 @@ def generate(config: Config) -> list[dict[str, str]]:
         {"row": prompt.row, "prompt": prompt.text} | {role: answers[role][i] for role in names}
         for i, prompt in enumerate(prompts)
     ]
+    if config.output_file is not None:  # before they are shown: a screen may be gone
+        lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        text = "".join(lines).encode("utf-8", errors="backslashreplace").decode()  # half a surrogate pair is no UTF-8
+        write_whole(Path(config.output_file), text)
     title = f"greedy, at most {config.max_new_tokens} tokens"
     if config.temperature > 0:
         title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
@@ -46,8 +51,6 @@ def generate(config: Config) -> list[dict[str, str]]:
     rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in shown]
     table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
     if config.output_file is not None:
-        lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        Path(config.output_file).write_text("".join(lines), encoding="utf-8")
         say(f"wrote {len(results)} answers to {config.output_file}")
     return results
 
@@ -101,10 +104,12 @@ def _end_of(text: str) -> str:
 
 def _read_prompts(config: Config, tokenizer) -> list[Prompt]:
     """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out."""
+    rest, reading = (tokenizer, config.max_length), config.reading()
     if config.eval_dataset is not None:
-        prompts = load_prompts(config.eval_dataset, tokenizer, config.max_length, split=config.dataset_test_split)
+        prompts = load_prompts(config.eval_dataset, *rest, split=config.dataset_test_split, **reading)
     else:
-        prompts = load_prompts(config.dataset_name, tokenizer, config.max_length, split=config.dataset_train_split)
+        source = config.datasets or config.dataset_name
+        prompts = load_prompts(source, *rest, split=config.dataset_train_split, **reading)
         _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
     prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each

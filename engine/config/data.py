@@ -39,7 +39,7 @@ class DataSettings(Topic):
 
     def check(self, command: str) -> None:
         if command in TRAINING or self.eval_dataset is None:
-            require(self, "dataset_name")
+            require(self, "datasets" if self.datasets else "dataset_name")
         rule = Rule("in (0, 1]", lambda value: 0 < value <= 1)
         if command in TRAINING:
             rule = Rule("in [0, 1): training needs rows too", lambda value: 0 <= value < 1)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
@@ -21,11 +22,13 @@ def kind_of(loss: Loss) -> Kind:
     return "labelled" if "labels" in needs_of(loss) else "sft"
 
 
-def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int) -> tuple[Examples, list[Skipped]]:
+def read_examples(
+    source: str | list, split: str, kind: str, tokenizer, max_length: int, reading: dict[str, Any]
+) -> tuple[Examples, list[Skipped]]:
     """The usable rows and the others; says what was skipped, cut or taken apart."""
-    dataset = load_examples(source, kind, tokenizer, max_length, split=split)
+    dataset = load_examples(source, kind, tokenizer, max_length, split=split, **reading)
     say(summarize_skipped(dataset))
-    if kind == "labelled" and "chosen" in dataset.form:
+    if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
     return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped
@@ -33,8 +36,8 @@ def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
     """Rows to train on, held-out rows or None, and all that were skipped."""
-    rest = (kind, tokenizer, config.max_length)
-    examples, skipped = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    rest = (kind, tokenizer, config.max_length, {**config.reading(), "max_skipped": config.max_skipped})
+    examples, skipped = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     if config.eval_dataset is not None:
         held, more = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
         return examples, held, skipped + more
@@ -47,10 +50,10 @@ def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, 
 
 def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
     """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out."""
-    rest = (kind, tokenizer, config.max_length)
+    rest = (kind, tokenizer, config.max_length, {**config.reading(), "max_skipped": config.max_skipped})
     if config.eval_dataset is not None:
         return read_examples(config.eval_dataset, config.dataset_test_split, *rest)[0]
-    examples, _ = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    examples, _ = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     _, held = hold_out_rows(examples.prompts, config)
     say(f"  evaluating {len(held)} of {len(examples)}")
     return examples.select(held)

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.fit import count_cut, fit
-from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
+from prefuse.engine.data.forms import (
+    BadRow,
+    DataError,
+    Message,
+    ReadOptions,
+    Record,
+    SetAside,
+    Skipped,
+    name_of,
+    read_records,
+)
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
 from prefuse.engine.data.templates import render
@@ -40,28 +50,42 @@ class Dataset:
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
+    columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
+    notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
+    is_paired: bool = False  # its rows are pairs, whatever they were read as
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.examples)
 
 
-def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train") -> Dataset:
+def load_examples(
+    source: str | Sequence[Any],
+    kind: Kind,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    max_skipped: float = 0.5,
+    **reading: Any,
+) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
+    A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
-    usable row.
+    (those whose label is true). `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
+    Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
+    whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
     if kind not in get_args(Kind):
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split)
+    records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    source = name_of(source)
     has_preferences = form.kind == "pair" and kind != "sft"
-    examples, skipped, rows, prompts_cut = ExamplesBuilder(), [], 0, 0
+    examples, skipped, prompts_cut = ExamplesBuilder(), [], 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
         if kind == "sft":
             block = each(block, _demonstrated)
         encoded = tokenize(render(block, tokenizer), tokenizer)
@@ -75,22 +99,27 @@ def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, s
             else:
                 sides = list(outcome.sides.values())
                 examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
-    _require_usable(len(examples), skipped, source)
+    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
-    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored)
+    is_paired, notes = form.kind == "pair", form.tally.lines
+    return Dataset(
+        table, skipped, source, form.tally.rows, prompts_cut, str(form), ignored, form.roles, notes, is_paired
+    )
 
 
-def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train") -> list[Prompt]:
+def load_prompts(
+    source: str | Sequence[Any], tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any
+) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
-    records, form, ignored = read_records(source, "prompt", split)
-    prompts, skipped, rows, cut = [], [], 0, 0
+    records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    source = name_of(source)
+    prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
         fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
         cut += count_cut(encoded, fitted)
@@ -99,9 +128,10 @@ def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "
                 skipped.append(outcome)
             else:
                 prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
-    _require_usable(len(prompts), skipped, source)
+    rows = form.tally.rows
+    _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
-        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored)
+        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
     return prompts
 
@@ -124,6 +154,9 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     """
     count = len(dataset.skipped)
     lines = [f"{dataset.source}: {dataset.rows} rows as {dataset.form}, {count} skipped"]
+    if " -> " in dataset.columns:
+        lines.append(f"  columns: {dataset.columns}")
+    lines += [f"  {note}" for note in dataset.notes]
     if dataset.ignored_columns:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
@@ -149,17 +182,26 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _require_usable(count: int, skipped: list[Skipped], source: str) -> None:
+def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+    bad = [skip for skip in skipped if not skip.by_rule]
     if not count:
-        reasons = "\n".join(f"  {skip.row}: {skip.reason}" for skip in skipped[:5])
-        more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{reasons}{more}")
+        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")
+    if len(bad) > max_skipped * rows:
+        raise DataError(
+            f"{source}: {len(bad)} of {rows} rows cannot be used, more than max_skipped {max_skipped:g} allows:\n"
+            f"{_first_reasons(bad)}"
+        )
+
+
+def _first_reasons(skipped: list[Skipped]) -> str:
+    lines = [f"  {skip.row}: {skip.reason}" for skip in skipped[:5]]
+    return "\n".join([*lines, f"  ... and {len(skipped) - 5} more"] if len(skipped) > 5 else lines)
 
 
 def _demonstrated(record: Record) -> Record:
     """What a row shows to imitate: its completion, unless that is labelled bad, or its chosen side."""
     if record.label is False:
-        raise BadRow("its label is false, and sft learns from true ones only")
+        raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
     return replace(record, sides={side: record.sides[side]}, label=None)
 

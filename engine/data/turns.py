@@ -9,9 +9,7 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 import json
 from typing import Any
 
-from prefuse.engine.data.sources import BadRow, describe
-
-Message = dict[str, Any]  # {"role": ..., "content": str, and whatever else the chat template reads}
+from prefuse.engine.data.records import BadRow, Message, describe
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.run.files import write_whole
-
-console = Console(highlight=False, soft_wrap=True)
+from prefuse.engine.report.screen import console, printable
+from prefuse.engine.run.files import json_text, write_whole
 
 SHOWN = (  # on the screen, as far as a run has them
     "loss",
@@ -88,24 +86,31 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line. A resumed run keeps the `lines` that its checkpoint knew, and writes the
-    others again. Of several ranks only the main one `writes`.
+    """metrics.jsonl: one JSON object a line, in which a number that is none is null.
+
+    A resumed run keeps the `lines` that its checkpoint knew, and writes the others again. Of several ranks only the
+    main one `writes`.
     """
 
     def __init__(self, path: Path, lines: int = 0, writes: bool = True):
         self.path = path
         self.lines = lines
-        self.writes = writes
+        self._file = None
         if writes:
             kept = read_metrics(path)[:lines]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(path, "".join(json_text(row) + "\n" for row in kept))
+            self._file = path.open("a", encoding="utf-8")  # which stays the file, wherever the folder is moved
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         self.lines += 1
-        if not self.writes:
+        if self._file is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+        self._file.write(json_text({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -120,7 +125,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def say(message: str) -> None:
-    console.print(message, markup=False)
+    console.print(printable(message), markup=False)
 
 
 def say_metrics(step: int, total: int, metrics: dict[str, float], prefix: str = "") -> None:
@@ -137,5 +142,5 @@ def progress_bar() -> Progress:
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     grid = Table(*header, title=title, show_lines=True)
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid, soft_wrap=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.engine.config.settings import Config, decides_weights
+from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
@@ -31,10 +31,23 @@ from prefuse.engine.model.load import (
     without_padding,
 )
 from prefuse.engine.report.log import MetricsLog, Window, say
-from prefuse.engine.run.checkpoint import check_same, latest_checkpoint, load_checkpoint, read_state
+from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
+from prefuse.engine.run.files import require_space
+from prefuse.engine.run.folder import RunFolder, open_folder
 from prefuse.engine.run.guards import Guards
+from prefuse.engine.run.health import largest_weight
+from prefuse.engine.run.identity import (
+    Identity,
+    check_same,
+    check_settings,
+    checksums,
+    libraries,
+    row_digests,
+    settings_of,
+)
 from prefuse.engine.run.optimizer import make_optimizer
-from prefuse.engine.run.ranks import Ranks, fingerprint, join, share
+from prefuse.engine.run.proof import checkpoints
+from prefuse.engine.run.ranks import Ranks, join, share
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import Loss, needs_of
 
@@ -89,29 +102,64 @@ class TrainingSet:
 class Run:
     config: Config
     loss: Loss
-    folder: Path
+    home: RunFolder
     tokenizer: object
     lm: LanguageModel
     optimizer: torch.optim.Optimizer
     data: TrainingSet
     held: HeldOut | None
-    identity: dict  # what a checkpoint must agree with to be resumed
+    identity: Identity  # what a checkpoint must agree with to be resumed
     log: MetricsLog
     window: Window
     start: int  # optimizer steps already done
     guards: Guards
     ranks: Ranks
     evaluate_first: bool  # the evaluation after step `start` is still to be made
+    checkpoints: Checkpoints
+    largest: float  # of the weights it began with
+
+    @property
+    def folder(self) -> Path:
+        return self.home.path
 
 
-def prepare(config: Config, command: str) -> Run:
-    """Read, load, check, and ask the reference; from here on nothing but training can fail."""
-    ranks = join(config)
-    loss = prefuse.SFT() if command == "sft" else config.loss()
-    folder = Path(config.output_dir)
+def open_run(config: Config, command: str, ranks: Ranks) -> RunFolder:
+    """The run's folder, held by the main rank; for the others the same without a lock."""
+    given = Path(config.output_dir)
     again = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = ranks.from_main(lambda: _open_folder(folder, again))
-    checkpoint = None if found is None else folder / found
+    home: list[RunFolder] = []
+
+    def open_it() -> dict:
+        models = {name: getattr(config, name) for name in ("model_name_or_path", "ref_model_name_or_path")}
+        home.append(open_folder(given, again, models))
+        try:
+            check_settings(command, home[0].mark, config)
+        except UserError:
+            home[0].close()
+            raise
+        return home[0].mark
+
+    mark = ranks.from_main(open_it)
+    if not ranks.main:
+        home.append(RunFolder(given, holds=False))
+        home[0].mark = mark
+    return home[0]
+
+
+def is_finished(home: RunFolder, config: Config) -> bool:
+    """Whether there is nothing left to do; more epochs or steps than it had are something."""
+    if not home.finished:
+        return False
+    total, per_epoch = home.mark.get("total_steps", 0), home.mark.get("steps_per_epoch", 0)
+    wanted = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    return wanted <= total
+
+
+def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None) -> Run:
+    """Read, load, check, and ask the reference; from here on nothing but training can fail."""
+    ranks = join(config) if ranks is None else ranks
+    loss = prefuse.SFT() if command == "sft" else config.loss()
+    home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
     if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
         logger.warning(
@@ -125,51 +173,86 @@ def prepare(config: Config, command: str) -> Run:
 
     tokenizer, examples, held_examples, skipped = ranks.together(read)
     _check_same_rows(examples, held_examples, ranks)
-    ranks.from_main(lambda: write_skipped(skipped, folder / "skipped.jsonl"))
+    ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
+    model = checksums(base_state(lm.model), ranks)
     with adapters_off(lm.model):
         data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if decides_weights(k)}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
-    identity = {"command": command, "tokens": examples.fingerprint(), "items_per_step": per_step, **settings}
-    if lm.adapters is not None:  # a checkpoint has them alone
-        identity["the base model"] = fingerprint(base_state(lm.model), ranks)
+    identity = Identity(
+        command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
+        libraries(),
+    )  # fmt: skip
 
     peak = peak_flops(lm)
     window = Window(peak and peak * ranks.size, "pair" if loss.per == "pair" else "sample")
-    optimizer, state = make_optimizer(lm.model, config), {"step": 0, "lines": 0, "evaluate": True}
-    if checkpoint is not None:
-        state = ranks.together(lambda: read_state(checkpoint))
-        check_same(state["identity"], identity)
-        load_checkpoint(checkpoint, lm, optimizer, ranks)
-        window.restore(state["window"], device)
-        guards.restore(state["guards"])
-        say(f"resuming after step {state['step']}, from {checkpoint}")
-        if state["cut"] != _cut(config, ranks):
-            say(f"  its steps were cut otherwise ({_said(state['cut'])}, now {_said(_cut(config, ranks))}): the same "
-                "rows in the same order, but not to the last bit")  # fmt: skip
+    optimizer = make_optimizer(lm.model, config)
+    largest = largest_weight(lm, ranks)
+    state = {"step": 0, "lines": 0, "evaluate": True}
+    if home.state != "set-up":
+        changes: list[str] = []
+
+        def agree(saved: Saved) -> None:
+            changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
+
+        saved = load_newest(home.path, lm, optimizer, ranks, agree)
+        if saved is None:
+            say(f"{home.path} has no whole checkpoint: starting from the first step")
+        else:
+            state = saved.state
+            _go_on(saved, changes, window, guards, _cut(config, ranks), device)
+    newest = state["step"] or None
 
     def begin() -> None:
-        write_yaml(dataclasses.replace(config, resume=False), folder / "config.yaml", command)
+        require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+        write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
+        about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
+        home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
-    log = MetricsLog(folder / "metrics.jsonl", state["lines"], writes=ranks.main)
+    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main)
     return Run(
-        config, loss, folder, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
-        state["evaluate"],
+        config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
+        state["evaluate"], Checkpoints(config.save_total_limit, ranks, newest), largest,
     )  # fmt: skip
+
+
+def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
+    """Bytes for the model and for as many checkpoints as will stand side by side, but for those that do already."""
+    count = data.total_steps // config.save_steps if config.save_steps else 0
+    if config.save_total_limit:
+        count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
+    return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
+
+
+def _go_on(
+    saved: Saved, changes: list[str], window: Window, guards: Guards, cut: list[int], device: torch.device
+) -> None:
+    """From a checkpoint that is loaded."""
+    state = saved.state
+    window.restore(state["window"], device)
+    guards.restore(state["guards"])
+    say(f"resuming after step {state['step']}, from {saved.path}")
+    if state["cut"] != cut:
+        changes = [
+            *changes,
+            f"its steps were cut otherwise ({_said(state['cut'])}, now {_said(cut)}): the same rows in the same order, "
+            "but not to the last bit",
+        ]
+    for line in changes:
+        say(f"  {line}")
 
 
 def state_of(run: Run, step: int, evaluate: bool) -> dict:
     """What a checkpoint says besides tensors. `evaluate`: whether the evaluation after `step` is still to be made."""
     return {
         "step": step,
-        "identity": run.identity,
+        "identity": run.identity.state(),
         "cut": _cut(run.config, run.ranks),
         "window": run.window.state(),
         "guards": run.guards.state(),
@@ -184,23 +267,6 @@ def _cut(config: Config, ranks: Ranks) -> list[int]:
 
 def _said(cut: list[int]) -> str:
     return "{} ranks x {} microbatches of {}".format(*cut)
-
-
-def _open_folder(folder: Path, resume: bool) -> str | None:
-    """Make the run folder, which must be new or empty; with `resume`, the name of the checkpoint to go on from."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
-            raise UserError(
-                f"output_dir {folder} exists and is not empty: give another folder, or --resume to go on with its run"
-            )
-        checkpoint = latest_checkpoint(folder)
-        if checkpoint is None:
-            say(f"{folder} has no whole checkpoint: starting from the first step")
-        return checkpoint and checkpoint.name
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file, expected a folder that is new or empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    return None
 
 
 def _check_same_rows(examples: Examples, held: Examples | None, ranks: Ranks) -> None:
