@@ -97,6 +97,9 @@ class LDDPO(PairLoss):
         r = self.shortened(seq)
         return smoothed(self.beta * (r[0::2] - r[1::2]), self.label_smoothing)
 
+    def rewards(self, seq: Sequences) -> Tensor:  # (S,)
+        return self.beta * self.shortened(seq)
+
 
 @dataclass(frozen=True)
 class BetaDPO(PairLoss):

@@ -5,6 +5,7 @@ with finite differences in float64.
 """
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,9 @@ import prefuse
 from prefuse import FDPO, KTO, LDDPO, MODPO, MOKTO, ODPO, UNA, BetaDPO, ConditionalSFT, PPOClip
 from prefuse.bench.truth import oracle
 from prefuse.losses import needs_of
+from prefuse.losses.contract import is_batchwise
 from prefuse.losses.dpo_family import DIVERGENCES
+from prefuse.tokens import with_control
 
 # Six completions, three pairs: longer and shorter than their partner, of one length, and one without tokens.
 LENGTHS = [3, 5, 4, 4, 2, 0]
@@ -44,7 +47,7 @@ def run(loss, logps=LOGPS, **options):
 def completions(loss) -> list[oracle.Completion]:
     refs = REFS.double() if "reference" in needs_of(loss) else torch.zeros(N)
     tokens = list(zip(LOGPS.tolist(), refs.tolist(), strict=True))
-    return [tokens[a:b] for a, b in zip(CU_SEQLENS.tolist(), CU_SEQLENS.tolist()[1:], strict=False)]
+    return [tokens[a:b] for a, b in itertools.pairwise(CU_SEQLENS.tolist())]
 
 
 def of_pairs(equation):
@@ -171,7 +174,7 @@ def test_the_strength_of_beta_dpo_follows_the_batch_and_lets_no_gradient_through
     logps = LOGPS.clone().requires_grad_()
     out = run(loss, logps)
     torch.testing.assert_close(out.losses.double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
-    assert prefuse.losses.contract.is_batchwise(loss) == (level == "batch")
+    assert is_batchwise(loss) == (level == "batch")
     # With the strength as a number the gradient is DPO's of that strength.
     ratios = torch.tensor([oracle.log_ratio(each) for each in y], dtype=torch.float64)
     gaps = 0.7 * (ratios[0::2] - ratios[1::2])
@@ -259,7 +262,7 @@ def test_the_weights_of_wpo():
     weights = prefuse.wpo_weights(LOGPS, squares, CU_SEQLENS)
     tokens = list(zip(LOGPS.tolist(), squares.tolist(), strict=True))
     ends = CU_SEQLENS.tolist()
-    y = [tokens[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    y = [tokens[a:b] for a, b in itertools.pairwise(ends)]
     expected = [oracle.wpo_weight(y[2 * i], y[2 * i + 1]) for i in range(PAIRS)]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
     # From the head itself: a uniform policy writes everything as likely as anything, so its weights are 1.
@@ -300,8 +303,8 @@ def test_a_reference_free_point_is_the_mean_log_probability_and_not_clamped():
 
 
 def test_control_tokens_stand_before_the_prompt():
-    assert prefuse.tokens.with_control([5, 6], True, [1], [2, 3]) == [1, 5, 6]
-    assert prefuse.tokens.with_control([5, 6], False, [1], [2, 3]) == [2, 3, 5, 6]
+    assert with_control([5, 6], True, [1], [2, 3]) == [1, 5, 6]
+    assert with_control([5, 6], False, [1], [2, 3]) == [2, 3, 5, 6]
 
 
 # ---- a reference that follows --------------------------------------------------------------------
