@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.grouped import WithGradients, gradients_in_forward, groups_within
-from prefuse.kernels import HeadOptions
-from prefuse.kernels.logprobs.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
+from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
+from prefuse.kernels import HeadOptions, checks
+from prefuse.kernels.gradients import Gradients
+from prefuse.kernels.logprobs.linear_logprobs import HeadCall, logprobs_of, prepare
 from prefuse.kernels.preference.tail import METRICS, preference_tail
 from prefuse.loss_inputs import (
     LossInputs,
@@ -122,6 +123,7 @@ def linear_preference_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> PreferenceOutput:
     """Equals `preference_loss(linear_logprobs(hidden, weight, targets, ...), ref_logps, cu_seqlens, loss, ...)`.
 
@@ -134,22 +136,28 @@ def linear_preference_loss(
     products instead of 4. When those of some whole pairs fit, beside a float32 gradient of a half-precision weight,
     pairs go group by group and the gradients are made in the forward: 3 units too, the same log-probabilities bit by
     bit. 0 always recomputes.
+
+    `gradient_tolerance` is `linear_logprobs`'s: above 0.0 the backward takes the place of the workspace, and writes the
+    skipped share into `metrics["head/skipped_mass"]`, which is [0, 0] before.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     given = LossInputs(labels, z0, weights, margins, scores)
-    _, targets, _ = prepare(hidden, weight, targets, bias, options, (), impl)
-    head = (hidden, weight, bias, targets, options, impl)
+    call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
     workspace = WORKSPACE if workspace is None else workspace
-    return _linear_preference_loss(head, cu_seqlens, ref_logps, loss, given, num_items, workspace, vocab_group)
+    out, gradients = _linear_preference_loss(call, cu_seqlens, ref_logps, loss, given, num_items, workspace, impl)
+    if gradients is None:
+        return out
+    return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
 
 
 def _linear_preference_loss(
-    head: tuple, cu_seqlens: Tensor, ref_logps: Tensor | None, loss: Loss, given: LossInputs,
-    num_items: int | Tensor | None, workspace: int, vocab_group: dist.ProcessGroup | None,
-) -> PreferenceOutput:  # fmt: skip
-    hidden, weight, bias, targets, options, impl = head
+    call: HeadCall, cu_seqlens: Tensor, ref_logps: Tensor | None, loss: Loss, given: LossInputs,
+    num_items: int | Tensor | None, workspace: int, impl: str,
+) -> tuple[PreferenceOutput, Gradients | None]:  # fmt: skip
+    """The loss, and its gradients where they are made in the forward."""
+    targets = call.targets
     check_packed(targets, cu_seqlens)
-    kept = targets != options.ignore_index
+    kept = targets != call.options.ignore_index
     counts = _sequence_sums(kept.double(), cu_seqlens).long()
     check_loss_inputs(loss, len(counts), ref_logps, given)
     per_token = ref_logps is not None and _is_per_token(ref_logps, targets, counts)
@@ -163,16 +171,19 @@ def _linear_preference_loss(
         part = given.of(sequences, sequences_per_item(loss))
         return _preference_loss(logps, ref, cu, counts[sequences], loss, part, num_items, impl, kept[tokens])
 
+    if call.gradient_tolerance > 0.0:
+        meter = torch.zeros(2, dtype=torch.float64, device=call.hidden.device)
+        out = loss_of(logprobs_of(call, guess=ref_logps if per_token else None, meter=meter))
+        return replace(out, metrics={**out.metrics, "head/skipped_mass": meter}), None
     # Ranks that share a head must agree on the groups, but each knows the size of its own part only.
-    whole = vocab_group or is_batchwise(loss)
-    groups = [] if whole else groups_within(workspace, *head, cu_seqlens, sequences_per_item(loss))
+    whole = call.vocab_group or is_batchwise(loss)
+    groups = [] if whole else split_in_groups(call, workspace, cu_seqlens, sequences_per_item(loss))
     if not groups:
-        return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
+        return loss_of(logprobs_of(call, workspace)), None
     if isinstance(given.z0, Mismatched):  # it is the mean over all groups
         given = replace(given, z0=kto_reference_point(*given.z0))
-    logps, gradients = gradients_in_forward(groups, *head, lambda *group: loss_of(*group).loss)
-    out = loss_of(logps)
-    return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
+    logps, gradients = gradients_in_forward(groups, call, lambda *group: loss_of(*group).loss)
+    return loss_of(logps), gradients
 
 
 def kto_reference_point(
@@ -240,15 +251,14 @@ def _preference_loss(
     impl: str = "auto",
     kept: Tensor | None = None,  # (N,) bool
 ) -> PreferenceOutput:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    checks.check_impl(impl)
     check_loss_inputs(loss, len(counts), ref_logps, given)
     check_devices(logps, {"ref_logps": ref_logps, "cu_seqlens": cu_seqlens, **given.tensors()})
     if isinstance(num_items, int) and num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}")
     num_items = _items(loss, counts) if num_items is None else num_items
     ref_logps = None if ref_logps is None else ref_logps.detach()
-    if _resolve(impl, logps) == "triton" and _on_device(loss, given):
+    if checks.resolve(impl, logps) == "triton" and _on_device(loss, given):
         return _tail(logps, ref_logps, cu_seqlens, counts, loss, given, num_items)
 
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)

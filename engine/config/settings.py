@@ -20,6 +20,7 @@ from prefuse.engine.config.ranks import RankSettings
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import TRAINING, Topic, check_value, known
 from prefuse.engine.config.speed import SpeedSettings
+from prefuse.engine.config.text import TextSettings
 from prefuse.engine.errors import UserError
 
 __all__ = [
@@ -40,6 +41,7 @@ class Config(
     OptimizationSettings,
     BatchSettings,
     LossSettings,
+    TextSettings,
     DataSettings,
     RowSettings,
     ModelSettings,

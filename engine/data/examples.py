@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
-from prefuse.engine.data.fit import count_cut, fit
+from prefuse.engine.data.cache import cached
+from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
 from prefuse.engine.data.forms import (
     BadRow,
     DataError,
@@ -27,7 +28,7 @@ from prefuse.engine.data.forms import (
 )
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
-from prefuse.engine.data.templates import render
+from prefuse.engine.data.templates import TextOptions, render
 from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Dataset:
     ignored_columns: list[str]
     columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
     notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
+    completions_cut: int = 0  # rows of which a completion lost its end
     is_paired: bool = False  # its rows are pairs, whatever they were read as
 
     @cached_property
@@ -66,14 +68,18 @@ def load_examples(
     max_length: int,
     *,
     split: str = "train",
+    text: TextOptions | None = None,
     max_skipped: float = 0.5,
+    cache: str = "auto",
     **reading: Any,
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
     A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). `reading`: the fields of `ReadOptions`, for columns that do not say what they are.
+    (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
+    for columns that do not say what they are.
+    `cache`: where the ids are kept for the next time ("auto", "none" or a folder; see cache.py).
     Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
     whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
@@ -81,18 +87,37 @@ def load_examples(
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
+    options, text = ReadOptions(**reading), text or TextOptions()
+    if kind != "sft":
+        text = replace(text, turns="last")
+    settings = {"kind": kind, "max_length": max_length, "max_skipped": max_skipped}
+    seed = options.seed if options.pairs == "best_vs_random" else None  # nothing else is drawn
+    settings |= {"text": asdict(text), "reading": asdict(options) | {"seed": seed}}
+
+    def read() -> Dataset:
+        return _read_examples(source, kind, tokenizer, max_length, split, text, max_skipped, options)
+
+    return cached(cache, source, split, tokenizer, settings, read)
+
+
+def _read_examples(
+    source: str | Sequence[Any], kind: Kind, tokenizer: Any, max_length: int, split: str, text: TextOptions,
+    max_skipped: float, options: ReadOptions,
+) -> Dataset:  # fmt: skip
+    records, form, ignored = read_records(source, kind, split, options)
     source = name_of(source)
+    room = _room(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
-    examples, skipped, prompts_cut = ExamplesBuilder(), [], 0
+    examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
         if kind == "sft":
             block = each(block, _demonstrated)
-        encoded = tokenize(render(block, tokenizer), tokenizer)
+        encoded = tokenize(render(block, tokenizer, text), tokenizer)
         if has_preferences:
             encoded = each(encoded, _with_a_preference)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        fitted = each(encoded, room.fit)
         prompts_cut += count_cut(encoded, fitted)
+        completions_cut += count_cut_completions(encoded, fitted)
         for outcome in fitted:
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
@@ -103,14 +128,34 @@ def load_examples(
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
-    is_paired, notes = form.kind == "pair", form.tally.lines
     return Dataset(
-        table, skipped, source, form.tally.rows, prompts_cut, str(form), ignored, form.roles, notes, is_paired
+        examples=table,
+        skipped=skipped,
+        source=source,
+        rows=form.tally.rows,
+        prompts_cut=prompts_cut,
+        form=str(form),
+        ignored_columns=ignored,
+        columns=form.roles,
+        notes=form.tally.lines,
+        completions_cut=completions_cut,
+        is_paired=form.kind == "pair",
     )
 
 
+def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
+    parts = character_parts(tokenizer)
+    return Room(max_length, tokenizer.bos_token_id, parts, text.truncation_mode, text.long_completions)
+
+
 def load_prompts(
-    source: str | Sequence[Any], tokenizer: Any, max_length: int, *, split: str = "train", **reading: Any
+    source: str | Sequence[Any],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    text: TextOptions | None = None,
+    **reading: Any,
 ) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
@@ -118,10 +163,12 @@ def load_prompts(
     """
     records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
     source = name_of(source)
+    text = text or TextOptions()
+    room = _room(max_length, tokenizer, text)
     prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
-        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
+        fitted = each(encoded, room.fit)
         cut += count_cut(encoded, fitted)
         for read, outcome in zip(block, fitted, strict=True):
             if isinstance(outcome, Skipped):
@@ -161,6 +208,8 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
         lines.append(f"  prompts cut at their start to fit max_length: {dataset.prompts_cut}")
+    if dataset.completions_cut:
+        lines.append(f"  completions cut at their end to fit max_length: {dataset.completions_cut}")
     rows_by_reason: dict[str, list[str]] = {}
     for skipped in dataset.skipped:
         # Rows that are too long have one reason, however long each is.
@@ -171,6 +220,14 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     if len(rows_by_reason) > limit:
         lines.append(f"  ... and {len(rows_by_reason) - limit} more reasons")
     return "\n".join(lines)
+
+
+def describe_learned(dataset: Dataset) -> str:
+    """How many tokens are learned, and of how many: in sft, the turns between answers stand in completions too."""
+    completions, learned = int(dataset.examples.completions.lengths.sum()), dataset.examples.learned
+    if learned is None:
+        return f"{completions} answer tokens"
+    return f"{int(learned.sum())} answer tokens are learned; {completions - int(learned.sum())} stand between answers"
 
 
 def _listed(rows: list[str], limit: int) -> str:
@@ -203,7 +260,8 @@ def _demonstrated(record: Record) -> Record:
     if record.label is False:
         raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
-    return replace(record, sides={side: record.sides[side]}, label=None)
+    conversation = record.conversation and record.label is None  # a label is about the last answer
+    return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation)
 
 
 def _with_a_preference(record: Record) -> Record:

@@ -54,6 +54,7 @@ class Record:
     tools: list[Message] | None = None  # what the conversation may call; the chat template prints them
     template_kwargs: dict[str, Any] | None = None  # of this row, for the chat template
     learned: list[bool] | None = None  # sft: which ids of the completion are learned; None: all
+    conversation: bool = False  # turns of one column: every answer in it is one to learn from, not the last alone
     scores: dict[str, float] | None = None  # what the source says of each side: {"chosen": 4.0, "rejected": 1.5}
     weight: float | None = None  # how sure a preference between 1 and 2 is: 0 (a tie) to 1
 

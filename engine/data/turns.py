@@ -84,7 +84,9 @@ def _call(call: Any, where: str) -> Message:
         raise BadRow(f"a tool call of {where} has no name: expected {{function: {{name, arguments}}}}")
     rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
     function = without_nulls(function)
-    return without_nulls({"type": "function", **rest}) | {"function": {"arguments": {}, **function}}
+    return without_nulls({"type": "function", **rest}) | {
+        "function": function | {"arguments": function.get("arguments", {})}
+    }
 
 
 def read_tools(value: Any) -> list[Message] | None:

@@ -334,17 +334,20 @@ TEMPLATES = {
     "breaks the prefix": (
         "{% for m in messages %}[{{ m.content }}{{ '|last' if loop.last and m.content == 'R' }}]{% endfor %}",
         {"messages": [USER | {"content": "R"}, GOOD]},
-        'the chat template renders the prompt otherwise when "completion" follows: no true prefix',
+        'the chat template renders the prompt otherwise when "completion" follows: no true prefix'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
     "drops text": (
         "{% for m in messages %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}",
         {"messages": [USER, GOOD | {"content": "why</think>A"}]},
-        'the chat template drops or rewrites text of "completion"',
+        'the chat template drops or rewrites text of "completion": its reasoning (<think>...</think>)'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
     "renders nothing": (
         "{% for m in messages if m.content != 'nothing' %}{{ m.content }}{% endfor %}",
         {"messages": [USER | {"content": "nothing"}, GOOD]},
-        "the prompt is empty: it has no token",
+        'the chat template drops or rewrites the text of a "user" turn'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
 }
 

@@ -46,7 +46,7 @@ class Conversation:
         if not turns or turns[-1]["role"] != "assistant":
             last = f'is from "{turns[-1]["role"]}"' if turns else "is missing"
             raise BadRow(f'the last turn of "{self.column}" {last}, expected "assistant"')
-        return make_record(name, turns[:-1], {"completion": turns[-1:]}, **more)
+        return make_record(name, turns[:-1], {"completion": turns[-1:]}, conversation=True, **more)
 
     def _turns(self, row: Row) -> list[Message]:
         return with_turns_before(row, self.system, self.history, read_turns(row[self.column], self.column))

@@ -89,6 +89,6 @@ def _turn(turn: Any, column: str) -> Message:
     message = make_message(role, content, rest, column)
     if "content" in message:
         check_unicode(message["content"], column)
-    elif role != "assistant":
+    elif role != "assistant" and text_key not in turn:  # a null is an empty turn, if the chat template takes it so
         raise BadRow(f'the content of a "{role}" turn in "{column}" is {describe(content)}, expected a string')
     return message
