@@ -25,7 +25,8 @@ from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
+from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
