@@ -149,7 +149,9 @@ def test_an_adapter_that_transformers_put_there():
     model = build()
     try:
         model.add_adapter(peft.LoraConfig(r=4, target_modules=[*TRUNK, "lm_head"]))
-    except ImportError as error:  # transformers 5.24.0 asks for peft 0.22 here, before its release
+    except (ImportError, ValueError) as error:  # transformers 5.24.0 asks for peft 0.22 here, before its release
+        if "PEFT" not in str(error):
+            raise
         pytest.skip(f"this transformers does not take this peft: {error}")
     for name, p in model.named_parameters():
         if "lora_B" in name:
