@@ -181,7 +181,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
-    """Beside what `check_model` has looked at: held-out rows, and what a loss with mismatched completions makes of the rows."""
+    """Beside what `check_model` has looked at: held-out rows, and what a loss with mismatched completions makes of
+    the rows."""
     if held is not None:
         check_rows(lm, held)
     for rows in (examples, held):

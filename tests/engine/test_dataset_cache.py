@@ -91,7 +91,7 @@ OTHERS = {
     "same size": lambda given, patch: write_rows(
         given["path"], [PAIRS[0] | {"chosen": PAIRS[0]["chosen"][::-1]}, *PAIRS[1:], BAD]
     ),
-    "tokenizer": lambda given, patch: given.update(tokenizer=tiny_tokenizer(lines=(*LINES[:-1], "hello there, tell you"))),
+    "tokenizer": lambda given, patch: given.update(tokenizer=tiny_tokenizer(lines=(*LINES, "hello you, hello you"))),
     "special tokens": lambda given, patch: given.update(tokenizer=tiny_tokenizer(adds=())),
     "template": lambda given, patch: given.update(tokenizer=tiny_tokenizer(chat_template=CHATML)),
     "kind": lambda given, patch: given.update(kind="labelled"),
