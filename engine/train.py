@@ -76,12 +76,11 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     publish_model(run)
 
     def end() -> None:
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
     run.ranks.from_main(end)
-    if run.ranks.main:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     say(f"{done} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
     run.ranks.wait()
     return metrics
