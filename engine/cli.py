@@ -61,6 +61,7 @@ COMMANDS = {
     "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
 }
+DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
 BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
 OTHER_NAMES = {
@@ -86,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prefuse.bench.cli import main as bench
 
             return bench(argv[1:])
+        if argv and argv[0] == "data":
+            from prefuse.engine.curate import main as data
+
+            return data(argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about))
@@ -152,7 +157,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "data", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -165,7 +170,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"bench": BENCH}
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "bench": BENCH}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -23,10 +25,10 @@ from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
+from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str, settings: TextSettings | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
 
@@ -69,9 +73,10 @@ def load_tokenizer(path: str, settings: TextSettings | None = None) -> "PreTrain
     if base is None:
         _require_model_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # whatever is in its files: tokenizers has no class of its own
-        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+        trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
     refuse_foreign(tokenizer, path)
     if settings is not None:
         apply_settings(tokenizer, settings)
@@ -86,7 +91,7 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
@@ -96,22 +101,7 @@ def load_model(
                 "(peft's merge_and_unload, then save_pretrained)"
             )
         path = base
-    _require_model_folder(path)
-    try:
-        with file_faults_as_oserror():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, config.dtype), output_loading_info=True
-            )
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever its config, its weights or a pickle in their place hold
-        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise UserError(
-            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
-            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
-        )
+    model = _read_model(path, config)
     _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
@@ -137,6 +127,30 @@ def load_model(
     return LanguageModel(model, head, device, dtype, config.impl, adapters)
 
 
+def _read_model(path: str, config: Config) -> "PreTrainedModel":
+    """The whole causal LM of a folder or of the hub, in the settings' dtype."""
+    from transformers import AutoModelForCausalLM
+
+    _require_model_folder(path)
+    try:
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                output_loading_info=True,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
+            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+        )
+    return model
+
+
 def check_model(lm: LanguageModel, examples: Examples) -> None:
     """Before the first step: the model can take the rows, and the fused head is the model's own."""
     check_rows(lm, examples)
@@ -150,7 +164,7 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_first_line(error)}") from None
+        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_fault(error)}") from None
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
@@ -169,12 +183,34 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
     return dataclasses.replace(examples, padding_free=True)
 
 
-def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:
+    """How many tokens both models have; UserError where the same id may mean another token.
+
+    Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
+    """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    if own != theirs:
+    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    try:
+        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    except UserError:  # a folder with weights alone
+        others = None
+    if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
         raise UserError(
             f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
         )
+    if others is not None and others != tokens:
+        different = len(tokens.items() ^ others.items())
+        logger.warning(
+            "the tokenizers of model and reference differ in %d entries; rows are read with the model's own, and the "
+            "reference is asked about the same ids", different,
+        )  # fmt: skip
+    return min(own, theirs)
+
+
+def first_rows(head: Head, tokens: int) -> Head:
+    """The head over the first `tokens` tokens: without rows of padding."""
+    bias = None if head.bias is None else head.bias[:tokens]
+    return Head(head.weight[:tokens], bias, head.softcap, head.logit_scale)
 
 
 def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -209,8 +245,12 @@ def _require_model_folder(path: str) -> None:
     """A path that exists must be a whole model; any other name is left to the hub."""
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")):
-            raise UserError(f"model folder {path} does not exist")
+        siblings = [str(other) for other in folder.parent.glob("*") if (other / "config.json").is_file()]
+        near = difflib.get_close_matches(path, siblings, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or near:
+            raise UserError(f"model folder {path} does not exist{hint}")
+        _require_on_hub(path)
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
@@ -218,6 +258,22 @@ def _require_model_folder(path: str) -> None:
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
 
 
-def _first_line(error: Exception) -> str:
-    said = str(error).strip().splitlines()[:1]
-    return said[0] if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {' '.join(said)}"
+@functools.cache  # the hub is asked once
+def _require_on_hub(name: str) -> None:
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except Exception as error:  # no network, no such repository, no right to read it, no valid name
+        raise UserError(
+            f"{name} is no folder here, and no model of the hub that can be read: {_fault(error)}"
+        ) from None
+
+
+def _fault(error: Exception) -> str:
+    """One line, with the fix where it is a flag."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if "trust_remote_code" in str(error):
+        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
+    return said

@@ -105,7 +105,7 @@ def test_a_row_marked_bad_is_never_a_demonstration(tmp_path, row, options):
     source = write_lines(tmp_path / "rows.jsonl", [row, row, good])
     tokenizer = tiny_tokenizer(chat_template=CHATML)
     dataset = load_examples(source, "sft", tokenizer, 64, **options)
-    assert [tokenizer.decode(example.completion) for example in dataset.examples] == ["A<|im_end|>\n"]
+    assert [tokenizer.decode(example.completion) for example in dataset.examples] == ["A<|im_end|>"]
     assert [skip.by_rule for skip in dataset.skipped] == [True, True]
 
 
@@ -194,7 +194,7 @@ def test_keys_that_say_what_is_learned_stay(tmp_path):
 BAD_TURNS = {
     "an image": ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "image_url"),
     "a role": ({"role": "robot", "content": "Q"}, "unknown role 'robot'"),
-    "no text": ({"role": "user", "content": None}, 'the content of a "user" turn in "messages" is null'),
+    "no text": ({"role": "user", "name": "Ann"}, 'the content of a "user" turn in "messages" is null'),
 }
 
 

@@ -37,6 +37,7 @@ FINDERS: dict[str, Finder] = {  # what the columns must hold, in words for the m
 OF_KIND = {  # which of them each kind is read from: a pair holds two labelled completions, and a demonstration
     "pair": ("pair",),
     "labelled": ("pair", "labelled", "scored"),
+    "scored": ("pair", "scored"),  # pairs that have scores
     "sft": ("pair", "labelled", "scored", "sft"),
     "prompt": ("pair", "labelled", "scored", "sft", "prompt"),
 }

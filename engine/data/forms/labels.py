@@ -63,13 +63,22 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
             raise SetAside(f'no value in "{column}"')
         if value is None:
             raise BadRow(f'"{column}" is {row[column]!r:.40}, {describe(row[column])}; expected a number')
+        if options.keep_scores:
+            yield answers.read(name, row, scores={"completion": value})
+            return
         if good is None and bad is None:
             raise DataError(_ask_for_thresholds(look, column))
         if not ((good is not None and value >= good) or (bad is not None and value <= bad)):
             raise SetAside(f'its "{column}" is between good and bad ({_thresholds(options)})')
         yield answers.read(name, row, label=good is not None and value >= good, scores={"completion": value})
 
-    return _form("scored", answers, (column, f"label, {_thresholds(options)}"), read, notes)
+    return _form(
+        "scored",
+        answers,
+        (column, "score" if options.keep_scores else f"label, {_thresholds(options)}"),
+        read,
+        notes,
+    )
 
 
 def score_column(look: Look, named: dict[str, list[str]], options: ReadOptions) -> str | None:
