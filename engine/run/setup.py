@@ -139,7 +139,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
         command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
-        libraries(),
+        libraries(), data.reference,
     )  # fmt: skip
 
     peak = peak_flops(lm)
