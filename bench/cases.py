@@ -229,10 +229,9 @@ def loss_agrees(sizes: Sizes, loss: Loss, mode: str) -> None:
 
 def check_loss(inputs: Inputs, cu_seqlens: Tensor, loss: Loss, needs: tuple[str, ...], workspace: int) -> None:
     """`linear_preference_loss` and its gradients against the materializing implementation."""
-    ref_logps = None if isinstance(loss, prefuse.SFT) else evaluate(head, inputs).logps - 0.1
-    unpaired = isinstance(loss, prefuse.KTO)
+    ref_logps = evaluate(head, inputs).logps - 0.1 if "reference" in loss.needs else None
     labels = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device) % 3 > 0
-    extra = {"labels": labels, "z0": 0.05} if unpaired else {}
+    extra = {name: value for name, value in {"labels": labels, "z0": 0.05}.items() if name in loss.needs}
 
     def run(x: Inputs, **implementation):
         out = prefuse.linear_preference_loss(
@@ -274,7 +273,7 @@ def preferences(loss: Loss, lengths: Tensor, device: str) -> dict[str, Any]:
 
     arguments = dict(zip(("logps", "ref_logps", "cu_seqlens"), packed(0.0), strict=True))
     arguments["logps"].requires_grad_()
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in loss.needs:
         arguments |= {"labels": torch.rand(len(lengths)).to(device) < 0.6, "z0": prefuse.Mismatched(*packed(0.1))}
     return {"loss": loss, **arguments}
 

@@ -2,10 +2,10 @@
 
 from prefuse.kernels import linear_kl, linear_logprobs
 from prefuse.kl import kl_estimate
-from prefuse.losses.contract import DPO, IPO, KTO, SFT
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
 from prefuse.losses.names import loss_named
-from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.unpaired import KTO, SFT
 from prefuse.preference import (
     Mismatched,
     PreferenceOutput,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from prefuse.kernels import linear_logprobs
-from prefuse.losses.contract import DPO, Loss, Sequences
-from prefuse.models.head import IGNORE
+from prefuse.losses.contract import Loss, Sequences, needs_of
+from prefuse.losses.pairs import DPO
+from prefuse.tokens import IGNORE, keep_tokens, learned
 
 
 class PackedRows(NamedTuple):
@@ -41,10 +42,8 @@ def pack_rows(hidden: Tensor, labels: Tensor) -> PackedRows:  # (B, T, D), (B, T
             f"expected hidden (B, T, D) and labels (B, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}; labels "
             "are shifted inside, so give them as long as hidden"
         )
-    keep = nn.functional.pad(labels[:, 1:] != IGNORE, (1, 0))
-    places = keep.flatten().nonzero()[:, 0]
-    cu_seqlens = nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return PackedRows(hidden.flatten(0, 1).index_select(0, places - 1), labels.flatten()[places], cu_seqlens)
+    tokens = keep_tokens(labels, learned(labels))
+    return PackedRows(hidden.flatten(0, 1).index_select(0, tokens.predictors), tokens.targets, tokens.cu_seqlens)
 
 
 def batch_logps(
@@ -137,7 +136,7 @@ def preference_loss(
     sides = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     if len({x.shape for x in sides}) > 1 or policy_chosen_logps.dim() != 1:
         raise ValueError(f"expected four tensors (P,), one number for each pair, got {[tuple(x.shape) for x in sides]}")
-    if loss.per != "pair" or not loss.uses_reference:
+    if loss.per != "pair" or needs_of(loss) != {"reference"}:
         raise ValueError(f"expected a loss over pairs with a reference (DPO, IPO), got {loss}")
     chosen = policy_chosen_logps.double() - reference_chosen_logps.detach().double()
     rejected = policy_rejected_logps.double() - reference_rejected_logps.detach().double()

@@ -8,6 +8,7 @@ reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last dig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.grouped import WithGradients, cut, gradients_in_forward
+from prefuse.grouped import WithGradients, gradients_in_forward, groups_within
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import IMPLS, _resolve, logprobs_within, prepare
 from prefuse.kernels.preference.tail import METRICS, preference_tail
-from prefuse.losses.contract import DPO, IPO, KTO, Loss, Sequences
+from prefuse.losses.contract import NEEDS, Loss, Sequences, is_batchwise, needs_of
+from prefuse.losses.pairs import DPO, IPO
+from prefuse.losses.unpaired import KTO
 
 # What `linear_preference_loss` may keep from the forward to the backward, unless told otherwise.
 WORKSPACE = 1 << 30
@@ -71,7 +74,7 @@ def preference_loss(
             uses no reference.
         cu_seqlens: (S + 1,) int32 offsets: sequence s is `logps[cu_seqlens[s] : cu_seqlens[s + 1]]`.
         loss: `DPO`, `IPO`, `KTO`, `SimPO`, ...; equation and paper stand in its docstring.
-        labels: (S,) bool, desirable or not, for `KTO`.
+        labels: (S,) bool, desirable or not, for `KTO` and other losses whose `needs` name them.
         z0: KTO's reference point in nats: from `kto_reference_point`, a number, or a `Mismatched` to compute it from.
         num_items: what the sum is divided by: pairs, sequences or tokens, by the loss. Default: those of this call;
             give the global count when microbatches or ranks share one optimizer step.
@@ -140,8 +143,8 @@ def linear_preference_loss(
 
     head = (hidden, weight, bias, targets, options, impl)
     # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
-    whole = vocab_group or getattr(loss, "batchwise", False)
-    groups = [] if whole else cut(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
+    whole = vocab_group or is_batchwise(loss)
+    groups = [] if whole else groups_within(workspace, *head, cu_seqlens, 2 if loss.per == "pair" else 1)
     if not groups:
         return loss_of(logprobs_within(workspace, hidden, weight, targets, bias, options, (), impl, vocab_group))
     if isinstance(z0, Mismatched):  # of all groups
@@ -189,7 +192,13 @@ def reduce_metrics(metrics: dict[str, Tensor], group: dist.ProcessGroup | None =
     packed = torch.stack([value.double() for value in metrics.values()])  # (names, 2)
     if group is not None:
         dist.all_reduce(packed, group=group)
-    means = {name: total / count for name, (total, count) in zip(metrics, packed.tolist(), strict=True) if count}
+    return means_of(dict(zip(metrics, packed.tolist(), strict=True)))
+
+
+def means_of(metrics: dict[str, Sequence[float]]) -> dict[str, float]:
+    """{name: [sum, count]} -> {name: mean}, without those that nobody counted, and with a margin where both sides have
+    a reward."""
+    means = {name: total / count for name, (total, count) in metrics.items() if count}
     if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
@@ -294,7 +303,7 @@ def _sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _metrics(loss: Loss, seq: Sequences, sums: Tensor, rewards: Tensor) -> dict[str, Tensor]:
     """TRL's names -> [sum, count]."""
-    if loss.per == "token":
+    if loss.per != "pair" and seq.labels is None:  # no side to tell apart
         return {}
     chosen, rejected = _sides(loss, seq)
 
@@ -351,25 +360,25 @@ def _check_devices(logps: Tensor, others: dict[str, Tensor | None]) -> None:
 
 
 def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
-    name = type(loss).__name__
-    if isinstance(loss, type) or not hasattr(loss, "losses"):
-        raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
+    name, needs = type(loss).__name__, needs_of(loss)
     if loss.per == "pair" and sequences % 2:
         raise ValueError(f"{name} takes pairs (chosen, rejected adjacent), got an odd number of sequences: {sequences}")
-    if loss.uses_reference and ref_logps is None:
+    if "reference" in needs and ref_logps is None:
         raise ValueError(f"{name} needs ref_logps; for a uniform reference pass zeros ({sequences},) in float64")
-    if not loss.uses_reference and ref_logps is not None:
+    if "reference" not in needs and ref_logps is not None:
         raise ValueError(f"{name} uses no reference, so ref_logps must be None")
-    if not isinstance(loss, KTO):
-        if labels is not None or z0 is not None:
-            raise ValueError(f"{name} takes neither labels nor z0; they belong to KTO")
-        return
-    if labels is None or z0 is None:
-        raise ValueError("KTO needs labels (S,) bool and z0, from kto_reference_point (or a number, or Mismatched)")
+    others = {"labels": labels, "z0": z0}
+    for need, given in others.items():
+        if need in needs and given is None:
+            raise ValueError(f"{name} needs {' and '.join(NEEDS[other] for other in others if other in needs)}")
+        if need not in needs and given is not None:
+            raise ValueError(f"{name} takes no {need}: leave it out, or give a loss whose needs name it (KTO)")
     if isinstance(z0, Mismatched):
         _check_packed(z0.logps, z0.cu_seqlens)
     if isinstance(z0, Tensor) and z0.dim():
         raise ValueError(f"z0 must be one number for all sequences, shape (), got {tuple(z0.shape)}")
+    if labels is None:
+        return
     if labels.dtype != torch.bool:
         raise TypeError(f"labels must be bool, got {labels.dtype}")
     if labels.shape != (sequences,):

@@ -20,7 +20,7 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.dataset import KIND_OF, read_evaluation_data
+from prefuse.engine.data.dataset import kind_of, read_evaluation_data
 from prefuse.engine.data.order import draw_mismatches, plan_evaluation
 from prefuse.engine.model.forward import LanguageModel, count_items, fused_loss, reference_point
 from prefuse.engine.model.load import (
@@ -35,7 +35,8 @@ from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, table
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
-from prefuse.models.padding import completion_hidden
+from prefuse.losses.contract import needs_of
+from prefuse.models.flat import completion_hidden
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most, while training
@@ -54,7 +55,7 @@ class HeldOut:
     examples: Examples
     batches: list[list[int]]
     ref_logps: list[Tensor] | None = None  # (E,), None for a loss without reference
-    mismatches: Examples | None = None  # KTO
+    mismatches: Examples | None = None  # for a loss that needs z0
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: list[KLSample] | None = None  # one per batch
 
@@ -68,13 +69,13 @@ def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config, ra
         return HeldOut(examples, batches)
     own = batches[ranks.rank :: ranks.size]
     mismatches = mismatch_logps = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         mismatches = mismatched(examples, draw_mismatches(examples.prompts, config.seed, -1), config.max_length)
         mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
     return HeldOut(
         examples,
         batches,
-        reference_logps(ref, examples, own, config.reference_cache, ranks) if loss.uses_reference else None,
+        reference_logps(ref, examples, own, config.reference_cache, ranks) if "reference" in needs_of(loss) else None,
         mismatches,
         mismatch_logps,
         _sample_reference(ref, examples, batches),
@@ -127,7 +128,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    examples = read_evaluation_data(config, KIND_OF[config.loss_type], tokenizer)
+    examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
     lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
     for model in lm, ref:
         check_model(model, examples)

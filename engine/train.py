@@ -32,6 +32,7 @@ from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.ranks import clip_gradients, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import Run, Share, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
+from prefuse.losses.contract import needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,9 +198,9 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
-    if not run.loss.uses_reference or run.config.ref_model_name_or_path is not None or "loss" not in means:
+    if "reference" not in needs_of(run.loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
-    z0 = 0.0 if isinstance(run.loss, prefuse.KTO) else None
+    z0 = 0.0 if "z0" in needs_of(run.loss) else None
     expected = sum(
         prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
         for b in compress(share.batches, share.counts)

@@ -1,9 +1,10 @@
 """Every preference loss, once: a small function of the numbers of each sequence."""
 
-from prefuse.losses.contract import DPO, IPO, KTO, SFT, Loss, Sequences
+from prefuse.losses.contract import NEEDS, Loss, Sequences, needs_of
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
 from prefuse.losses.names import LOSSES, fields_of, loss_named
-from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.unpaired import KTO, SFT
 
 __all__ = [
     "AOT",
@@ -16,6 +17,7 @@ __all__ = [
     "KTO",
     "LOSSES",
     "NCA",
+    "NEEDS",
     "ORPO",
     "RPO",
     "SFT",
@@ -32,4 +34,5 @@ __all__ = [
     "SimPO",
     "fields_of",
     "loss_named",
+    "needs_of",
 ]

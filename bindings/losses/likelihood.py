@@ -2,7 +2,7 @@
 
     log pi(y | x) a sum over the n tokens of a completion; m = log pi(y | x) / n its mean
 
-Numbers, shapes and the contract are those of `losses`. An SFT term here is the chosen completion's, pair by pair, so
+Numbers, shapes and the contract are those of `contract`. An SFT term here is the chosen completion's, pair by pair, so
 that a loss does not depend on which pairs share a batch; `ChosenNLL(mean_length)` makes it a mean over tokens.
 """
 
@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefuse.losses.contract import Loss, Sequences, _check_beta, _check_smoothing, smoothed
-
-
-def _check_weight(name: str, weight: float) -> None:
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"{name} must be finite and >= 0, got {weight}")
+from prefuse.losses.contract import (
+    WITHOUT_REFERENCE,
+    Defaults,
+    Loss,
+    Need,
+    Sequences,
+    check_beta,
+    check_smoothing,
+    check_weight,
+    is_batchwise,
+    needs_of,
+    smoothed,
+)
 
 
 def token_means(seq: Sequences) -> Tensor:  # (S,)
@@ -29,7 +36,7 @@ def token_means(seq: Sequences) -> Tensor:  # (S,)
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(Defaults):
     """Simple Preference Optimization, Meng et al. 2024 (arXiv 2405.14734), eq. 6; with smoothing as in cDPO.
 
         loss = -log sigmoid(x)      x = beta (m_chosen - m_rejected) - gamma
@@ -40,12 +47,11 @@ class SimPO:
     beta: float = 2.0
     gamma: float = 1.0
     label_smoothing: float = 0.0
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = WITHOUT_REFERENCE
 
     def __post_init__(self):
-        _check_beta(self.beta)
-        _check_smoothing(self.label_smoothing)
+        check_beta(self.beta)
+        check_smoothing(self.label_smoothing)
         if not math.isfinite(self.gamma):
             raise ValueError(f"gamma must be finite, got {self.gamma}")
 
@@ -58,7 +64,7 @@ class SimPO:
 
 
 @dataclass(frozen=True)
-class CPO:
+class CPO(Defaults):
     """Contrastive Preference Optimization, Xu et al. 2024 (arXiv 2401.08417), eq. 3 and its NLL term.
 
         loss = -log sigmoid(beta (log pi(chosen) - log pi(rejected))) + nll_weight NLL      NLL = -m_chosen
@@ -70,13 +76,12 @@ class CPO:
     label_smoothing: float = 0.0
     nll_weight: float = 1.0
     average_nll: bool = True
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = WITHOUT_REFERENCE
 
     def __post_init__(self):
-        _check_beta(self.beta)
-        _check_smoothing(self.label_smoothing)
-        _check_weight("nll_weight", self.nll_weight)
+        check_beta(self.beta)
+        check_smoothing(self.label_smoothing)
+        check_weight("nll_weight", self.nll_weight)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         nll = -(token_means(seq) if self.average_nll else seq.logps)[0::2]
@@ -88,7 +93,7 @@ class CPO:
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(Defaults):
     """Odds Ratio Preference Optimization, Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7; beta is its lambda.
 
         loss = nll_weight NLL - beta log sigmoid(log odds(chosen) - log odds(rejected))
@@ -99,12 +104,11 @@ class ORPO:
 
     beta: float = 0.1
     nll_weight: float = 1.0
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = WITHOUT_REFERENCE
 
     def __post_init__(self):
-        _check_beta(self.beta)
-        _check_weight("nll_weight", self.nll_weight)
+        check_beta(self.beta)
+        check_weight("nll_weight", self.nll_weight)
 
     @staticmethod
     def log_odds(m: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ class ORPO:
 
 
 @dataclass(frozen=True)
-class SLiC:
+class SLiC(Defaults):
     """Sequence Likelihood Calibration, Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425), with the chosen as SFT target.
 
         loss = max(0, delta - log pi(chosen) + log pi(rejected)) - nll_weight log pi(chosen)
@@ -132,12 +136,11 @@ class SLiC:
 
     delta: float = 1.0
     nll_weight: float = 0.1
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = WITHOUT_REFERENCE
 
     def __post_init__(self):
-        _check_weight("delta", self.delta)
-        _check_weight("nll_weight", self.nll_weight)
+        check_weight("delta", self.delta)
+        check_weight("nll_weight", self.nll_weight)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         chosen, rejected = seq.logps[0::2], seq.logps[1::2]
@@ -148,7 +151,7 @@ class SLiC:
 
 
 @dataclass(frozen=True)
-class RPO:
+class RPO(Defaults):
     """DPO with an SFT term, Pang et al. 2024 (Iterative RPO, arXiv 2404.19733), eq. 1 divided by their alpha.
 
         loss = -log sigmoid(beta (r_chosen - r_rejected)) + nll_weight NLL      NLL = -m_chosen
@@ -158,12 +161,10 @@ class RPO:
 
     beta: float = 0.1
     nll_weight: float = 1.0
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_beta(self.beta)
-        _check_weight("nll_weight", self.nll_weight)
+        check_beta(self.beta)
+        check_weight("nll_weight", self.nll_weight)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         return -logsigmoid(self.beta * (seq.chosen - seq.rejected)) - self.nll_weight * token_means(seq)[0::2]
@@ -173,7 +174,7 @@ class RPO:
 
 
 @dataclass(frozen=True)
-class ChosenNLL:
+class ChosenNLL(Defaults):
     """The SFT term by itself, to be mixed with others: the negative log-likelihood of the chosen completion.
 
         loss = -log pi(chosen) / n_chosen
@@ -183,8 +184,7 @@ class ChosenNLL:
     """
 
     mean_length: float | Tensor | None = None  # ()
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = WITHOUT_REFERENCE
 
     def __post_init__(self):
         if not isinstance(self.mean_length, Tensor | None) and not self.mean_length > 0:
@@ -198,7 +198,7 @@ class ChosenNLL:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Defaults):
     """A weighted sum of losses over pairs, as TRL's `loss_type` and `loss_weights` lists, or MPO (arXiv 2411.10442).
 
         loss = sum over k of weights[k] loss_k
@@ -208,7 +208,6 @@ class Mixture:
 
     parts: tuple[Loss, ...]
     weights: tuple[float, ...] | None = None  # None: 1 each
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
 
     def __post_init__(self):
         if not self.parts or any(getattr(part, "per", None) != "pair" for part in self.parts):
@@ -216,15 +215,15 @@ class Mixture:
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise ValueError(f"expected {len(self.parts)} weights, one per part, got {len(self.weights)}")
         for weight in self.weights or ():
-            _check_weight("a weight", weight)
+            check_weight("a weight", weight)
 
     @property
-    def uses_reference(self) -> bool:
-        return any(part.uses_reference for part in self.parts)
+    def needs(self) -> frozenset[Need]:
+        return frozenset().union(*map(needs_of, self.parts))
 
     @property
     def batchwise(self) -> bool:
-        return any(getattr(part, "batchwise", False) for part in self.parts)
+        return any(map(is_batchwise, self.parts))
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         weights = self.weights or (1.0,) * len(self.parts)
@@ -237,4 +236,4 @@ class Mixture:
 
 def _as_seen_by(part: Loss, seq: Sequences) -> Sequences:
     """A loss without reference finds the log-probabilities in `ratios`, as it does alone."""
-    return seq if part.uses_reference else seq._replace(ratios=seq.logps)
+    return seq if "reference" in needs_of(part) else seq._replace(ratios=seq.logps)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from prefuse.losses.contract import DPO, IPO, KTO, Loss
+from prefuse.losses.contract import Loss
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, SimPO, SLiC
-from prefuse.losses.pairs import AOT, APO, BCO, EXO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.unpaired import KTO
 
 # name -> the class, and the fields that the name itself decides
 LOSSES: dict[str, tuple[type, dict[str, object]]] = {
@@ -44,6 +45,21 @@ def fields_of(name: str) -> tuple[str, ...]:
     """The hyperparameters that the loss of this name takes."""
     cls, fixed = _entry(name)
     return tuple(field.name for field in dataclasses.fields(cls) if field.name not in fixed)
+
+
+# Settings, of the engine and of TRL's configs, that are not called as the field they are for.
+SETTINGS = {"gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau"}
+
+
+def setting_names(name: str) -> dict[str, str]:
+    """{field: the setting it is read from} for the loss of this name."""
+    return {field: SETTINGS.get(field, field) for field in fields_of(name)}
+
+
+def loss_from(settings: object, name: str) -> Loss:
+    """The loss of this name, its hyperparameters from the attributes of `settings`; one that is None is left out."""
+    given = {field: getattr(settings, setting, None) for field, setting in setting_names(name).items()}
+    return loss_named(name, **{field: value for field, value in given.items() if value is not None})
 
 
 def loss_named(name: str, **hyperparameters: object) -> Loss:

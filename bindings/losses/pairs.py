@@ -1,8 +1,8 @@
-"""Losses of a pair and its reference: what TRL's DPOTrainer calls `loss_type`, beside DPO and IPO.
+"""Losses of a pair and its reference: DPO, IPO, and what TRL's DPOTrainer calls `loss_type` beside them.
 
     x = beta (r_chosen - r_rejected)      r_s = log pi(y_s | x_s) - log pi_ref(y_s | x_s), n_s its tokens
 
-Numbers, shapes and the contract are those of `losses`.
+Numbers, shapes and the contract are those of `contract`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefuse.losses.contract import Sequences, _check_beta, _check_smoothing, smoothed
+from prefuse.losses.contract import Defaults, Sequences, check_beta, check_smoothing, smoothed
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """What the losses here share: their strength, what they are a mean over, and the reward they log."""
+class _Pairs(Defaults):
+    """What the losses here share: their strength, their margin, and the reward they log."""
 
     beta: float = 0.1
-    per: ClassVar[Literal["pair", "sequence", "token"]] = "pair"
-    uses_reference: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_beta(self.beta)
+        check_beta(self.beta)
 
     def margin(self, seq: Sequences) -> Tensor:  # (P,)
         return self.beta * (seq.chosen - seq.rejected)
@@ -37,6 +35,42 @@ class _Pairs:
 
 
 # ---- functions of the margin ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DPO(_Pairs):
+    """Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; with smoothing, cDPO.
+
+        loss = -(1 - e) log sigmoid(beta (r_chosen - r_rejected)) - e log sigmoid(-beta (r_chosen - r_rejected))
+
+    `label_smoothing` e is the probability that a preference label is flipped (Mitchell 2023, "A note on DPO with noisy
+    preferences"); 0 is the paper's loss.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_smoothing(self.label_smoothing)
+
+    def losses(self, seq: Sequences) -> Tensor:  # (P,)
+        return smoothed(self.margin(seq), self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class IPO(_Pairs):
+    """Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), eq. 17, with tau = beta.
+
+        loss = (h_chosen - h_rejected - 1 / (2 beta))^2      h = r / n  (average), or h = r
+
+    `average=True`, the per-token mean, is what its authors advise and TRL uses; `average=False` is the paper's sum.
+    """
+
+    average: bool = True
+
+    def losses(self, seq: Sequences) -> Tensor:  # (P,)
+        h = seq.ratios / seq.lengths if self.average else seq.ratios
+        return (h[0::2] - h[1::2] - 1 / (2 * self.beta)).square()
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ class RobustDPO(_Pairs):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_smoothing(self.label_smoothing)
+        check_smoothing(self.label_smoothing)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         x, e = self.margin(seq), self.label_smoothing
@@ -101,7 +135,7 @@ class EXO(_Pairs):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_smoothing(self.label_smoothing, above_zero=True)
+        check_smoothing(self.label_smoothing, above_zero=True)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         x, e = self.margin(seq), self.label_smoothing
@@ -147,7 +181,7 @@ class AOT(_Pairs):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_smoothing(self.label_smoothing)
+        check_smoothing(self.label_smoothing)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         # AOT asks whether the first distribution lies above the second, quantile by quantile.

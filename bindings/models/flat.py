@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from prefuse.kernels.attention.gather import Gather, gather
 from prefuse.kernels.attention.segments import Segments
 from prefuse.kernels.attention.shared_prefix import compute_dtype, shared_prefix_attention
-from prefuse.models.logps import UnsupportedModel, trunk_hidden, trunk_of
-from prefuse.packing import Packed, pack
+from prefuse.models.trunk import UnsupportedModel, trunk_hidden, trunk_of
+from prefuse.packing import Packed, Padded, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +48,14 @@ class PackedMask:
 
     segments: Segments
     window: int | None
+
+
+def completion_hidden(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor:  # (N, D)
+    """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
+    if isinstance(tokens, Packed):
+        return packed_hidden(model, tokens)
+    hidden = trunk_hidden(model, tokens.input_ids, tokens.attention_mask)  # (S, T, D)
+    return hidden.flatten(0, 1).index_select(0, tokens.predictors)
 
 
 def packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (N, D)

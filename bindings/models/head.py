@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100  # transformers' label of a token that does not count
+from prefuse.kernels import linear_logprobs
+from prefuse.models.trunk import UnsupportedModel, class_of, trunk_hidden, trunk_of
 
-
-class UnsupportedModel(ValueError):
-    """The model's head, or the way to its trunk, is not one this library computes."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,6 @@ WITHOUT_ADAPTER = (
     'leave the head out of the adapter (exclude_modules=["lm_head"]), train it whole (modules_to_save=["lm_head"]), '
     "or merge the adapter (merge_and_unload())"
 )
-
-
-def class_of(module: nn.Module) -> type:
-    """Its class, before `fully_shard` put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def head_layer(model: nn.Module) -> nn.Module:
@@ -210,3 +204,57 @@ def as_product(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
     if len(rows) == 1:
         return hidden, base.weight, base.bias
     return torch.cat(rows, dim=1), torch.cat(columns, dim=1), bias
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trust
+
+
+@torch.no_grad()
+def check_head(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (B, T) real tokens, without padding
+    impl: str = "auto",
+) -> float:
+    """Refuse the model if its own logits and the fused head disagree; returns the largest difference in nats.
+
+    Compared twice: as the model is, and with hidden states scaled until the logits reach about 50. A softcap, for
+    one, leaves the small logits of a fresh model almost alone and would be found only after training.
+    """
+    head = head_of(model)
+    hidden = trunk_hidden(model, input_ids)
+    loudness = 50 / head.logits(hidden[0]).abs().max().clamp(min=1e-6).item()
+    worst = 0.0
+    for scale in (1.0, loudness):
+        hook = trunk_of(model).register_forward_hook(lambda module, args, out, scale=scale: _scaled(out, scale))
+        try:
+            difference, bound = _difference(model, head, input_ids, impl)
+        finally:
+            hook.remove()
+        if not difference <= bound:  # a nan is a difference
+            raise UnsupportedModel(
+                f"{type(model).__name__}: log-probabilities from its logits and from its hidden states times its head "
+                f"differ by {difference:.3g} nats, more than rounding explains ({bound:.1g}). Its forward does "
+                "something to the logits that this library does not know, so it cannot be trained here."
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _scaled(output, scale: float):
+    output.last_hidden_state = output.last_hidden_state * scale
+    return output
+
+
+def _difference(model: PreTrainedModel, head: Head, input_ids: Tensor, impl: str) -> tuple[float, float]:
+    """The largest difference of log-probabilities, and how large rounding alone can make it."""
+    targets = input_ids[:, 1:].flatten()
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # (N, V)
+    expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets[:, None])[:, 0]
+    hidden = trunk_hidden(model, input_ids)[:, :-1].flatten(0, 1)
+    got = linear_logprobs(hidden, head.weight, targets, **head.options(), impl=impl)
+    # The model rounds each logit to its dtype, and again for a scale and a cap: an eps of the largest, in the target's
+    # logit and in the logsumexp. Accumulation in another order adds some eps of float32.
+    eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, head.weight.dtype))
+    bound = (4 * eps + 32 * torch.finfo(torch.float32).eps) * max(1.0, logits.abs().max().item())
+    return (got.double() - expected).abs().max().item(), bound

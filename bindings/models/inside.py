@@ -9,29 +9,15 @@ wrappers and all; at its head it hands over the hidden states, and gets a few nu
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prefuse.models.head import Head, UnsupportedModel, class_of, is_lora, transform_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# The versions this was written against, as pyproject.toml has them: from, and below.
-VERSIONS = {"transformers": ((5, 23), (6, 0)), "peft": ((0, 21), (1, 0))}
-
-_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose libraries are of such a version
-
-
-class UnsupportedVersion(ImportError):
-    """A library is installed in a version this one was not written for."""
-
+from prefuse.models.head import Head, is_lora, transform_of
+from prefuse.models.trunk import UnsupportedModel, class_of
 
 # ---------------------------------------------------------------------------------------------------------
 # The model's own forward, with another head
@@ -177,66 +163,3 @@ def _reshard(model: nn.Module, result: Tensor) -> None:
     so, an optimizer made now would get those copies, and the next forward would not see what it did to the shards."""
     if hasattr(model, "reshard") and not result.requires_grad:
         model.reshard()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Models
-
-
-# Wrappers that cannot be gone through, and what to use.
-REFUSED = {
-    "DataParallel": "use DistributedDataParallel",
-    "FullyShardedDataParallel": "use fully_shard (FSDP2)",
-    "DeepSpeedEngine": "use DistributedDataParallel or fully_shard (FSDP2)",
-}
-
-
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DistributedDataParallel, torch.compile and PEFT."""
-    kind = class_of(model)
-    if kind.__name__ in REFUSED:
-        raise UnsupportedModel(
-            f"a model in {kind.__module__}.{kind.__name__} cannot run here: {REFUSED[kind.__name__]}"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return causal_lm_of(model.module)
-    if kind.__name__ == "OptimizedModule":
-        return causal_lm_of(model._orig_mod)
-    if "peft" in sys.modules:
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            if model.active_peft_config.is_prompt_learning:
-                raise UnsupportedModel(
-                    f"{model.active_peft_config.peft_type.value} adds tokens of its own to every sequence: expected "
-                    "adapters in layers, as of LoRA, or none"
-                )
-            return causal_lm_of(model.get_base_model())
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"expected a causal LM of transformers, or one in DistributedDataParallel, torch.compile or PEFT, got "
-            f"{kind.__module__}.{kind.__name__}; with hidden states of any other model use prefuse.padded.batch_logps "
-            "or prefuse.linear_logprobs"
-        )
-    return model
-
-
-def check_versions(model: nn.Module) -> None:
-    """Raises UnsupportedVersion for a transformers or PEFT that this was not written for."""
-    if model in _checked:
-        return
-    for library, (first, last) in VERSIONS.items():
-        used = library in sys.modules and any(type(m).__module__.split(".")[0] == library for m in model.modules())
-        if not used:
-            continue
-        version = sys.modules[library].__version__
-        major, minor = map(int, re.match(r"(\d+)\.(\d+)", version).groups())
-        if not first <= (major, minor) < last:
-            low, high = (".".join(map(str, x)) for x in (first, last))
-            raise UnsupportedVersion(
-                f"{library} {version} is installed, but prefuse needs {library} >= {low}, < {high}: "
-                f"pip install '{library}>={low},<{high}'"
-            )
-    _checked.add(model)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import prefuse
-from prefuse.models.head import IGNORE, UnsupportedModel, as_product, head_layer, transform_of
-from prefuse.models.inside import causal_lm_of, check_versions, in_place_of_head, is_running
+from prefuse.models.head import as_product, head_layer, transform_of
+from prefuse.models.inside import in_place_of_head, is_running
+from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
+from prefuse.tokens import IGNORE, keep_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,17 +174,16 @@ def _sft_loss(
             f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(head.hidden.shape)}: "
             "give labels of input_ids' shape, and no logits_to_keep"
         )
-    counts = targets != IGNORE
-    places = counts.flatten().nonzero()[:, 0]
+    tokens = keep_tokens(targets)
     device = head.hidden.device
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     with torch.autocast(device.type, dtype=head.autocast, enabled=head.autocast is not None):
         return prefuse.linear_preference_loss(
-            head.hidden.flatten(0, -2).index_select(0, places),
+            head.hidden.flatten(0, -2).index_select(0, tokens.places),
             head.weight,
-            targets.flatten()[places],
-            nn.functional.pad(counts.sum(-1).cumsum(0), (1, 0)).int(),
+            tokens.targets,
+            tokens.cu_seqlens,
             None,
             loss=prefuse.SFT(),
             num_items=num_items_in_batch,

@@ -1,7 +1,7 @@
 """What the trainers for TRL share: the way of a microbatch through the model, the reference, the metrics, the refusals.
 
 `FusedTrainer` stands before one of TRL's trainers among the bases of a class, and takes over what lies between the
-tokenized rows and the loss: see `trl_trainers`, which adds the losses. N completion tokens in a microbatch.
+tokenized rows and the loss: see `trainers`, which adds the losses. N completion tokens in a microbatch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, IterableDataset
 import prefuse
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
-from prefuse.losses.contract import Loss
-from prefuse.losses.names import fields_of
-from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
-from prefuse.models.padding import Padded, completion_hidden
-from prefuse.packing import Packed
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.names import loss_from
+from prefuse.models.flat import check_packing, completion_hidden
+from prefuse.models.head import check_head, head_of
+from prefuse.models.trunk import UnsupportedModel
+from prefuse.packing import Packed, Padded
 from prefuse.preference import WORKSPACE
-from prefuse.trl.batches import Batch, Collator, ReferenceCache, Row, Window, counted
+from prefuse.trl.batches import Collator, Microbatch, MicrobatchMetrics, ReferenceCache, TokenizedRow, counted
 
 
 def _require_trl() -> None:
@@ -46,28 +46,27 @@ def _require_trl() -> None:
 
 _require_trl()
 
-import trl  # noqa: E402, F401 (from here it comes to `trl_trainers`, once it is known to be there)
+import trl  # noqa: E402, F401 (from here it comes to `trainers`, once it is known to be there)
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses by name
 
-CONFIGS_NAMES = {"tau": "discopop_tau"}  # where a field of the loss has another name in the config
+
+def loss_of_config(name: str, config: Any) -> Loss:
+    """The loss of this name, its hyperparameters those of TRL's config."""
+    # In TRL "sft" is a mean over all tokens of a microbatch.
+    return prefuse.SFT() if name == "sft" else loss_from(config, name)
 
 
-def loss_named(name: str, args: Any) -> Loss:
-    """The loss of this name, its hyperparameters those of the config."""
-    if name == "sft":  # in TRL a mean over all of a microbatch's tokens
-        return prefuse.SFT()
-    given = {field: getattr(args, CONFIGS_NAMES.get(field, field), None) for field in fields_of(name)}
-    return prefuse.loss_named(name, **{field: value for field, value in given.items() if value is not None})
-
-
-def check_loss(loss: Any, per: str, trainer: str) -> None:
-    if isinstance(loss, type) or not hasattr(loss, "losses"):
-        raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
+def check_loss(loss: Any, per: str, brings: set[str], trainer: str) -> None:
+    """Raises unless it is a loss over what the trainer's rows are, and needs nothing but what they bring."""
+    needs = needs_of(loss)
     if loss.per != per:
         raise ValueError(f"{type(loss).__name__} is a loss per {loss.per}: {trainer} takes losses per {per}")
+    if needs - brings:
+        missing = ", ".join(sorted(needs - brings))
+        raise ValueError(f"{type(loss).__name__} needs {missing}, which the rows of {trainer} do not bring")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,6 +143,7 @@ class FusedTrainer:
 
     OUTPUTS: tuple[str, ...]  # what the head gives beside the log-probabilities
     CONFIG: type
+    _uses_reference: bool
 
     def _start(self, positional: tuple, named: dict, padding_free: bool, workspace: int | None) -> dict[str, Any]:
         """TRL's arguments by name, once it is known that all of them can be honoured."""
@@ -157,7 +157,7 @@ class FusedTrainer:
         self._collate = Collator(given["args"].max_length, flat=padding_free)
         self._workspace = WORKSPACE if workspace is None else workspace
         self._cache = ReferenceCache()
-        self._window = {"train": Window(), "eval": Window()}
+        self._window = {"train": MicrobatchMetrics(), "eval": MicrobatchMetrics()}
         self._checked: list[nn.Module] = []
         return given | {"data_collator": self._collate}
 
@@ -247,7 +247,7 @@ class FusedTrainer:
             self._collate.flat = False
             warnings.warn(f"{error}. Batches are padded, and prompts run once for each completion", stacklevel=2)
 
-    def _log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _log_probabilities(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(N,) of the policy, with gradient, and what else its head tells of each token."""
 
         def run(base: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -274,7 +274,7 @@ class FusedTrainer:
 
     # ---------------------------------------------------------------------------------------- reference
 
-    def _reference(self, rows: Sequence[Row], tokens: Packed | Padded) -> Tensor:  # (N,)
+    def _reference(self, rows: Sequence[TokenizedRow], tokens: Packed | Padded) -> Tensor:  # (N,)
         """The reference's log-probabilities, from the cache where all rows are in it."""
         kept = self._cache.get(rows)
         if kept is not None:
@@ -287,6 +287,14 @@ class FusedTrainer:
         logps = self._reference_pass(tokens)
         self._cache.put(rows, logps)
         return logps
+
+    def _reference_flags(self, given: dict[str, Any]) -> dict[str, bool]:
+        """Settings with which TRL loads no reference model where the loss uses none."""
+        if self._uses_reference:
+            return {}
+        if given.get("ref_model") is not None:
+            raise ValueError("this loss uses no reference, so ref_model must be None")
+        return {"precompute_ref_log_probs": True}
 
     @property
     def _reference_at_hand(self) -> bool:
@@ -303,6 +311,8 @@ class FusedTrainer:
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """TRL adds columns of sums to the data set; here the numbers of each token go to the cache."""
+        if not self._uses_reference:
+            return dataset
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "precompute_ref_log_probs=True needs a data set with a length, got an IterableDataset: "
@@ -322,7 +332,7 @@ class FusedTrainer:
         self._cache.share(self._group)
         return dataset
 
-    def _precompute(self, batch: Batch) -> None:
+    def _precompute(self, batch: Microbatch) -> None:
         self._reference(batch.rows, batch.tokens)
 
     # --------------------------------------------------------------------------------------------- steps
@@ -360,8 +370,6 @@ class FusedTrainer:
             means, self._total_train_tokens = window.take(self._tokens, self._group)
             self._metrics[mode] = defaultdict(list, num_tokens=[int(self._total_train_tokens)])
             for microbatch in means:
-                if "rewards/margins" not in microbatch and {"rewards/chosen", "rewards/rejected"} <= microbatch.keys():
-                    microbatch["rewards/margins"] = microbatch["rewards/chosen"] - microbatch["rewards/rejected"]
                 for name, value in microbatch.items():
                     self._metrics[mode][name].append(value)
         super().log(logs, start_time)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.losses.contract import Loss
-from prefuse.trl.base import FusedTrainer, changed, check_loss, has_adapters, loss_named, trl
-from prefuse.trl.batches import Batch, Row, mismatches
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.trl.base import FusedTrainer, changed, check_loss, has_adapters, loss_of_config, trl
+from prefuse.trl.batches import Microbatch, TokenizedRow, mismatches
 
 # ---------------------------------------------------------------------------------------------------------
 # DPO and its like
@@ -53,16 +53,11 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         given = self._start(args, kwargs, padding_free, workspace)
         config = given["args"]
         self._terms = self._terms_of(loss, config)
-        # (SFT alone trains without one, but TRL logs rewards all the same.)
-        preferences = [term for _, term in self._terms if not isinstance(term, prefuse.SFT)]
-        self._uses_reference = not preferences or any(term.uses_reference for term in preferences)
+        # An SFT term trains without a reference, but where it stands alone TRL logs rewards all the same.
+        preferences = [term for _, term in self._terms if term.per != "token"]
+        self._uses_reference = not preferences or any("reference" in needs_of(term) for term in preferences)
         # `padding_free` means nothing to TRL any more, and it would say so.
-        flags = {"padding_free": False}
-        if not self._uses_reference:
-            if given.get("ref_model") is not None:
-                raise ValueError("this loss uses no reference, so ref_model must be None")
-            flags["precompute_ref_log_probs"] = True  # so that TRL loads no reference model
-        with changed(config, **flags):
+        with changed(config, padding_free=False, **self._reference_flags(given)):
             super().__init__(**given)
         self.precompute_ref_logps = config.precompute_ref_log_probs
         self._finish()
@@ -72,25 +67,22 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         if loss is not None:
             if config.loss_type != ["sigmoid"]:
                 raise ValueError(f"got both loss={loss!r} and loss_type={config.loss_type}: expected one of them")
-            check_loss(loss, "pair", "DPOTrainer")
+            check_loss(loss, "pair", {"reference"}, "DPOTrainer")
             return [(1.0, loss)]
-        terms = [loss_named(name, config) for name in config.loss_type]
+        terms = [loss_of_config(name, config) for name in config.loss_type]
         for term in terms:
-            if not isinstance(term, prefuse.SFT):
-                check_loss(term, "pair", "DPOTrainer")
+            if term.per != "token":
+                check_loss(term, "pair", {"reference"}, "DPOTrainer")
         weights = config.loss_weights or [1.0] * len(terms)
         return list(zip(weights, terms, strict=True))
 
-    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
-        return super()._precompute_ref_logps(dataset, name, batch_size) if self._uses_reference else dataset
-
-    def _before_policy(self, batch: Batch) -> tuple[Tensor | None, None]:
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, None]:
         return (self._reference(batch.rows, batch.tokens) if self._uses_reference else None), None
 
-    def _loss(self, logps: Tensor, ref_logps: Tensor | None, z0: None, batch: Batch) -> tuple[Tensor, dict]:
+    def _loss(self, logps: Tensor, ref_logps: Tensor | None, z0: None, batch: Microbatch) -> tuple[Tensor, dict]:
         total, metrics = torch.zeros((), device=logps.device), None
         for weight, loss in self._terms:
-            if isinstance(loss, prefuse.SFT):  # of the chosen side
+            if loss.per == "token":  # SFT, of the chosen side
                 value = -torch.where(batch.preferred, logps, 0.0).sum() / batch.preferred.sum()
             else:
                 out = self._pairs(logps, ref_logps, batch, loss)
@@ -100,8 +92,10 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
             metrics = self._pairs(logps.detach(), ref_logps, batch, prefuse.DPO(beta=self.beta)).metrics
         return total, metrics
 
-    def _pairs(self, logps: Tensor, ref_logps: Tensor | None, batch: Batch, loss: Loss) -> prefuse.PreferenceOutput:
-        ref_logps = ref_logps if loss.uses_reference else None
+    def _pairs(
+        self, logps: Tensor, ref_logps: Tensor | None, batch: Microbatch, loss: Loss
+    ) -> prefuse.PreferenceOutput:
+        ref_logps = ref_logps if "reference" in needs_of(loss) else None
         return prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, loss=loss)
 
 
@@ -113,7 +107,8 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
     """`trl.KTOTrainer` on flat batches with KTO's sampling as its paper has it; takes its arguments, and a few more.
 
     Args:
-        loss: a `prefuse.KTO`, instead of what `args.loss_type` ("kto", or "apo_zero_unpaired": z0 = 0) says.
+        loss: any loss over single sequences that `prefuse.linear_preference_loss` takes and that needs labels (KTO, or
+            one of your own), instead of what `args.loss_type` ("kto", or "apo_zero_unpaired": z0 = 0) says.
         sampling: "shuffled" shuffles the rows every epoch, pairs each prompt of an optimizer step with the completion
             of another one (never of the same prompt), and takes one z0 for the step, over its microbatches and ranks,
             so a microbatch of one row will do. "trl" is TRL's way: rows in their order, each with the completion before
@@ -127,7 +122,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
     CONFIG = trl.KTOConfig
 
     def __init__(
-        self, *args, loss: prefuse.KTO | None = None, sampling: Literal["shuffled", "trl"] = "shuffled",
+        self, *args, loss: Loss | None = None, sampling: Literal["shuffled", "trl"] = "shuffled",
         padding_free: bool = True, workspace: int | None = None, **kwargs,
     ):  # fmt: skip
         given = self._start(args, kwargs, padding_free, workspace)
@@ -137,13 +132,14 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         if config.loss_type not in ("kto", "apo_zero_unpaired"):
             raise ValueError(f'loss_type must be "kto" or "apo_zero_unpaired", got {config.loss_type!r}')
         if loss is not None:
-            if not isinstance(loss, prefuse.KTO):
-                raise TypeError(f"loss must be a prefuse.KTO(...), got {loss!r}")
+            check_loss(loss, "sequence", {"reference", "labels", "z0"}, "KTOTrainer")
             if config.loss_type != "kto":
                 raise ValueError(f"got both loss={loss!r} and loss_type={config.loss_type!r}: expected one of them")
-        self._kto = loss or loss_named("kto", config)
-        self._wants_z0, self._sampling = config.loss_type == "kto", sampling
-        flags = {}
+        self._term = loss or loss_of_config("kto", config)
+        needs = needs_of(self._term)
+        self._uses_reference, self._uses_z0 = "reference" in needs, "z0" in needs
+        self._draws_z0, self._sampling = self._uses_z0 and config.loss_type == "kto", sampling
+        flags = self._reference_flags(given)
         if sampling == "shuffled":
             self._check_reference_stays(given, config)
             flags["loss_type"] = "apo_zero_unpaired"  # so that TRL neither pairs completions nor insists on their order
@@ -152,12 +148,13 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         with changed(config, **flags):
             super().__init__(**given)
         self.loss_type = config.loss_type
+        self.precompute_ref_logps = config.precompute_ref_log_probs
         self._finish()
 
     def _check_reference_stays(self, given: dict[str, Any], config: trl.KTOConfig) -> None:
         stays = given.get("ref_model") is not None or given.get("peft_config") is not None
         stays = stays or has_adapters(given["model"])
-        if config.precompute_ref_log_probs and self._wants_z0 and not stays:
+        if config.precompute_ref_log_probs and self._draws_z0 and not stays:
             raise ValueError(
                 "precompute_ref_log_probs=True lets the reference go, but mismatched completions are drawn anew in "
                 'every step: set it to False, give ref_model or peft_config, or sampling="trl"'
@@ -166,12 +163,12 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """An optimizer step's microbatches, with the z0 they share."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._wants_z0 and self._sampling == "shuffled" and samples:
+        if self._draws_z0 and self._sampling == "shuffled" and samples:
             z0 = self._drawn_z0([row for inputs in samples for row in inputs["batch"].rows], keep=False)
             samples = [inputs | {"batch": replace(inputs["batch"], z0=z0)} for inputs in samples]
         return samples, num_items
 
-    def _drawn_z0(self, rows: list[Row], keep: bool) -> Tensor:  # ()
+    def _drawn_z0(self, rows: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         partners = mismatches([row.prompt for row in rows])
         if None in partners and self._group is None:
             warnings.warn(
@@ -181,9 +178,11 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             )
         pairs = [(row, rows[other]) for row, other in zip(rows, partners, strict=True) if other is not None]
         cut = self._collate.cut
-        return self._z0([Row(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep)
+        return self._z0(
+            [TokenizedRow(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep
+        )
 
-    def _z0(self, mismatched: list[Row], keep: bool) -> Tensor:  # ()
+    def _z0(self, mismatched: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         """Over these completions of other prompts and those of the other ranks, a microbatch at a time.
 
         `keep`: whether the same rows will come again, so that the cache is to have them.
@@ -200,29 +199,30 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
         return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens, group=self._group)
 
-    def _before_policy(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
-        ref_logps = self._reference(batch.rows, batch.tokens)
-        if not self._wants_z0:
-            return ref_logps, 0.0
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, Tensor | float | None]:
+        ref_logps = self._reference(batch.rows, batch.tokens) if self._uses_reference else None
+        if not self._draws_z0:
+            return ref_logps, 0.0 if self._uses_z0 else None
         if batch.z0 is not None:
             return ref_logps, batch.z0
         if self._sampling == "shuffled":  # an evaluation's batch
             return ref_logps, self._drawn_z0(batch.rows, keep=True)
         return ref_logps, self._z0(_paired(batch), keep=True)
 
-    def _precompute(self, batch: Batch) -> None:
+    def _precompute(self, batch: Microbatch) -> None:
         super()._precompute(batch)
-        if self._wants_z0 and self._sampling == "trl":
+        if self._draws_z0 and self._sampling == "trl":
             mismatched = self._collate.batch(_paired(batch)).to(self.accelerator.device)
             self._reference(mismatched.rows, mismatched.tokens)
 
-    def _loss(self, logps: Tensor, ref_logps: Tensor, z0: Tensor | float, batch: Batch) -> tuple[Tensor, dict]:
-        out = prefuse.preference_loss(
-            logps, ref_logps, batch.tokens.cu_seqlens, loss=self._kto, labels=batch.labels, z0=z0
-        )
+    def _loss(
+        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor | float | None, batch: Microbatch
+    ) -> tuple[Tensor, dict]:
+        labels = batch.labels if "labels" in needs_of(self._term) else None
+        out = prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, self._term, labels, z0)
         return out.loss, out.metrics
 
 
-def _paired(batch: Batch) -> list[Row]:
+def _paired(batch: Microbatch) -> list[TokenizedRow]:
     """The mismatched rows that TRL has chosen."""
-    return [Row(row.prompt, [row.other]) for row in batch.rows]
+    return [TokenizedRow(row.prompt, [row.other]) for row in batch.rows]

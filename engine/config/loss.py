@@ -5,23 +5,10 @@ import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import prefuse
 from prefuse.engine.config.setting import Topic, setting
 from prefuse.engine.errors import UserError
-from prefuse.losses.contract import Loss
-from prefuse.losses.names import fields_of
-
-# Setting -> field of the losses that have it.
-LOSS_SETTINGS = {
-    "beta": "beta",
-    "label_smoothing": "label_smoothing",
-    "nll_weight": "nll_weight",
-    "simpo_gamma": "gamma",
-    "slic_delta": "delta",
-    "discopop_tau": "tau",
-    "desirable_weight": "desirable_weight",
-    "undesirable_weight": "undesirable_weight",
-}
+from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
 
 
 @dataclass(frozen=True)
@@ -72,8 +59,7 @@ class LossSettings(Topic):
 
     def loss(self) -> Loss:
         """The preference loss these settings name."""
-        given = {own: getattr(self, name) for name, own in LOSS_SETTINGS.items() if own in fields_of(self.loss_type)}
-        return prefuse.loss_named(self.loss_type, **{own: value for own, value in given.items() if value is not None})
+        return loss_from(self, self.loss_type)
 
     def check(self, command: str) -> None:
         if command not in LossSettings.commands:
@@ -91,11 +77,16 @@ class LossSettings(Topic):
             raise UserError(str(error)) from None
 
 
-LOSS_TYPES = typing.get_args({field.name: field.type for field in dataclasses.fields(LossSettings)}["loss_type"])
+FIELDS = {field.name: field.type for field in dataclasses.fields(LossSettings)}
+LOSS_TYPES = typing.get_args(FIELDS["loss_type"])
+# Setting -> field of the losses that have it.
+LOSS_SETTINGS = {
+    setting: field for name in LOSS_TYPES for field, setting in setting_names(name).items() if setting in FIELDS
+}
 
 
 def loss_types_with(name: str) -> list[str]:
     """The values of loss_type with which the setting `name` has a meaning."""
     if name == "z0_scope":
-        return ["kto"]
+        return [loss_type for loss_type in LOSS_TYPES if "z0" in needs_of(loss_named(loss_type))]
     return [loss_type for loss_type in LOSS_TYPES if LOSS_SETTINGS[name] in fields_of(loss_type)]

@@ -5,14 +5,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefuse.engine.config.settings import LOSS_TYPES, Config
+from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
-from prefuse.engine.data.examples import load_examples, summarize_skipped
+from prefuse.engine.data.examples import Kind, load_examples, summarize_skipped
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.report.log import say
+from prefuse.losses.contract import Loss, needs_of
 
-KIND_OF = {"sft": "sft"} | {name: "labelled" if name == "kto" else "pair" for name in LOSS_TYPES}
+
+def kind_of(loss: Loss) -> Kind:
+    """What the rows must be to feed this loss."""
+    if loss.per == "pair":
+        return "pair"
+    return "labelled" if "labels" in needs_of(loss) else "sft"
 
 
 def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int) -> tuple[Examples, list[Skipped]]:
@@ -51,8 +57,9 @@ def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
 
 
 def hold_out_rows(prompts: Sequence[list[int]], config: Config) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out. KTO's mismatches need two prompts there."""
-    return hold_out(prompts, config.eval_fraction, config.seed, at_least=2 if config.loss_type == "kto" else 1)
+    """Indices to train on and indices held out. Mismatched completions, for z0, need two prompts there."""
+    at_least = 2 if "z0" in needs_of(config.loss()) else 1
+    return hold_out(prompts, config.eval_fraction, config.seed, at_least)
 
 
 def write_skipped(skipped: list[Skipped], path: Path) -> None:

@@ -12,8 +12,9 @@ import prefuse
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.run.ranks import ALONE, Ranks
-from prefuse.models.logps import Head
-from prefuse.models.padding import completion_hidden
+from prefuse.losses.contract import Loss
+from prefuse.models.flat import completion_hidden
+from prefuse.models.head import Head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +37,7 @@ class LanguageModel:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
 
 
-def count_items(batch: Batch, loss) -> int:
+def count_items(batch: Batch, loss: Loss) -> int:
     """What `loss` is a mean over, in this batch."""
     return batch.num_learned if loss.per == "token" else batch.num_items
 
@@ -45,7 +46,7 @@ def count_items(batch: Batch, loss) -> int:
 def fused_loss(
     lm: LanguageModel,
     batch: Batch,
-    loss,  # prefuse.DPO | prefuse.IPO | prefuse.KTO | prefuse.SFT
+    loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
 ):

@@ -20,7 +20,8 @@ from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
+from prefuse.models.head import check_head, head_of
+from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

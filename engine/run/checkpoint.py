@@ -27,7 +27,7 @@ from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import save_model, trained_weights
 from prefuse.engine.run.files import published_folder, require_space, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, check_same_weights, fill_, whole
-from prefuse.models.head import class_of
+from prefuse.models.trunk import class_of
 
 logger = logging.getLogger(__name__)
 

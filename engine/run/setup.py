@@ -15,7 +15,7 @@ import prefuse
 from prefuse.engine.config.settings import Config, decides_weights
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.dataset import KIND_OF, read_training_data, write_skipped
+from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import HeldOut, hold
@@ -36,7 +36,7 @@ from prefuse.engine.run.guards import Guards
 from prefuse.engine.run.optimizer import make_optimizer
 from prefuse.engine.run.ranks import Ranks, fingerprint, join, share
 from prefuse.engine.run.reference_logps import reference_logps
-from prefuse.losses.contract import Loss
+from prefuse.losses.contract import Loss, needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Share:
 
     step: int
     batches: list[Batch]
-    mismatches: list[Batch]  # KTO: one for each batch
+    mismatches: list[Batch]  # for a loss that needs z0: one for each batch
     counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
 
@@ -61,7 +61,7 @@ class TrainingSet:
     total_steps: int
     ranks: Ranks
     ref_logps: list[Tensor] | None = None  # by example
-    mismatches: list[Examples] | None = None  # KTO, by epoch
+    mismatches: list[Examples] | None = None  # by epoch, for a loss that needs z0
     mismatch_ref_logps: list[list[Tensor]] | None = None  # by epoch and example
 
     @property
@@ -121,8 +121,7 @@ def prepare(config: Config, command: str) -> Run:
 
     def read() -> tuple:
         tokenizer = load_tokenizer(config.model_name_or_path)
-        kind = KIND_OF["sft" if command == "sft" else config.loss_type]
-        return tokenizer, *read_training_data(config, kind, tokenizer)
+        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
 
     tokenizer, examples, held_examples, skipped = ranks.together(read)
     _check_same_rows(examples, held_examples, ranks)
@@ -130,8 +129,8 @@ def prepare(config: Config, command: str) -> Run:
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
-    guards = Guards(config, loss.beta if loss.uses_reference else None)
-    if isinstance(loss, prefuse.KTO):
+    guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
+    if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
     with adapters_off(lm.model):
         data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
@@ -221,7 +220,7 @@ def _meet_reference(
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards."""
     ref = lm
-    if loss.uses_reference and config.ref_model_name_or_path is not None:
+    if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
         check_same_vocabulary(lm, ref)
@@ -240,13 +239,13 @@ def _meet_reference(
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(plans[0]))
     plans += [plan(epoch) for epoch in range(1, math.ceil(total / len(plans[0])))]
 
-    if not loss.uses_reference:
+    if "reference" not in needs_of(loss):
         return TrainingSet(examples, plans, total, ranks), held and hold(held, None, loss, config, ranks)
     say(f"reference log-probabilities of {len(examples)} examples ...")
     own = [[indices for step in plan for indices in step[ranks.rank]] for plan in plans]  # as the policy will meet them
     logps = reference_logps(ref, examples, own[0], config.reference_cache, ranks)
     mismatches = mismatch_logps = None
-    if isinstance(loss, prefuse.KTO):
+    if "z0" in needs_of(loss):
         draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(len(plans))]
         mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
         mismatch_logps = [

@@ -1048,7 +1048,7 @@ def test_a_peft_that_the_model_does_not_use_may_be_any(monkeypatch):
 
 
 def test_versions_are_those_of_the_package():
-    from prefuse.models.inside import VERSIONS
+    from prefuse.models.trunk import VERSIONS
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {Requirement(line).name: Requirement(line).specifier for line in project["optional-dependencies"]["train"]}

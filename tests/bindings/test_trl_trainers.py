@@ -607,7 +607,7 @@ def test_losses_that_do_not_fit_are_refused(options, changes, error, message, mo
 
 
 REFUSED_OF_KTO = [
-    ({"loss": prefuse.DPO()}, {}, TypeError, r"loss must be a prefuse.KTO\(...\), got DPO"),
+    ({"loss": prefuse.DPO()}, {}, ValueError, "DPO is a loss per pair: KTOTrainer takes losses per sequence"),
     ({"loss": prefuse.KTO()}, {"loss_type": "apo_zero_unpaired"}, ValueError, "got both loss=KTO"),
     ({}, {"loss_type": "bco"}, ValueError, 'loss_type must be "kto" or "apo_zero_unpaired", got \'bco\''),
     ({"sampling": "batch"}, {}, ValueError, 'sampling must be "shuffled" or "trl", got \'batch\''),

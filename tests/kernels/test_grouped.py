@@ -100,7 +100,7 @@ def test_the_float32_gradient_of_a_half_precision_weight_counts_against_the_work
     for workspace in (room(48), room(48, sums=True)):
         hidden, weight = inputs.leaves(("hidden", "weight")).hidden, inputs.weight.requires_grad_()
         arguments = (workspace, hidden, weight, None, inputs.targets, prefuse.kernels.HeadOptions(), "torch")
-        counted.append(len(grouped.cut(*arguments, CU_SEQLENS, 2)))
+        counted.append(len(grouped.groups_within(*arguments, CU_SEQLENS, 2)))
     few, enough = counted
     assert few == 0
     assert enough > 1
