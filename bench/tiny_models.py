@@ -9,7 +9,6 @@ so that no two ways of computing agree by accident.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -105,29 +104,23 @@ def tiny_config(kind: str):
 
 
 def _small(config_class: type, kind: str):
-    own = OWN.get(config_class.model_type, OWN.get(kind, {}) if config_class.model_type == kind else {})
-    before = own.pop("__base__", None) if False else None
-    default = config_class(**(before or {}))
-    changes = {name: SIZES[name] for name, value in _numbers(default).items() if name in SIZES}
+    default = config_class()
+    changes = {name: SIZES[name] for name in _sizes(default)}
     changes |= _fewer_layers(default, changes)
-    for name, sub in (config_class.sub_configs or {}).items():
+    if "kv_lora_rank" in changes and "num_key_value_heads" in changes:  # latent attention has as many as heads
+        changes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    for name in config_class.sub_configs or {}:
         given = getattr(default, name, None)
-        if given is not None and hasattr(type(given), "sub_configs") and type(given).model_type:
+        if given is not None and getattr(type(given), "model_type", ""):
             changes[name] = _small(type(given), kind)
-    changes |= copy.deepcopy(own)
-    return config_class(**changes)
+    return config_class(**(changes | OWN.get(config_class.model_type, {})))
 
 
-def _numbers(config) -> dict[str, object]:
-    names = {name for name in (*vars(config), *config.to_dict()) if name in SIZES}
-    values = {name: getattr(config, name, None) for name in names}
-    keep_none = ("sliding_window", "head_dim", "num_key_value_heads")
-    return {
-        name: value
-        for name, value in values.items()
-        if (isinstance(value, int) and not isinstance(value, bool)) or (value is not None and name.endswith("_token_id"))
-        or (value is None and name in keep_none and name == "sliding_window")
-    }  # fmt: skip
+def _sizes(config) -> list[str]:
+    """The names of SIZES that the config has, each as a number."""
+    known = {**config.to_dict(), **vars(config)}
+    ids = [name for name in SIZES if name.endswith("_token_id") and known.get(name) is not None]
+    return ids + [name for name in SIZES if type(known.get(name)) is int and name not in ids]
 
 
 def _fewer_layers(config, changes: dict) -> dict:
@@ -156,7 +149,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), experts_implementation="eager").eval()
     stir(model)
     return model.to(dtype)
 
