@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from prefuse.bench.tiny_models import TOKENS, VOCABULARY, tiny_model
+from prefuse.models.trunk import UnsupportedModel
 
 TOLERANCE = 2e-5  # log-probabilities are float32
 
 
 class Wrong(Exception):
     """A number that is not the model's own, without a word."""
+
+
+class Refused(ValueError):
+    """The engine's one line."""
 
 
 class NoTruth(Exception):
@@ -66,10 +71,10 @@ def logps(model) -> None:
     expected = own_logps(model, ids)
     got = sequence_logps(model, ids[None], reduction="none")[0, 1:]
     close(got, expected, "log-probabilities")
-    weights = [p for p in model.parameters() if p.requires_grad]
+    names, weights = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
     expected = torch.autograd.grad(own_logps(model, ids).sum(), weights, allow_unused=True)
     got = torch.autograd.grad(sequence_logps(model, ids[None]).sum(), weights, allow_unused=True)
-    for (name, _), mine, own in zip(model.named_parameters(), got, expected, strict=True):
+    for name, mine, own in zip(names, got, expected, strict=True):
         zero = torch.zeros(())
         mine, own = (zero if x is None else x for x in (mine, own))
         size = own.norm().clamp(min=1e-3)
@@ -97,9 +102,18 @@ def padded(model) -> None:
 
     alone = [own_logps(model, ids) for ids in rows()]
     ids, mask = pad([ids.tolist() for ids in rows()])
+    if not _own_padded(model, ids, mask).isfinite().all():
+        raise NoTruth("its own logits of a padded row are not finite")
     got = sequence_logps(model, ids, ids.masked_fill(mask == 0, -100), attention_mask=mask, reduction="none")
     for row, expected in zip(got, alone, strict=True):
         close(row[1 : len(expected) + 1], expected, "log-probabilities of a padded row and of the row alone")
+
+
+def _own_padded(model, ids: Tensor, mask: Tensor) -> Tensor:
+    try:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    except Exception as error:
+        raise NoTruth(f"its own forward of padded rows fails: {first_line(error)}") from error
 
 
 def flat(model) -> None:
@@ -140,7 +154,7 @@ def loss(model) -> None:
         for more, expected in zip(asked, own, strict=True):
             what = "the loss asked for with the router's" if more else "the loss"
             try:
-                got = model(input_ids=ids, attention_mask=mask, labels=labels, **more).loss
+                got = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **more).loss
             except ValueError:
                 if not more:
                     raise
@@ -152,9 +166,12 @@ def loss(model) -> None:
 
 def _own_loss(model, **inputs) -> Tensor:
     try:
-        return model(**inputs, use_cache=False).loss
+        loss = model(**inputs, use_cache=False).loss
     except Exception as error:
         raise NoTruth(f"its own loss fails: {first_line(error)}") from error
+    if not loss.isfinite():
+        raise NoTruth("its own loss is not finite")
+    return loss
 
 
 def _arguments(model) -> set[str]:
@@ -191,7 +208,7 @@ def _train(model, *more: str) -> None:
         with said:
             status = main(["train", *words, *more])
         if status != 0:
-            raise ValueError(said.last_line())
+            raise Refused(said.last_line())
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in log if "loss" in line]
         if not losses or abs(losses[0] - 0.693147) > 1e-3:
@@ -262,7 +279,7 @@ def _one(check: Callable, model) -> str:
         return f"WRONG: {error}"
     except NoTruth as error:
         return f"no truth: {error}"
-    except (ValueError, ImportError) as error:
+    except (UnsupportedModel, ImportError, Refused) as error:
         return f"refused: {first_line(error)}"
     except Exception as error:
         return f"WRONG: ends in {type(error).__name__}: {first_line(error)}{_where(error)}"

@@ -39,8 +39,8 @@ SIZES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "d_head", "dim_head", "kv_channels", "d_kv"), 8),
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "attention_head_size", "rotary_dim"), 8),
-    **dict.fromkeys(("qk_rope_head_dim",), 4),
-    **dict.fromkeys(("qk_head_dim",), 12),
+    **dict.fromkeys(("qk_rope_head_dim",), 8),
+    **dict.fromkeys(("qk_head_dim",), 16),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "laurel_rank", "adapter_rank"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length"), 64),
     **dict.fromkeys(("max_target_positions", "model_max_length"), 64),
@@ -53,7 +53,7 @@ SIZES = {
     **dict.fromkeys(("local_attention_window_len", "local_attn_chunk_length", "lsh_attn_chunk_length"), 8),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "index_block_size", "max_inference_chunksize"), 8),
     **dict.fromkeys(("index_topk", "index_topk_blocks"), 2),
-    **dict.fromkeys(("index_n_heads",), 2),
+    **dict.fromkeys(("index_n_heads",), 16),
     **dict.fromkeys(("index_head_dim",), 8),
     **dict.fromkeys(("max_window_layers",), 1),
     **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers"), 2),
@@ -86,7 +86,26 @@ SIZES = {
 
 
 # What the rules do not make, by model type: settings of the text config, or of the whole where that has none.
-OWN = {}
+OWN = {
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"]},
+    "xglm": {},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "xlstm": {"num_heads": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "bert": {"is_decoder": True},
+    "bert-generation": {"is_decoder": True},
+    "roberta": {"is_decoder": True},
+    "camembert": {"is_decoder": True},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY - 8},
+    "phi3": {"max_position_embeddings": 64, "original_max_position_embeddings": 64},
+}
 
 
 def causal_types() -> dict[str, str]:

@@ -267,12 +267,15 @@ def check_packing(model: PreTrainedModel) -> float:
             difference = compare_flat(
                 model, lambda packed: _flat_hidden(model, packed), lambda ids: trunk_hidden(model, ids)
             )
-    except (UnsupportedModel, TypeError) as error:
+    except Exception as error:
         if trunk.config._attn_implementation != before:
             trunk.set_attn_implementation(before)
-        if isinstance(error, TypeError):  # a trunk that takes no position_ids, or nothing that it does not know
-            raise UnsupportedModel(f"{type(model).__name__} cannot run flat batches: {error}") from error
-        raise
+        if isinstance(error, UnsupportedModel):
+            raise
+        # a trunk that takes no position_ids, or nothing that it does not know, or reads a mask by itself
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run flat batches: {type(error).__name__}: {error}"
+        ) from error
     _checked.add(model)
     return difference
 

@@ -64,13 +64,13 @@ def _logit_scale(config) -> float:
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
+    if scaling is None or hasattr(config, "dim_model_base"):
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
 def _before_head(config) -> float:
-    """What the trunk's states are multiplied by before the head: MiniCPM divides them by its width over a base's."""
+    """What the trunk's states are multiplied by before the head: MiniCPM divides them by their width over a base's."""
     base = getattr(config, "dim_model_base", None)
     return 1.0 if base is None else base / config.hidden_size
 

@@ -138,6 +138,8 @@ def _try_forward(
                 ids = probe_ids(causal)[None]
                 labels = {"labels": ids} if own_loss else {}
                 output = forward(input_ids=ids, **_uncached(switches), **labels)
+                if run.logits is None:  # the run itself will say that the head was not called
+                    return
                 used = Head(run.logits, **transform).after(columns_of(causal, run.logits))
                 check_logits(causal, _logits(output, own_loss), used, transform)
                 if own_loss:

@@ -83,7 +83,8 @@ def sequence_logps(
             cu_seqlens; or a `prefuse.packing.Packed`, whose prompts run once for all of their completions.
         labels: (B, T) as transformers has them, not shifted: `labels[:, t]` is the token at t, or -100. Default: all
             tokens of the sequences.
-        attention_mask: (B, T) 1 for real tokens. With it, position ids are counted from the first of them.
+        attention_mask: (B, T) 1 for real tokens. Where a row begins with 0, position ids are
+            counted from its first real token.
         position_ids: (B, T) where they are to be others.
         cu_seqlens: (S + 1,) offsets of the sequences in a flat batch; attention then stays within each.
         reduction: "sum"; "mean", per token that counts (0 for a row without any); or "none": (B, T) float32, at t that
@@ -177,8 +178,14 @@ class _Inputs:
             return {"flat": functools.partial(_check_flat, causal)}
         if "attention_mask" not in self.run:
             return {}
-        inputs_of = lambda mask: _taken(causal, {"attention_mask": mask, "position_ids": _positions(mask)})  # noqa: E731
-        return {"padding": lambda states: check_padding(causal, states, inputs_of)}
+        left = "position_ids" in self.run
+
+        def inputs_of(mask: Tensor) -> dict:
+            positions = {"position_ids": _positions(mask)} if left else {}
+            return _taken(causal, {"attention_mask": mask} | positions)
+
+        name = "padding on the left" if left else "padding"
+        return {name: lambda states: check_padding(causal, states, inputs_of, left=left)}
 
     def attention(self, causal: nn.Module) -> contextlib.AbstractContextManager:
         if self.segments is None:
@@ -221,8 +228,10 @@ def _inputs(
     if attention_mask is not None:
         real = attention_mask.bool()
         kept = kept & real & real.roll(1, dims=1)
-        first = _positions(attention_mask) if position_ids is None else position_ids
-        run |= {"attention_mask": attention_mask, "position_ids": first}
+        run |= {"attention_mask": attention_mask}
+        if position_ids is None and not bool(real[:, 0].all()):  # padded on the right, a model counts as it does
+            position_ids = _positions(attention_mask)
+        run |= {} if position_ids is None else {"position_ids": position_ids}
     elif position_ids is not None:
         run |= {"position_ids": position_ids}
     tokens = keep_tokens(labels, kept)

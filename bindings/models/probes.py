@@ -80,23 +80,34 @@ def _decoder_hint(causal: nn.Module) -> str:
     return "Expected a model with causal attention"
 
 
-def check_padding(causal: nn.Module, states: States, inputs_of: Callable[[Tensor], dict] | None = None) -> None:
-    """Refuse a model whose states of a row padded on the right are not those of the row alone.
+def check_padding(
+    causal: nn.Module, states: States, inputs_of: Callable[[Tensor], dict] | None = None, *, left: bool = False
+) -> None:
+    """Refuse a model whose states of a padded row are not those of the row alone.
 
     `inputs_of(attention_mask)`: what the model is given beside the ids. Raises UnsupportedModel.
     """
+    keys = getattr(causal.config.get_text_config(decoder=True), "keep_window_size", None)
+    if keys is not None:
+        raise UnsupportedModel(
+            f"{class_of(causal).__name__} chooses {keys} keys (keep_window_size) from the whole row, padding among them, "
+            "so a row's numbers depend on its batch: give rows of one length"
+        )
     ids = probe_ids(causal)
     short = ids[: TOKENS - 5]
     both, mask = (x.to(ids.device) for x in pad([ids.tolist(), short.tolist()]))
+    if left:
+        both, mask = (torch.stack([x[0], x[1].roll(5)]) for x in (both, mask))
     inputs = {"attention_mask": mask} if inputs_of is None else inputs_of(mask)
     got = states(both, **inputs)
-    for row, alone in zip(got, (ids, short), strict=True):
+    for row, real, alone in zip(got, mask.bool(), (ids, short), strict=True):
         expected = states(alone[None])[0]
-        difference = moved(row[: len(alone)], expected)
+        difference = moved(row[real], expected)
         if not difference <= bound_of(expected, causal):
+            side, fix = ("left", "pad on the right") if left else ("right", "give rows of one length")
             raise UnsupportedModel(
-                f"{class_of(causal).__name__}: the states of a row padded on the right differ from those of the row "
-                f"alone by {difference:.2g} of their size, so its numbers depend on its batch: give rows of one length"
+                f"{class_of(causal).__name__}: the states of a row padded on the {side} differ from those of the row "
+                f"alone by {difference:.2g} of their size, so its numbers depend on its batch: {fix}"
             )
 
 
