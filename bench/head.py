@@ -28,8 +28,7 @@ from torch import Tensor
 import prefuse
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
-from prefuse.kernels import slices as portable_tiles
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels import slices
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
 
@@ -111,9 +110,9 @@ class OwnGemms:
 
     def __init__(self, x: Inputs):
         self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
-        self.rows, self.columns = portable_tiles.TILE["cpu"]
+        self.rows, self.columns = slices.TILE["cpu"]
         self.tile = torch.empty(self.rows, self.columns)
-        block = max(self.rows, portable.BUFFER_BYTES // (4 * self.columns) // self.rows * self.rows)
+        block = max(self.rows, slices.BUFFER_BYTES // (4 * self.columns) // self.rows * self.rows)
         self.buffer = torch.zeros(min(block, len(self.hidden)), self.columns)
         self.dhidden, self.dweight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefuse.kernels import HeadOptions
+from prefuse.kernels.gradients import Gradients
 from prefuse.kernels.logprobs.grouped import GroupedHead, group_rows
-from prefuse.kernels.logprobs.linear_logprobs import fits, prepare, refuse_double_backward
+from prefuse.kernels.logprobs.linear_logprobs import HeadCall, fits, refuse_double_backward
 
 
 class ItemGroup(NamedTuple):
@@ -24,17 +24,13 @@ class ItemGroup(NamedTuple):
     tokens: slice
 
 
-def groups_within(
-    workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
-    impl: str, cu_seqlens: Tensor, per_item: int,
-) -> list[ItemGroup]:  # fmt: skip
+def split_in_groups(call: HeadCall, workspace: int, cu_seqlens: Tensor, per_item: int) -> list[ItemGroup]:
     """Groups whose weights fit `workspace` one at a time; none where all fit at once, or another mode is cheaper.
 
     Reads `cu_seqlens` on the host, which on a GPU waits for it.
     """
-    hidden, _, impl = prepare(hidden, weight, targets, bias, options, (), impl)
-    rows = group_rows(workspace, hidden, weight, bias, impl)
-    if rows == 0 or fits(workspace, hidden, weight, impl):
+    rows = group_rows(call, workspace)
+    if rows == 0 or fits(call, workspace):
         return []
     return whole_items(cu_seqlens.tolist(), per_item, rows)
 
@@ -53,12 +49,12 @@ def whole_items(cu_seqlens: list[int], per_item: int, rows: int) -> list[ItemGro
 
 
 def gradients_in_forward(
-    groups: list[ItemGroup], hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
-    impl: str, loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+    groups: list[ItemGroup],
+    call: HeadCall,
+    loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
+) -> tuple[Tensor, Gradients]:
     """(N,) log-probabilities, and d(sum of `loss_of` over the groups) by hidden, weight and bias."""
-    hidden, targets, impl = prepare(hidden, weight, targets, bias, options, (), impl)
-    head = GroupedHead(hidden, weight, bias, targets, options, impl)
+    head = GroupedHead(call)
     logps = []
     for group in groups:
         logps.append(head.forward(group.tokens))

@@ -80,3 +80,11 @@ def hash_tokens(digest: Any, sequences: Iterable[Sequence[int]]) -> None:
     """
     for ids in sequences:
         digest.update(array("q", [len(ids), *ids]).tobytes())
+
+
+def with_control(prompt: Sequence[int], label: bool, good: Sequence[int], bad: Sequence[int]) -> list[int]:
+    """A prompt behind the control tokens of its row's label, for `ConditionalSFT`.
+
+    Where answers are generated, the label is True.
+    """
+    return [*(good if label else bad), *prompt]

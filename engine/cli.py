@@ -17,7 +17,8 @@ from prefuse.engine.config.flags import given_settings, help_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.run.launch import launch
+from prefuse.engine.run.launch import launch, what_is_there
+from prefuse.engine.run.ranks import launched
 from prefuse.engine.run.signals import Stopped
 
 
@@ -60,6 +61,7 @@ COMMANDS = {
     "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
 }
+DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
 BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
 OTHER_NAMES = {
@@ -75,7 +77,7 @@ OTHER_NAMES = {
 def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     command = None
     try:
         if argv and argv[0] in ("-h", "--help", "--version"):
@@ -85,13 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prefuse.bench.cli import main as bench
 
             return bench(argv[1:])
+        if argv and argv[0] == "data":
+            from prefuse.engine.curate import main as data
+
+            return data(argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about))
             return 0
         config = validate(settings(command, words), command)
-        if command in TRAINING_COMMANDS and "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
-            return launch(argv, config.nproc, config.max_restarts)
+        if command in TRAINING_COMMANDS:
+            rank, _ = launched(config.nproc)
+            if "RANK" not in os.environ and (config.nproc > 1 or config.max_restarts):
+                return launch(argv, config.nproc, config.max_restarts, config.output_dir)
         run(command, config)
     except (UserError, OSError) as error:
         if not isinstance(error, OtherRankFailed):
@@ -110,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
-            "the last checkpoint is whole, --resume goes on from it", file=sys.stderr,
+            f"{what_is_there(config.output_dir)}", file=sys.stderr,
         )  # fmt: skip
         return 75
     return 0
@@ -149,7 +157,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "data", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -162,7 +170,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"bench": BENCH}
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "bench": BENCH}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])

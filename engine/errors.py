@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class OtherRankFailed(UserError):
     """Another rank has said what is wrong."""
+
+
+class Diverged(UserError):
+    """The weights of a run are no use any more; what was saved before them is."""

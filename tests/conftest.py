@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ if not HAS_GPU:
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory(prefix="prefuse-cache-")  # nothing of a test goes to the user's
+os.environ["PREFUSE_CACHE"] = CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns in every fork
 
 # The root's kernels/ would shadow the package `kernels` of others.
@@ -27,11 +30,15 @@ if not HAS_GPU:
     strict_interpreter.install()
 
 
+# torch's own opcheck reads it, from torch 2.14 on.
+OPCHECK_WARNS = "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"
+
+
 def pytest_collection_modifyitems(items):
-    if HAS_GPU:
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if "opcheck" in item.name:
+            item.add_marker(pytest.mark.filterwarnings(OPCHECK_WARNS))
+        if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
 
 

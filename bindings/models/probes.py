@@ -90,7 +90,7 @@ def check_padding(
     keys = getattr(causal.config.get_text_config(decoder=True), "keep_window_size", None)
     if keys is not None:
         raise UnsupportedModel(
-            f"{class_of(causal).__name__} chooses {keys} keys (keep_window_size) from the whole row, padding among them, "
+            f"{class_of(causal).__name__} chooses {keys} keys (keep_window_size) from the whole row with its padding, "
             "so a row's numbers depend on its batch: give rows of one length"
         )
     ids = probe_ids(causal)

@@ -181,12 +181,6 @@ class FusedTrainer:
                 getattr(args, "truncation_mode", "keep_start") != "keep_start",
                 'it gives the sides of a pair two prompts; use "keep_start"',
             ),
-            "use_weighting=True": (getattr(args, "use_weighting", False), "WPO's weights are not computed"),
-            "ld_alpha": (getattr(args, "ld_alpha", None) is not None, "LD-DPO is not a loss of prefuse"),
-            "f_divergence_type": (
-                getattr(args, "f_divergence_type", "reverse_kl") != "reverse_kl",
-                'only "reverse_kl" is a part of these losses',
-            ),
         }
         for name, (present, reason) in refused.items():
             if present:
@@ -344,7 +338,7 @@ class FusedTrainer:
         batch = inputs["batch"]
         ref_logps, z0 = self._before_policy(batch)
         logps, extra = self._log_probabilities(model, batch)
-        loss, metrics = self._loss(logps, ref_logps, z0, batch)
+        loss, metrics = self._loss(logps, extra, ref_logps, z0, batch)
         metrics = metrics | {
             "entropy": counted(extra["entropy"]),
             "logits/chosen": counted(extra["mean_logits"], batch.preferred),

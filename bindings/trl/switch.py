@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prefuse.kernels.logprobs.linear_logprobs import IMPLS, logprobs_within
+from prefuse.kernels.checks import IMPLS
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
 
 OLDEST, TOO_NEW = (1, 15), (2, 0)

@@ -34,12 +34,19 @@ class DataSettings(Topic):
         rule=at_least(1),
     )
 
+    dataset_cache: str = setting(
+        "auto",
+        "Where the tokens of rows are kept, for later runs on the same rows to start at once: a folder; auto, "
+        "prefuse/datasets in the user's cache folder (or datasets in $PREFUSE_CACHE); none.",
+        may_differ=True,
+    )
+
     def command_defaults(self, command: str) -> dict[str, object]:
         return {"eval_fraction": 0.05 if command in TRAINING else 1.0}
 
     def check(self, command: str) -> None:
         if command in TRAINING or self.eval_dataset is None:
-            require(self, "dataset_name")
+            require(self, "datasets" if self.datasets else "dataset_name")
         rule = Rule("in (0, 1]", lambda value: 0 < value <= 1)
         if command in TRAINING:
             rule = Rule("in [0, 1): training needs rows too", lambda value: 0 <= value < 1)

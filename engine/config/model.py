@@ -34,8 +34,12 @@ class ModelSettings(Topic):
         "Which implementation of the fused head runs (see prefuse.linear_logprobs).",
         commands=(*TRAINING, "eval"),
     )
+    trust_remote_code: bool = setting(
+        False,
+        "Run the Python code that a model's folder or hub repository brings with it. Read that code first: it can do "
+        "whatever you can.",
+        may_differ=True,
+    )
 
     def check(self, command: str) -> None:
         require(self, "model_name_or_path")
-        if command == "eval":
-            require(self, "ref_model_name_or_path")  # what rewards and KL are relative to

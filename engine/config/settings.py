@@ -17,8 +17,10 @@ from prefuse.engine.config.model import ModelSettings
 from prefuse.engine.config.optimization import BITSANDBYTES, OptimizationSettings
 from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
+from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import TRAINING, Topic, check_value, known
 from prefuse.engine.config.speed import SpeedSettings
+from prefuse.engine.config.text import TextSettings
 from prefuse.engine.errors import UserError
 
 __all__ = [
@@ -39,7 +41,9 @@ class Config(
     OptimizationSettings,
     BatchSettings,
     LossSettings,
+    TextSettings,
     DataSettings,
+    RowSettings,
     ModelSettings,
 ):
     """All topics in one: `config.beta` is a setting wherever it is declared."""

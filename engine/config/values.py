@@ -35,7 +35,8 @@ def typed(name: str, value: object) -> object:
                 return value
         elif typing.get_origin(option) is list:
             values = [value] if isinstance(value, str) else value
-            if isinstance(values, list) and values and all(isinstance(item, str) for item in values):
+            of = typing.get_args(option)[0]
+            if isinstance(values, list) and values and all(isinstance(item, of) for item in values):
                 return values
         elif option is float:
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -107,5 +108,5 @@ def _type_name(option: object) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(typing.get_args(option))
     if typing.get_origin(option) is list:
-        return "a list of texts"
+        return "a list of texts" if typing.get_args(option)[0] is str else "a list of `name: value` lines"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option]

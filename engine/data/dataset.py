@@ -1,17 +1,26 @@
 """The rows of a run: read, reported, split into those to train on and those held out."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
-from prefuse.engine.data.examples import Kind, load_examples, summarize_skipped
+from prefuse.engine.data.examples import Kind, describe_learned, load_examples, summarize_skipped
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.order import hold_out
+from prefuse.engine.data.stops import describe_unstopped
+from prefuse.engine.data.templates import TextOptions
+from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 from prefuse.losses.contract import Loss, needs_of
+
+FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
 
 
 def kind_of(loss: Loss) -> Kind:
@@ -21,11 +30,59 @@ def kind_of(loss: Loss) -> Kind:
     return "labelled" if "labels" in needs_of(loss) else "sft"
 
 
-def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int) -> tuple[Examples, list[Skipped]]:
-    """The usable rows and the others; says what was skipped, cut or taken apart."""
-    dataset = load_examples(source, kind, tokenizer, max_length, split=split)
+def text_options(config: Config) -> TextOptions:
+    """How the settings want rows to become tokens."""
+    system = config.system_prompt
+    if system is not None and system.endswith(".txt"):
+        try:
+            system = Path(system).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read system_prompt {system}: {error}") from None
+    return TextOptions(
+        turns=config.sft_turns,
+        arguments=config.template_arguments(),
+        system_prompt=system,
+        date=config.template_date or first_day(Path(config.model_name_or_path)),
+        eos_token=config.eos_token,
+        multi_turn=config.multi_turn,
+        learn_after_stop=config.learn_after_stop,
+        truncation_mode=config.truncation_mode,
+        long_completions=config.long_completions,
+    )
+
+
+def first_day(folder: Path) -> str | None:
+    """The day that the run in `folder` began, which its chat template was told; None for any other folder."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        date = settings["template_date"]
+        return date if isinstance(date, str) else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def day_of_run(config: Config) -> str:
+    """The day that the chat template takes for today: the setting, the run's first day where it goes on, else today."""
+    return config.template_date or first_day(Path(config.output_dir)) or datetime.date.today().isoformat()
+
+
+def reading_of(config: Config) -> dict[str, Any]:
+    """How the settings want rows to be read and to become tokens: keywords of `load_examples`."""
+    rest = {"max_skipped": config.max_skipped, "text": text_options(config), "cache": config.dataset_cache}
+    return {**config.reading(), **rest}
+
+
+def read_examples(
+    source: str | list, split: str, kind: str, tokenizer, max_length: int, reading: dict[str, Any]
+) -> tuple[Examples, list[Skipped]]:
+    """The usable rows and the others; says what was skipped, cut or taken apart, and how much is learned."""
+    dataset = load_examples(source, kind, tokenizer, max_length, split=split, **reading)
     say(summarize_skipped(dataset))
-    if kind == "labelled" and "chosen" in dataset.form:
+    say(f"  {describe_learned(dataset)}")
+    unstopped = describe_unstopped(dataset.examples, tokenizer, dataset.completions_cut)
+    if unstopped is not None:
+        say(f"  {unstopped}")
+    if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
     return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped
@@ -33,8 +90,8 @@ def read_examples(source: str, split: str, kind: str, tokenizer, max_length: int
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
     """Rows to train on, held-out rows or None, and all that were skipped."""
-    rest = (kind, tokenizer, config.max_length)
-    examples, skipped = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    rest = (kind, tokenizer, config.max_length, reading_of(config))
+    examples, skipped = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     if config.eval_dataset is not None:
         held, more = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
         return examples, held, skipped + more
@@ -42,15 +99,17 @@ def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, 
     if not held:
         return examples, None, skipped
     say(f"  {len(held)} of {len(examples)} held out for evaluation (eval_fraction {config.eval_fraction})")
+    if len(held) < FEW_HELD_OUT:
+        say("  so few say little: raise eval_fraction, or give an eval_dataset")
     return examples.select(kept), examples.select(held), skipped
 
 
 def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
     """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out."""
-    rest = (kind, tokenizer, config.max_length)
+    rest = (kind, tokenizer, config.max_length, reading_of(config))
     if config.eval_dataset is not None:
         return read_examples(config.eval_dataset, config.dataset_test_split, *rest)[0]
-    examples, _ = read_examples(config.dataset_name, config.dataset_train_split, *rest)
+    examples, _ = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
     _, held = hold_out_rows(examples.prompts, config)
     say(f"  evaluating {len(held)} of {len(examples)}")
     return examples.select(held)

@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
-from prefuse.engine.data.fit import count_cut, fit
-from prefuse.engine.data.forms import BadRow, DataError, Message, Record, Skipped, read_records
+from prefuse.engine.data.cache import cached
+from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
+from prefuse.engine.data.forms import (
+    BadRow,
+    DataError,
+    Message,
+    ReadOptions,
+    Record,
+    SetAside,
+    Skipped,
+    name_of,
+    read_records,
+)
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.table import Example, Examples, ExamplesBuilder, Kind, Labelled, Pair
-from prefuse.engine.data.templates import render
+from prefuse.engine.data.templates import TextOptions, render
 from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
@@ -40,68 +51,134 @@ class Dataset:
     prompts_cut: int  # rows whose prompt lost its start to max_length
     form: str  # the columns it was read from: "prompt/chosen/rejected"
     ignored_columns: list[str]
+    columns: str = ""  # what became what: "question -> prompt; chosen, rejected"
+    notes: list[str] = field(default_factory=list)  # what was decided on the way, and how often
+    completions_cut: int = 0  # rows of which a completion lost its end
+    is_paired: bool = False  # its rows are pairs, whatever they were read as
 
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.examples)
 
 
-def load_examples(source: str, kind: Kind, tokenizer: Any, max_length: int, *, split: str = "train") -> Dataset:
+def load_examples(
+    source: str | Sequence[Any],
+    kind: Kind,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    text: TextOptions | None = None,
+    max_skipped: float = 0.5,
+    cache: str = "auto",
+    **reading: Any,
+) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
 
+    A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). Raises DataError for a source that cannot be read, lacks a column or has no
-    usable row.
+    (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
+    for columns that do not say what they are.
+    `cache`: where the ids are kept for the next time ("auto", "none" or a folder; see cache.py).
+    Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
+    whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
     if kind not in get_args(Kind):
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split)
+    options, text = ReadOptions(**reading), text or TextOptions()
+    if kind != "sft":
+        text = replace(text, turns="last")
+    settings = {"kind": kind, "max_length": max_length, "max_skipped": max_skipped}
+    seed = options.seed if options.pairs == "best_vs_random" else None  # nothing else is drawn
+    settings |= {"text": asdict(text), "reading": asdict(options) | {"seed": seed}}
+
+    def read() -> Dataset:
+        return _read_examples(source, kind, tokenizer, max_length, split, text, max_skipped, options)
+
+    return cached(cache, source, split, tokenizer, settings, read)
+
+
+def _read_examples(
+    source: str | Sequence[Any], kind: Kind, tokenizer: Any, max_length: int, split: str, text: TextOptions,
+    max_skipped: float, options: ReadOptions,
+) -> Dataset:  # fmt: skip
+    records, form, ignored = read_records(source, kind, split, options)
+    source = name_of(source)
+    room = _room(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
-    examples, skipped, rows, prompts_cut = ExamplesBuilder(), [], 0, 0
+    examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
         if kind == "sft":
             block = each(block, _demonstrated)
-        encoded = tokenize(render(block, tokenizer), tokenizer)
+        encoded = tokenize(render(block, tokenizer, text), tokenizer)
         if has_preferences:
             encoded = each(encoded, _with_a_preference)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        fitted = each(encoded, room.fit)
         prompts_cut += count_cut(encoded, fitted)
+        completions_cut += count_cut_completions(encoded, fitted)
         for outcome in fitted:
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
                 sides = list(outcome.sides.values())
                 examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
-    _require_usable(len(examples), skipped, source)
+    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
-    return Dataset(table, skipped, source, rows, prompts_cut, str(form), ignored)
+    return Dataset(
+        examples=table,
+        skipped=skipped,
+        source=source,
+        rows=form.tally.rows,
+        prompts_cut=prompts_cut,
+        form=str(form),
+        ignored_columns=ignored,
+        columns=form.roles,
+        notes=form.tally.lines,
+        completions_cut=completions_cut,
+        is_paired=form.kind == "pair",
+    )
 
 
-def load_prompts(source: str, tokenizer: Any, max_length: int, *, split: str = "train") -> list[Prompt]:
+def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
+    parts = character_parts(tokenizer)
+    return Room(max_length, tokenizer.bos_token_id, parts, text.truncation_mode, text.long_completions)
+
+
+def load_prompts(
+    source: str | Sequence[Any],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    split: str = "train",
+    text: TextOptions | None = None,
+    **reading: Any,
+) -> list[Prompt]:
     """The prompts of `source`, in any form or with a `prompt` column alone, of at most `max_length` tokens.
 
     Rows that cannot be used are named in the log.
     """
-    records, form, ignored = read_records(source, "prompt", split)
-    prompts, skipped, rows, cut = [], [], 0, 0
+    records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
+    source = name_of(source)
+    text = text or TextOptions()
+    room = _room(max_length, tokenizer, text)
+    prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
-        rows += len(block)
-        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer), tokenizer)
-        fitted = each(encoded, lambda record: fit(record, max_length, tokenizer.bos_token_id))
+        encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
+        fitted = each(encoded, room.fit)
         cut += count_cut(encoded, fitted)
         for read, outcome in zip(block, fitted, strict=True):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
                 prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
-    _require_usable(len(prompts), skipped, source)
+    rows = form.tally.rows
+    _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
-        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored)
+        report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
     return prompts
 
@@ -124,10 +201,15 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     """
     count = len(dataset.skipped)
     lines = [f"{dataset.source}: {dataset.rows} rows as {dataset.form}, {count} skipped"]
+    if " -> " in dataset.columns:
+        lines.append(f"  columns: {dataset.columns}")
+    lines += [f"  {note}" for note in dataset.notes]
     if dataset.ignored_columns:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
         lines.append(f"  prompts cut at their start to fit max_length: {dataset.prompts_cut}")
+    if dataset.completions_cut:
+        lines.append(f"  completions cut at their end to fit max_length: {dataset.completions_cut}")
     rows_by_reason: dict[str, list[str]] = {}
     for skipped in dataset.skipped:
         # Rows that are too long have one reason, however long each is.
@@ -140,6 +222,14 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     return "\n".join(lines)
 
 
+def describe_learned(dataset: Dataset) -> str:
+    """How many tokens are learned, and of how many: in sft, the turns between answers stand in completions too."""
+    completions, learned = int(dataset.examples.completions.lengths.sum()), dataset.examples.learned
+    if learned is None:
+        return f"{completions} answer tokens"
+    return f"{int(learned.sum())} answer tokens are learned; {completions - int(learned.sum())} stand between answers"
+
+
 def _listed(rows: list[str], limit: int) -> str:
     return ", ".join(rows[:limit]) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
 
@@ -149,19 +239,29 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _require_usable(count: int, skipped: list[Skipped], source: str) -> None:
+def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+    bad = [skip for skip in skipped if not skip.by_rule]
     if not count:
-        reasons = "\n".join(f"  {skip.row}: {skip.reason}" for skip in skipped[:5])
-        more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{reasons}{more}")
+        raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")
+    if len(bad) > max_skipped * rows:
+        raise DataError(
+            f"{source}: {len(bad)} of {rows} rows cannot be used, more than max_skipped {max_skipped:g} allows:\n"
+            f"{_first_reasons(bad)}"
+        )
+
+
+def _first_reasons(skipped: list[Skipped]) -> str:
+    lines = [f"  {skip.row}: {skip.reason}" for skip in skipped[:5]]
+    return "\n".join([*lines, f"  ... and {len(skipped) - 5} more"] if len(skipped) > 5 else lines)
 
 
 def _demonstrated(record: Record) -> Record:
     """What a row shows to imitate: its completion, unless that is labelled bad, or its chosen side."""
     if record.label is False:
-        raise BadRow("its label is false, and sft learns from true ones only")
+        raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
-    return replace(record, sides={side: record.sides[side]}, label=None)
+    conversation = record.conversation and record.label is None  # a label is about the last answer
+    return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation)
 
 
 def _with_a_preference(record: Record) -> Record:

@@ -1,30 +1,147 @@
 """`max_length` bounds prompt + completion.
 
-A prompt too long is cut at its start (behind its BOS) and counted; a completion is never cut: where it leaves no room
-for a prompt, the row is skipped.
+A prompt too long is cut, at its start (behind its BOS) or at its end, and counted. A completion that leaves no room
+for a prompt is not cut, and its row is skipped (of a conversation, the answers that fit stay); or, by
+`long_completions: cut`, it loses its end, stop token included, and its prompt has at most half of max_length. A cut
+never leaves half a character: byte-level and byte-fallback tokens hold parts of one.
 """
 
-from dataclasses import replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
 
 from prefuse.engine.data.forms import BadRow, Record, Skipped
 
-
-def fit(record: Record, max_length: int, bos: int | None) -> Record:
-    tokens, side = max(((len(ids), side) for side, ids in record.sides.items()), default=(0, ""))
-    room = max_length - tokens
-    if room < 1:
-        raise BadRow(f'"{side}" has {tokens} tokens: max_length={max_length} leaves no room for the prompt')
-    return replace(record, prompt=cut_prompt(record.prompt, room, bos))
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+CharacterParts = Callable[[int], bytes]  # the bytes of a token, for tokens that may hold part of a character
 
 
-def cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
+@dataclass(frozen=True)
+class Room:
+    """How rows are made to fit."""
+
+    max_length: int
+    bos: int | None = None  # the token that a prompt keeps where it loses its start
+    parts: CharacterParts | None = None  # None: every token holds whole characters
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    long_completions: Literal["skip", "cut"] = "skip"
+
+    def fit(self, record: Record) -> Record:
+        record = self._with_whole_answers(record)
+        tokens, side = max(((len(ids), side) for side, ids in record.sides.items()), default=(0, ""))
+        room = self.max_length - tokens
+        if room < 1:
+            if self.long_completions == "skip":
+                raise BadRow(
+                    f'"{side}" has {tokens} tokens: max_length={self.max_length} leaves no room for the prompt'
+                )
+            room = min(len(record.prompt), self.max_length // 2)
+            record = self._with_shorter_sides(record, self.max_length - room)
+        return replace(record, prompt=self.cut_prompt(record.prompt, room))
+
+    def _with_whole_answers(self, record: Record) -> Record:
+        """A conversation that is too long, up to the last answer that fits; as it is where none does."""
+        learned = record.learned
+        if learned is None or len(record.sides) > 1 or len(learned) <= self.max_length - len(record.prompt):
+            return record
+        fitting = range(1, self.max_length - len(record.prompt) + 1)
+        end = max((i for i in fitting if learned[i - 1] and not learned[i]), default=0)
+        if end == 0:
+            return record
+        ((side, ids),) = record.sides.items()
+        return replace(record, sides={side: ids[:end]}, learned=learned[:end])
+
+    def cut_prompt(self, prompt: list[int], room: int) -> list[int]:
+        if len(prompt) <= room:
+            return prompt
+        if self.truncation_mode == "keep_end":
+            return cut_prompt(prompt, room, self.bos, self.parts)
+        return without_half_end(prompt[:room], self.parts) or prompt[:room]
+
+    def _with_shorter_sides(self, record: Record, room: int) -> Record:
+        sides, learned, at = {}, [], 0
+        for side, ids in record.sides.items():
+            sides[side] = ids if len(ids) <= room else without_half_end(ids[:room], self.parts) or ids[:room]
+            if record.learned is not None:
+                learned += record.learned[at : at + len(sides[side])]
+            at += len(ids)
+        if record.learned is not None and not any(learned):
+            raise BadRow(f"no answer begins within max_length={self.max_length}")
+        if len(sides) == 2 and sides["chosen"] == sides["rejected"]:
+            raise BadRow(f'"chosen" equals "rejected" within max_length={self.max_length}')
+        return replace(record, sides=sides, learned=None if record.learned is None else learned)
+
+
+def cut_prompt(prompt: list[int], room: int, bos: int | None, parts: CharacterParts | None = None) -> list[int]:
     """The prompt's end, as much as there is room for. The BOS stays: models lean on it."""
     if len(prompt) <= room:
         return prompt
     kept = prompt[:1] if prompt[0] == bos and room > 1 else []
-    return kept + prompt[len(prompt) - room + len(kept) :]
+    end = prompt[len(prompt) - room + len(kept) :]
+    return kept + (without_half_start(end, parts) or end)
 
 
-def count_cut(before: list[Record | Skipped], after: list[Record | Skipped]) -> int:
-    both = zip(before, after, strict=True)
-    return sum(isinstance(new, Record) and len(new.prompt) < len(old.prompt) for old, new in both)
+def without_half_start(ids: list[int], parts: CharacterParts | None) -> list[int]:
+    """Less the tokens at the start whose first byte goes on with a character."""
+    at = 0
+    while parts and at < len(ids) and 0x80 <= (parts(ids[at])[:1] or b"a")[0] < 0xC0:
+        at += 1
+    return ids[at:]
+
+
+def without_half_end(ids: list[int], parts: CharacterParts | None) -> list[int]:
+    """Less the tokens at the end that begin a character and do not end it."""
+    end = len(ids)
+    while parts and end and _is_cut(b"".join(parts(token) for token in ids[max(0, end - 4) : end])):
+        end -= 1
+    return ids[:end]
+
+
+def _is_cut(text: bytes) -> bool:
+    """Whether the last character of UTF-8 lacks bytes."""
+    for back in range(1, min(4, len(text)) + 1):
+        byte = text[-back]
+        if byte >= 0xC0:  # the first byte of a character says how many it has
+            return (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) > back
+        if byte < 0x80:
+            return False
+    return False
+
+
+def character_parts(tokenizer: Any) -> CharacterParts:
+    """The bytes of each token of a byte-level tokenizer, or of one that falls back on bytes; others are whole."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+    added = set(tokenizer.get_added_vocab().values())
+
+    @cache
+    def parts(token: int) -> bytes:
+        text = tokenizer.convert_ids_to_tokens(token)
+        if text is None or token in added:
+            return b"a"
+        if byte_level:
+            return bytes(bytes_of.get(letter, ord("a")) for letter in text)
+        fallback = BYTE_TOKEN.fullmatch(text)
+        return bytes([int(fallback[1], 16)]) if fallback else text.encode()
+
+    return parts
+
+
+def count_cut(before: Sequence[Record | Skipped], after: Sequence[Record | Skipped]) -> int:
+    """Rows whose prompt was cut."""
+    return sum(len(new.prompt) < len(old.prompt) for old, new in _fitted(before, after))
+
+
+def count_cut_completions(before: Sequence[Record | Skipped], after: Sequence[Record | Skipped]) -> int:
+    """Rows of which a completion was cut."""
+    pairs = _fitted(before, after)
+    return sum(any(len(new.sides[side]) < len(ids) for side, ids in old.sides.items()) for old, new in pairs)
+
+
+def _fitted(before: Sequence[Record | Skipped], after: Sequence[Record | Skipped]) -> list[tuple[Record, Record]]:
+    return [(old, new) for old, new in zip(before, after, strict=True) if isinstance(new, Record)]

@@ -14,6 +14,6 @@ def each(outcomes: list[Record | Skipped], step: Callable[[Record], Record]) -> 
         try:
             return step(record)
         except BadRow as problem:
-            return Skipped(record.row, str(problem))
+            return Skipped.of(record.row, problem)
 
     return [outcome(record) for record in outcomes]

@@ -1,19 +1,29 @@
 """Messages -> text, by the chat template of the tokenizer.
 
-The template is rendered up to the assistant's turn and to the end; the first text must be a prefix of the second, and
-what follows it is the completion. The template writes its special tokens itself.
+The template is rendered up to the assistant's turn, as it is when the model answers, and to the end. The first text
+must be a prefix of the second; what follows it, up to the stop token, is the completion. What the template drops or
+doubles is found (fidelity.py), and the row is refused with the fix. The template writes its special tokens itself.
+
+Of a conversation that is one demonstration every answer is learned: as pieces of one text where the template writes
+an earlier answer like a last one, else as examples of their own, one for each answer.
 """
 
 import logging
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
 
-import jinja2
-
-from prefuse.engine.data.forms import BadRow, Message, Record, Skipped
-from prefuse.engine.data.outcomes import each
+from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
+from prefuse.engine.data.endings import control_tokens, ending_of
+from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
+from prefuse.engine.data.forms import BadRow, Record, Skipped
+from prefuse.engine.data.rendering import ChatTemplate
+from prefuse.engine.data.turns import Message
 
 logger = logging.getLogger(__name__)
+
+Piece = tuple[str, bool]  # a part of a completion, and whether it is learned
 
 # For a tokenizer without a chat template: ChatML, assistant turns ended by EOS so that generation stops.
 DEFAULT_CHAT_TEMPLATE = (
@@ -26,38 +36,240 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
-def render(records: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
-    """Messages as text; strings stay as they are."""
+@dataclass(frozen=True)
+class TextOptions:
+    """How rows become text, and text tokens: what `prefuse ... --help` says of the settings."""
+
+    turns: Literal["all", "last"] = "all"  # sft: which answers of a conversation are learned
+    arguments: dict[str, Any] | None = None  # for the template; a row's chat_template_kwargs come on top
+    system_prompt: str | None = None  # first turn of conversations that have none of their own
+    date: str | None = None  # "2026-11-28", what templates take for today; None: today
+    eos_token: str | None = None  # put behind answers that the template ends with no token
+    multi_turn: Literal["refuse", "first", "all"] = "refuse"  # pairs that differ before the last turn
+    learn_after_stop: bool = False  # TRL's way: what the template writes behind the stop token is learned too
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    long_completions: Literal["skip", "cut"] = "skip"
+
+
+def render(
+    records: Sequence[Record | Skipped], tokenizer: Any, options: TextOptions | None = None
+) -> list[Record | Skipped]:
+    """Messages as text; strings stay as they are. A conversation may become several records, one for each answer."""
     conversational = any(isinstance(record.prompt, list) for record in records if isinstance(record, Record))
-    if conversational and not tokenizer.chat_template:
+    if not conversational:
+        return list(records)
+    if not tokenizer.chat_template:
         logger.warning("the tokenizer has no chat template: messages are rendered with a built-in ChatML")
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # and saved with the model, which learns this format
-    return each(records, lambda record: _render(record, tokenizer))
+    renderer = Renderer(tokenizer, options or TextOptions())
+    return [rendered for record in records for rendered in _outcomes(record, renderer)]
 
 
-def _render(record: Record, tokenizer: Any) -> Record:
-    """Messages as text; strings stay as they are."""
-    if isinstance(record.prompt, str):
-        return record
-
-    def render(messages: list[Message], **options: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # how templates refuse a conversation
-            raise BadRow(f"the chat template refuses it: {error}") from None
-
-    prompt = render(record.prompt, add_generation_prompt=True)
-    sides = {}
-    for side, turns in record.sides.items():
-        whole = render(record.prompt + turns)
-        if not whole.startswith(prompt):
-            raise BadRow(f'the chat template renders the prompt otherwise when "{side}" follows: no true prefix')
-        sides[side] = whole[len(prompt) :]
-        if not all(_contains(sides[side], turn["content"]) for turn in turns):
-            raise BadRow(f'the chat template drops or rewrites text of "{side}"')
-    return replace(record, prompt=prompt, sides=sides, rendered=True)
+def _outcomes(record: Record | Skipped, renderer: "Renderer") -> list[Record | Skipped]:
+    if isinstance(record, Skipped) or isinstance(record.prompt, str):
+        return [record]
+    try:
+        return renderer.render(record)
+    except BadRow as problem:
+        return [Skipped(record.row, str(problem))]
 
 
-def _contains(text: str, content: str) -> bool:
-    """Whether `content` is in `text`, but for white space: templates trim it."""
-    return content.strip() in text or "".join(content.split()) in "".join(text.split())
+def is_learned(turn: Message) -> bool:
+    """OpenAI's and Mistral's `weight: 0`, axolotl's `train: false`, LLaMA-Factory's `loss_weight: 0` say no."""
+    return all(turn.get(name) not in (0, False) for name in ("weight", "train", "loss_weight"))
+
+
+class Renderer:
+    """What is known of a tokenizer's template once, for all rows."""
+
+    def __init__(self, tokenizer: Any, options: TextOptions) -> None:
+        self.options = options
+        self.template = ChatTemplate(tokenizer, options.arguments, options.date)
+        self.tokens = control_tokens(tokenizer)
+        self.ending = ending_of(self.template)
+
+    def render(self, record: Record) -> list[Record]:
+        arguments = {"tools": record.tools, "arguments": record.template_kwargs}
+        prompt = self._prepared(record.prompt, record)
+        sides = {side: self._prepared(turns, record) for side, turns in record.sides.items()}
+        whole = record.conversation and self.options.turns == "all"
+        if whole and len(sides) == 1:
+            ((side, turns),) = sides.items()
+            conversation = [*prompt, *turns]
+            answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant" and is_learned(turn)]
+            if not answers:
+                raise BadRow("no turn to learn: each of its answers has weight 0")
+            if len(answers) > 1 or answers[0] != len(prompt) or self.template.marks_answers(record.tools):
+                return self._conversation(record, side, conversation, answers, arguments)
+        text = self.template.text(prompt, generation_prompt=True, **arguments)
+        self._check_prompt(prompt, text, record.tools)
+        texts = {side: self._side(side, prompt, text, turns, arguments) for side, turns in sides.items()}
+        return [replace(record, prompt=text, sides=texts, rendered=True)]
+
+    def _side(
+        self, side: str, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]
+    ) -> str | list[Piece]:
+        """A completion, in pieces where turns of others stand between its answers."""
+        others = [i for i, turn in enumerate(turns) if turn["role"] != "assistant"]
+        if not others or self.options.multi_turn == "first":
+            return self._completion(side, prompt, text, turns[: min(others, default=None)], arguments)
+        if self.options.multi_turn == "refuse" and self.options.turns == "last":
+            role = turns[others[0]]["role"]
+            raise BadRow(
+                f'"{side}" has a turn from "{role}", expected assistant turns only. Fix: --multi_turn first compares '
+                "the first answers that differ, --multi_turn all those behind them too"
+            )
+        conversation = [*prompt, *turns]
+        answers = [i for i in range(len(prompt), len(conversation)) if conversation[i]["role"] == "assistant"]
+        parts = [self._part(side, conversation, i, arguments) for i in answers]
+        pieces = _pieces(self.template.text(conversation, **arguments), parts)
+        if pieces is None:
+            raise BadRow(
+                f'the chat template writes answers of "{side}" otherwise once others follow. Fix: --multi_turn first'
+            )
+        return pieces
+
+    def _part(self, side: str, conversation: list[Message], i: int, arguments: dict[str, Any]) -> tuple[str, str]:
+        """The prompt before the answer at `i`, and the answer."""
+        prompt = conversation[:i]
+        if not prompt:
+            raise BadRow("the conversation begins with an answer: the prompt has no turn")
+        text = self.template.text(prompt, generation_prompt=True, **arguments)
+        self._check_prompt(prompt, text, arguments["tools"])
+        return text, self._completion(side, prompt, text, conversation[i : i + 1], arguments)
+
+    def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
+        """With the default system prompt."""
+        system = self.options.system_prompt
+        if system and turns is record.prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
+            turns = [{"role": "system", "content": system}, *turns]
+        return turns
+
+    def _check_prompt(self, prompt: list[Message], text: str, tools: list[Message] | None) -> None:
+        lost = lost_in_prompt(prompt, text)
+        if lost is not None:
+            cure = cure_for_lost_text(
+                self.template, prompt, tools, lambda messages, text: not lost_in_prompt(messages, text)
+            )
+            raise BadRow(f"the chat template drops or rewrites {lost}. {cure}")
+        if tools and not any(str(tool.get("function", tool).get("name", "")) in text for tool in tools):
+            _say_once('the chat template does not print the "tools" of the rows: the model will not see them')
+
+    def _completion(
+        self, side: str, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]
+    ) -> str:
+        """What the template writes for `turns` behind the prompt, up to the stop token."""
+        whole = self.template.text([*prompt, *turns], **arguments)
+        if not whole.startswith(text):
+            whole = self._folded(prompt, text, turns, arguments) or whole
+        if not whole.startswith(text):
+            cure = cure_for_prefix(self.template, prompt, turns, arguments)
+            raise BadRow(
+                f'the chat template renders the prompt otherwise when "{side}" follows: no true prefix. {cure}'
+            )
+        completion = whole[len(text) :]
+        for turn in turns:
+            self._check_answer(side, text, completion, turn, (prompt, turns, arguments))
+        return self._ended(completion)
+
+    def _folded(self, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]) -> str | None:
+        """For templates that print the system turn within the last user turn, and drop it once an answer follows.
+
+        The same system text within the user turn gives the same prompt, and stays.
+        """
+        moved = folded(prompt)
+        if moved is None or self.template.text(moved, generation_prompt=True, **arguments) != text:
+            return None
+        return self.template.text([*moved, *turns], **arguments)
+
+    def _check_answer(self, side: str, text: str, completion: str, turn: Message, context: tuple) -> None:
+        if turn["role"] != "assistant":
+            return
+        if doubles_reasoning(turn, text, completion):
+            raise BadRow(
+                f'the chat template opens <think> for "{side}", which has one of its own: it would stand twice. Fix: '
+                'put the reasoning into "reasoning_content", or give another --chat_template'
+            )
+        lost = lost_in_answer(turn, text, completion)
+        if lost is None:
+            return
+        prompt, turns, arguments = context
+        cure = cure_for_lost_text(
+            self.template,
+            [*prompt, *turns],
+            arguments["tools"],
+            lambda messages, whole: not _lost(messages, prompt, whole),
+        )
+        raise BadRow(f'the chat template drops or rewrites text of "{side}": {lost}. {cure}')
+
+    def _ended(self, completion: str) -> str:
+        if self.options.learn_after_stop:
+            return completion
+        completion = self.ending.trimmed(completion, self.tokens)
+        eos = self.options.eos_token
+        if eos and self.ending.stop is None and not completion.endswith(eos):
+            completion = completion.rstrip("\n") + eos
+        return completion
+
+    def _conversation(
+        self, record: Record, side: str, turns: list[Message], answers: list[int], arguments: dict[str, Any]
+    ) -> list[Record]:
+        """A conversation whose answers at `answers` are learned: one record, or one for each answer."""
+        if self.template.marks_answers(record.tools):
+            marked = self._by_marks(record, side, turns, answers, arguments)
+            if marked is not None:
+                return [marked]
+        parts = [self._part(side, turns, i, arguments) for i in answers]
+        whole = self.template.text(turns[: answers[-1] + 1], **arguments)
+        pieces = _pieces(whole, parts)
+        if pieces is not None:
+            return [replace(record, prompt=parts[0][0], sides={side: pieces}, rendered=True)]
+        return [replace(record, prompt=text, sides={side: completion}, rendered=True) for text, completion in parts]
+
+    def _by_marks(
+        self, record: Record, side: str, turns: list[Message], answers: list[int], arguments: dict[str, Any]
+    ) -> Record | None:
+        """By the template's {% generation %} blocks, one for each answer; None where they are not so many."""
+        whole, spans = self.template.marked(turns, **arguments)
+        spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if len(spans) != len(spoken):
+            return None
+        self._check_prompt(turns, whole, record.tools)
+        learned = [span for span, i in zip(spans, spoken, strict=True) if i in answers]
+        pieces, at = [], learned[0][0]
+        for (start, end), i in zip(learned, answers, strict=True):
+            self._check_answer(
+                side, whole[:start], whole[start:end], turns[i], (turns[:i], turns[i : i + 1], arguments)
+            )
+            pieces += [(whole[at:start], False)] if at < start else []
+            kept = (
+                end
+                if self.options.learn_after_stop
+                else start + len(self.ending.trimmed(whole[start:end], self.tokens))
+            )
+            pieces.append((whole[start:kept], True))
+            at = kept
+        return replace(record, prompt=whole[: learned[0][0]], sides={side: pieces}, rendered=True)
+
+
+def _pieces(whole: str, parts: list[tuple[str, str]]) -> list[Piece] | None:
+    """The completion of a conversation in pieces, learned and not; None if one text does not hold all prompts and
+    answers as they are when the model gives them."""
+    pieces: list[Piece] = []
+    at = len(parts[0][0])
+    for prompt, answer in parts:
+        if not (whole.startswith(prompt) and whole.startswith(answer, len(prompt)) and at <= len(prompt)):
+            return None
+        pieces += [(whole[at : len(prompt)], False)] if at < len(prompt) else []
+        pieces.append((answer, True))
+        at = len(prompt) + len(answer)
+    return pieces
+
+
+def _lost(messages: list[Message], prompt: list[Message], whole: str) -> bool:
+    return any(lost_in_answer(turn, "", whole) for turn in messages[len(prompt) :] if turn["role"] == "assistant")
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)

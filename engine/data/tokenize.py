@@ -15,6 +15,9 @@ from typing import Any
 from prefuse.engine.data.encode import Encoder
 from prefuse.engine.data.forms import BadRow, Record, Skipped
 from prefuse.engine.data.outcomes import each
+from prefuse.engine.data.templates import Piece
+
+LONGEST_TAIL = 500  # characters before a piece that its encoding may look at
 
 
 def tokenize(texts: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
@@ -28,25 +31,39 @@ def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | 
     """Every text as its bare token ids, in few calls of the tokenizer."""
     read = [record for record in records if isinstance(record, Record)]
     prompts = iter(encoder.encode([record.prompt for record in read]))
-    sides = [(record.prompt, side) for record in read for side in record.sides.values()]
-    completions = iter(encoder.encode_after([prompt for prompt, _ in sides], [side for _, side in sides]))
+    pieces = [piece for record in read for side in record.sides.values() for piece in _behind_each_other(record, side)]
+    completions = iter(encoder.encode_after([before for before, _, _ in pieces], [text for _, text, _ in pieces]))
 
     def encode(record: Record) -> Record:
-        return replace(record, prompt=next(prompts), sides={side: next(completions) for side in record.sides})
+        sides: dict[str, list[int]] = {}
+        learned: list[bool] = []
+        for side, text in record.sides.items():
+            sides[side] = []
+            for _, _, is_learned in _behind_each_other(record, text):
+                sides[side] += (ids := next(completions))
+                learned += [is_learned] * len(ids)
+        return replace(record, prompt=next(prompts), sides=sides, learned=None if all(learned) else learned)
 
     return each(records, encode)
 
 
-def _texts(record: Record) -> list[str]:
-    return [record.prompt, *record.sides.values()]
+def _behind_each_other(record: Record, side: str | list[Piece]) -> list[tuple[str, str, bool]]:
+    """The pieces of a completion: what stands before each, its text, whether it is learned."""
+    found, before = [], record.prompt
+    for text, is_learned in [(side, True)] if isinstance(side, str) else side:
+        found.append((before, text, is_learned))
+        before = before[-LONGEST_TAIL:] + text
+    return found
 
 
 def _tokens_before_text(texts: list[Record | Skipped], bare: list[Record | Skipped], tokenizer: Any) -> list[int]:
     """The tokens this tokenizer puts before a text, usually [BOS] or [], found by trying one string."""
     for record, ids in zip(texts, bare, strict=True):
-        if isinstance(record, Skipped) or record.rendered:
+        if isinstance(record, Skipped) or isinstance(ids, Skipped) or record.rendered:
             continue
-        for text, alone in zip(_texts(record), _texts(ids), strict=True):
+        # Behind a prompt a completion may have other ids than alone.
+        sides = zip(record.sides.values(), ids.sides.values(), strict=True)
+        for text, alone in [(record.prompt, ids.prompt)] if record.prompt else sides:
             if alone:
                 whole = tokenizer(text, verbose=False)["input_ids"]
                 starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]

@@ -9,9 +9,7 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 import json
 from typing import Any
 
-from prefuse.engine.data.sources import BadRow, describe
-
-Message = dict[str, Any]  # {"role": ..., "content": str, and whatever else the chat template reads}
+from prefuse.engine.data.records import BadRow, Message, describe
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -86,7 +84,9 @@ def _call(call: Any, where: str) -> Message:
         raise BadRow(f"a tool call of {where} has no name: expected {{function: {{name, arguments}}}}")
     rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
     function = without_nulls(function)
-    return without_nulls({"type": "function", **rest}) | {"function": {"arguments": {}, **function}}
+    return without_nulls({"type": "function", **rest}) | {
+        "function": function | {"arguments": function.get("arguments", {})}
+    }
 
 
 def read_tools(value: Any) -> list[Message] | None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -11,25 +13,28 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
+from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.head import check_head, head_of
+from prefuse.models.head import Head, check_head, head_of
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 SHARD_SIZE = "5GB"  # of a file of weights
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_embed")
 WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -57,7 +62,10 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
 
     base = base_of(Path(path))
@@ -66,9 +74,14 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if base is None:
         _require_model_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+        trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
+    refuse_foreign(tokenizer, path)
+    if settings is not None:
+        apply_settings(tokenizer, settings)
+    return tokenizer
 
 
 def load_model(
@@ -79,7 +92,7 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
@@ -89,25 +102,14 @@ def load_model(
                 "(peft's merge_and_unload, then save_pretrained)"
             )
         path = base
-    _require_model_folder(path)
-    try:
-        with file_faults_as_oserror():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, config.dtype), output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise UserError(
-            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
-            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
-        )
+    model = _read_model(path, config)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
     if base is not None:
         adapters = load_adapters(model, folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
     if trains:
@@ -125,15 +127,33 @@ def load_model(
     return LanguageModel(model, head, device, dtype, config.impl, adapters)
 
 
+def _read_model(path: str, config: Config) -> "PreTrainedModel":
+    """The whole causal LM of a folder or of the hub, in the settings' dtype."""
+    from transformers import AutoModelForCausalLM
+
+    _require_model_folder(path)
+    try:
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                output_loading_info=True,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
+            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+        )
+    return model
+
+
 def check_model(lm: LanguageModel, examples: Examples) -> None:
     """Before the first step: every token has a row in the head, and the fused head is the model's own."""
-    vocabulary = lm.head.weight.shape[0]
-    largest = examples.largest_token()
-    if largest >= vocabulary:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
-            "the model was trained with"
-        )
+    check_tokens(lm, examples.largest_token(), len(examples.longest_sequence()), "lower max_length")
     probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
@@ -143,6 +163,29 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+
+
+def check_tokens(lm: LanguageModel, largest: int, length: int, fix: str) -> None:
+    """Every token has a row in the head, and every position one where the model has learned so many of them."""
+    vocabulary = lm.head.weight.shape[0]
+    if largest >= vocabulary:
+        raise UserError(
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
+            "the model was trained with"
+        )
+    positions = learned_positions(lm.model)
+    if positions is not None and length > positions:
+        raise UserError(f"the model has learned {positions} positions, and a row takes {length}: {fix}")
+
+
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """How many positions the model has an embedding of; None where it computes them (rotary, ALiBi)."""
+    tables = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+    }
+    return min((table.num_embeddings - getattr(table, "offset", 0) for table in tables.values()), default=None)
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
@@ -161,12 +204,34 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
     return dataclasses.replace(examples, padding_free=True)
 
 
-def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:
+    """How many tokens both models have; UserError where the same id may mean another token.
+
+    Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
+    """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    if own != theirs:
+    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    try:
+        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    except UserError:  # a folder with weights alone
+        others = None
+    if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
         raise UserError(
             f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
         )
+    if others is not None and others != tokens:
+        different = len(tokens.items() ^ others.items())
+        logger.warning(
+            "the tokenizers of model and reference differ in %d entries; rows are read with the model's own, and the "
+            "reference is asked about the same ids", different,
+        )  # fmt: skip
+    return min(own, theirs)
+
+
+def first_rows(head: Head, tokens: int) -> Head:
+    """The head over the first `tokens` tokens: without rows of padding."""
+    bias = None if head.bias is None else head.bias[:tokens]
+    return Head(head.weight[:tokens], bias, head.softcap, head.logit_scale)
 
 
 def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -183,6 +248,8 @@ def save_model(
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:
             save_adapters(lm.adapters, folder, weights)
+            if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
+                lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -190,8 +257,12 @@ def _require_model_folder(path: str) -> None:
     """A path that exists must be a whole model; any other name is left to the hub."""
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")):
-            raise UserError(f"model folder {path} does not exist")
+        siblings = [str(other) for other in folder.parent.glob("*") if (other / "config.json").is_file()]
+        near = difflib.get_close_matches(path, siblings, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or near:
+            raise UserError(f"model folder {path} does not exist{hint}")
+        _require_on_hub(path)
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
@@ -199,5 +270,22 @@ def _require_model_folder(path: str) -> None:
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@functools.cache  # the hub is asked once
+def _require_on_hub(name: str) -> None:
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except Exception as error:  # no network, no such repository, no right to read it, no valid name
+        raise UserError(
+            f"{name} is no folder here, and no model of the hub that can be read: {_fault(error)}"
+        ) from None
+
+
+def _fault(error: Exception) -> str:
+    """One line, with the fix where it is a flag."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if "trust_remote_code" in str(error):
+        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
+    return said

@@ -44,4 +44,4 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
 
 
 def _curve(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[prefix + name]) for row in rows if prefix + name in row]
+    return [(row["step"], row[prefix + name]) for row in rows if row.get(prefix + name) is not None]

@@ -3,29 +3,33 @@
 checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads; with adapters, theirs alone
                  optimizer-00001.safetensors ...              <state>.<parameter name>
                  rng.safetensors                              the random state of every rank
-                 trainer_state.json                           step, settings, metrics since the last log line
+                 rows.safetensors                             a digest of every training row
+                 trainer_state.json                           step, settings, metrics since the last log line, hashes
                  manifest.json                                sha256 of every file above
 
 Tensors are whole, whatever the ranks held of them, so a run goes on with any number of ranks, sharded or not. Every
 rank takes part in saving; the main one gathers the weights at once and the optimizer's states file by file, on the CPU.
+
+A checkpoint is good once a step has found its weights sound: its loss and gradient were numbers. Only then are older
+ones deleted, so a run that blows up keeps the last one from before. What a whole one must have: engine/run/proof.py.
 """
 
 import contextlib
 import json
 import logging
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import ABOUT, WEIGHTS, adapter_state
+from prefuse.engine.model.adapters import WEIGHTS, adapter_state
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import save_model, trained_weights
-from prefuse.engine.run.files import published_folder, require_space, sha256_of
+from prefuse.engine.run.files import json_text, published_folder, require_space, sha256_of
+from prefuse.engine.run.proof import checkpoints, fault_of_files, fault_of_tensors, read_state
 from prefuse.engine.run.ranks import ALONE, Ranks, check_same_weights, fill_, whole
 from prefuse.models.trunk import class_of
 
@@ -34,25 +38,38 @@ logger = logging.getLogger(__name__)
 FILE_BYTES = 4 << 30  # of optimizer states in a file
 
 
+def checkpoint_bytes(lm: LanguageModel) -> int:
+    """About what one takes on the disk: weights, and two states of the optimizer for what is trained."""
+    size = sum(
+        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
+        for p in (lm.model.parameters() if lm.adapters is None else _trainable(lm).values())
+    )
+    return size + (size >> 5) + (1 << 20)
+
+
+def model_bytes(lm: LanguageModel) -> int:
+    """About what the model, or what stands beside it, takes on the disk."""
+    own = lm.model.parameters() if lm.adapters is None else _trainable(lm).values()
+    size = sum(p.numel() * p.element_size() for p in own)
+    return size + (size >> 5) + (1 << 20)
+
+
 def save_checkpoint(
     folder: Path,
     lm: LanguageModel,
     tokenizer,
     optimizer: torch.optim.Optimizer,
     state: dict,
-    keep: int,
+    rows: Tensor,  # (E,) int64
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `checkpoint-<step>` aside, publish it, and only then delete all but the newest `keep` (0: none)."""
+    """Write `checkpoint-<step>` aside and publish it."""
     from safetensors.torch import save_file
 
     final = folder / f"checkpoint-{state['step']}"
     check_same_weights(lm.model, ranks)
-    size = sum(
-        p.numel() * p.element_size() * (3 if p.requires_grad else 1)
-        for p in (lm.model.parameters() if lm.adapters is None else _trainable(lm).values())
-    )
-    ranks.from_main(lambda: require_space(folder, size + (size >> 5) + (1 << 20), final.name))
+    size = checkpoint_bytes(lm)
+    ranks.from_main(lambda: require_space(folder, size, final.name))
     weights = trained_weights(lm, ranks)
     random = _gather_rng(ranks)
     optimizer_files = _optimizer_files(lm, optimizer, ranks)
@@ -65,14 +82,12 @@ def save_checkpoint(
                     about = {"numbers": json.dumps(numbers)}
                     save_file(tensors, aside / f"optimizer-{number:05}.safetensors", metadata=about)
                 save_file(random, aside / "rng.safetensors")
-                (aside / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+                save_file({"rows": rows}, aside / "rows.safetensors")
                 files = sorted(path for path in aside.rglob("*") if path.is_file())
-                manifest = {path.relative_to(aside).as_posix(): sha256_of(path) for path in files}
-                (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            if keep:
-                older = [path for step, path in _checkpoints(folder) if step < state["step"]]
-                for path in older[keep - 1 :]:
-                    shutil.rmtree(path)
+                hashes = {path.relative_to(aside).as_posix(): sha256_of(path) for path in files}
+                (aside / "trainer_state.json").write_text(json_text({**state, "files": hashes}, 1), encoding="utf-8")
+                manifest = {**hashes, "trainer_state.json": sha256_of(aside / "trainer_state.json")}
+                (aside / "manifest.json").write_text(json_text(manifest, 1), encoding="utf-8")
         finally:
             drain()  # where writing failed, the others still wait to be asked for their parts
 
@@ -84,28 +99,98 @@ def save_checkpoint(
     return final
 
 
+class Checkpoints:
+    """Those of a run: which is the newest, and which the last that is known to be good."""
+
+    def __init__(self, keep: int, ranks: Ranks, newest: int | None = None) -> None:
+        self.keep = keep  # 0: all
+        self.ranks = ranks
+        self.newest = self.good = newest
+        self.unproven: int | None = newest
+
+    def saved(self, step: int) -> None:
+        self.newest = self.unproven = step
+
+    def proven(self, folder: Path) -> None:
+        """The weights of the newest are sound: it is good, and older ones may go."""
+        if self.unproven is None:
+            return
+        self.good, self.unproven = self.unproven, None
+        if self.keep and self.ranks.main:
+            for _, path in checkpoints(folder)[self.keep :]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def diverged(self, folder: Path) -> None:
+        """The newest is not sound: it is set aside, so that a resumed run goes back behind it."""
+        if self.unproven is None:
+            return
+        if self.ranks.main:
+            set_aside(folder / f"checkpoint-{self.unproven}", "diverged")
+        self.newest, self.unproven = (None if self.good == self.unproven else self.good), None
+        self.good = self.newest
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    state: dict
+    rows: Tensor  # (E,) int64
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every hash holds; says which ones it passed over, and sets them aside."""
-    for half in folder.glob("checkpoint-*.tmp"):
-        shutil.rmtree(half, ignore_errors=True)
-    for _, path in _checkpoints(folder):
-        fault = _fault(path)
+    """The newest whose files are whole; says which ones it passed over, and sets them aside."""
+    for _, path in checkpoints(folder):
+        fault = fault_of_files(path)
         if fault is None:
             return path
-        logger.warning("%s is damaged (%s): trying an older one", path, fault)
-        damaged = path.with_name(path.name + ".damaged")  # else it would count among the newest that are kept
-        shutil.rmtree(damaged, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            path.rename(damaged)
+        _pass_over(path, fault)
     return None
 
 
-def read_state(path: Path) -> dict:
-    return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+def load_newest(
+    folder: Path,
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks = ALONE,
+    agree: Callable[[Saved], None] = lambda saved: None,
+) -> Saved | None:
+    """Weights, optimizer and random state of the newest checkpoint in which nothing is wrong. `agree` raises UserError
+    for one of another run."""
+    while True:
+        newest = ranks.from_main(lambda: (latest_checkpoint(folder) or Path()).name)
+        if not newest:
+            return None
+        path = folder / newest
+        saved = ranks.together(lambda path=path: _read(path))
+        agree(saved)
+        fault = ranks.from_main(lambda saved=saved: fault_of_tensors(saved.path, saved.state, lm, _trainable(lm)))
+        if fault is None:
+            _load(path, lm, optimizer, ranks)
+            return saved
+        if ranks.main:
+            _pass_over(path, fault)
 
 
-def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
-    """Weights, optimizer and random state as they were. The model and the optimizer must already be built."""
+def set_aside(path: Path, why: str) -> None:
+    aside = path.with_name(f"{path.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+
+
+def _pass_over(path: Path, fault: str) -> None:
+    logger.warning("%s is damaged (%s): trying an older one", path, fault)
+    set_aside(path, "damaged")  # else it would count among the newest that are kept
+
+
+def _read(path: Path) -> Saved:
+    from safetensors.torch import load_file
+
+    return Saved(path, read_state(path), load_file(path / "rows.safetensors")["rows"])
+
+
+def _load(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """The model and the optimizer must already be built."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -137,40 +222,6 @@ def load_checkpoint(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimi
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
-
-
-def check_same(before: dict, now: dict) -> None:
-    """A resumed run must be the run that was interrupted."""
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            raise UserError(
-                f"cannot resume: {name} was {before[name]} and is now {value}; "
-                f"set it back, or start a new run from the checkpoint's weights"
-            )
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Newest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        about = ABOUT if ABOUT in manifest else "config.json"
-        for name in (about, "trainer_state.json", "rng.safetensors"):
-            if name not in manifest:
-                return f"manifest.json does not list {name}"
-        for name, expected in manifest.items():
-            if sha256_of(path / name) != expected:
-                return f"{name} does not have the hash that was written down"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return str(error)
-    return None
 
 
 def _trainable(lm: LanguageModel) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Files that are whole or absent: written aside, flushed to the disk, then renamed."""
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -55,7 +57,21 @@ def file_faults_as_oserror() -> Iterator[None]:
         raise OSError(str(error)) from None
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is none (NaN, infinity) is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def write_whole(path: Path, text: str) -> None:
+    """The file appears whole, in the place of what was there."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     flush(aside)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 
 from prefuse.engine.config.settings import Config
-from prefuse.engine.errors import UserError
+from prefuse.engine.errors import Diverged
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,10 @@ class Guards:
         self.first_loss: float | None = None
         self.skipped_in_row = 0
         self.skipped = 0
-        self.best_accuracy = -math.inf
+        self.best_accuracy: float | None = None
         self.train_accuracy: float | None = None
         self.fired: list[str] = []
+        self.sound = True  # whether the last step's loss was a number, and no explosion
 
     def state(self) -> dict:
         """What a resumed run must know to decide as this one would."""
@@ -48,17 +49,17 @@ class Guards:
         """Whether the update may be made. `rows`: those whose loss is no number, or all of the step."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped_in_row = 0
+            usual = statistics.median(self.losses) if self.losses else loss
+            self.sound = loss <= self.config.max_loss_ratio * max(1.0, abs(usual), abs(self.first_loss or 0.0))
             self._on_loss(step, loss)
             return True
+        self.sound = False
         self.skipped += 1
         self.skipped_in_row += 1
         named = ", ".join(rows[:SHOWN_ROWS]) + (f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
         what = f"the loss ({loss}) or its gradient ({norm}) is not finite in step {step} at rows {named}"
         if self.skipped_in_row > self.config.max_skipped_steps:
-            raise UserError(
-                f"{what}, the {_ordinal(self.skipped_in_row)} such step in a row: no update was made of it, and the "
-                "last checkpoint is whole. Look at these rows, or lower learning_rate"
-            )
+            raise Diverged(f"{what}, the {_ordinal(self.skipped_in_row)} such step in a row: no update was made of it")
         logger.warning("%s: no update was made (%d such steps so far)", what, self.skipped)
         return False
 
@@ -84,16 +85,17 @@ class Guards:
         self._on_chosen(step, means, "held-out ")
         accuracy, kl = means.get("rewards/accuracies"), means.get("kl_to_ref")
         if accuracy is not None:
-            drop = self.best_accuracy - accuracy
+            best = accuracy if self.best_accuracy is None else self.best_accuracy
+            drop = best - accuracy
             if self.train_accuracy is not None and self.train_accuracy > MASTERED:
                 if drop > self.config.max_accuracy_drop:
                     self._act(
                         "over-fitting",
                         f"reward accuracy is {self.train_accuracy:.3f} in training and has fallen from "
-                        f"{self.best_accuracy:.3f} to {accuracy:.3f} on held-out rows by step {step}: train for fewer "
+                        f"{best:.3f} to {accuracy:.3f} on held-out rows by step {step}: train for fewer "
                         "epochs, raise beta, or take the checkpoint before the fall",
                     )
-            self.best_accuracy = max(self.best_accuracy, accuracy)
+            self.best_accuracy = max(best, accuracy)
         if kl is not None and self.config.max_kl is not None and kl > self.config.max_kl:
             self._act(
                 "KL",

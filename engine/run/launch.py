@@ -8,6 +8,8 @@ machines torchrun (or Slurm) does the launching.
 """
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +18,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefuse.engine.run.signals import SIGNALS
+from prefuse.engine.run.signals import LAUNCHER, SIGNALS
 
 POLL_SECONDS = 0.05
+MEETING = "prefuse-ranks-"  # folders in which ranks find each other, with the launcher's process id
 GRACE_SECONDS = 15  # for the other ranks, once one is dead
 MENDED_BY_HAND = 2  # the exit code of a UserError
 
 
-def launch(argv: Sequence[str], nproc: int, max_restarts: int) -> int:
+def launch(argv: Sequence[str], nproc: int, max_restarts: int, output_dir: str | None = None) -> int:
     """The exit code of the run: 0, or that of the rank that failed first."""
     received: list[int] = []
     workers: list[subprocess.Popen] = []
@@ -33,20 +36,22 @@ def launch(argv: Sequence[str], nproc: int, max_restarts: int) -> int:
         for worker in workers:
             _signal(worker, number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not so under nohup
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         for attempt in range(max_restarts + 1):
             rank, code = _run(argv, nproc, attempt, workers, received)
-            if code == 0 or received or code == MENDED_BY_HAND:
+            if code < 0:  # killed; a rank that was told to stop ends by itself, with 128 and the signal's number
+                code = 128 - code
+            elif received or code in (0, MENDED_BY_HAND) or code > 128:
+                return code
+            if received:
                 return code
             whose = f"rank {rank} of {nproc}" if nproc > 1 else "the run"
             _say(f"{whose} {_death(code)}" + ("; the others were ended" if nproc > 1 else ""))
             if attempt < max_restarts:
                 _say(f"starting again from the last checkpoint ({attempt + 1} of {max_restarts})")
-        _say(
-            "the last checkpoint is whole: --resume goes on from it"
-            + ("" if max_restarts else ", --max_restarts does so by itself")
-        )
+        _say(what_is_there(output_dir) + ("" if max_restarts else ", --max_restarts does so by itself"))
         return code
     finally:
         for number, handler in before.items():
@@ -56,8 +61,9 @@ def launch(argv: Sequence[str], nproc: int, max_restarts: int) -> int:
 def _run(
     argv: Sequence[str], nproc: int, attempt: int, workers: list[subprocess.Popen], received: list[int]
 ) -> tuple[int, int]:
-    """(rank, exit code) of the first that failed, or (0, 0), with all processes gone."""
-    with tempfile.TemporaryDirectory(prefix="prefuse-") as folder:
+    """(rank, exit code) of the first that failed, or (0, 0), with all processes gone. Negative: of a signal."""
+    _clear_meeting_places()
+    with tempfile.TemporaryDirectory(prefix=f"{MEETING}{os.getpid()}-") as folder:
         workers[:] = [_start(argv, rank, nproc, attempt, Path(folder)) for rank in range(nproc)]
         if received:  # while they were started
             for worker in workers:
@@ -77,7 +83,21 @@ def _run(
                     _signal(worker, signal.SIGKILL)
         if failed is None:
             failed = next(((rank, w.returncode) for rank, w in enumerate(workers) if w.returncode), (0, 0))
-        return failed[0], failed[1] if failed[1] >= 0 else 128 - failed[1]
+        return failed
+
+
+def _clear_meeting_places() -> None:
+    """Of launchers that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{MEETING}*"):
+        match = re.match(rf"{MEETING}(\d+)-", path.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def what_is_there(output_dir: str | None) -> str:
+    if output_dir is not None and any(Path(output_dir).glob("checkpoint-*/manifest.json")):
+        return "the last checkpoint is whole: --resume goes on from it"
+    return "there is no checkpoint yet: --resume starts from the first step"
 
 
 def _start(argv: Sequence[str], rank: int, nproc: int, attempt: int, folder: Path) -> subprocess.Popen:
@@ -88,6 +108,7 @@ def _start(argv: Sequence[str], rank: int, nproc: int, attempt: int, folder: Pat
         "WORLD_SIZE": str(nproc),
         "PREFUSE_RENDEZVOUS": f"file://{folder}/store",
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        LAUNCHER: str(os.getpid()),
     }  # fmt: skip
     # In a session of its own: Ctrl-C in the terminal reaches it once, through the launcher.
     return subprocess.Popen([sys.executable, "-m", "prefuse.engine", *argv], env=environment, start_new_session=True)

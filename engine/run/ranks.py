@@ -22,8 +22,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -124,10 +126,41 @@ class Ranks:
 ALONE = Ranks()
 
 
+def launched(nproc: int = 1) -> tuple[int, int]:
+    """(rank, number of ranks) by what a launcher has put into the environment, which must be whole and agree."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    said = " ".join(f"{name}={value}" for name, value in given.items())
+    mend = f"the environment has {said}: expected what torchrun or --nproc sets; unset {' '.join(given)} to run alone"
+    for name, value in given.items():
+        if not value.isascii() or not value.isdigit():
+            raise UserError(f"{name} must be a whole number, got {value!r}; {mend}")
+    if not given:
+        return 0, 1
+    if "RANK" not in given or "WORLD_SIZE" not in given:
+        raise UserError(f"{'WORLD_SIZE' if 'RANK' in given else 'RANK'} is missing; {mend}")
+    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    local = int(given.get("LOCAL_RANK", 0))
+    if rank >= size or local >= int(given.get("LOCAL_WORLD_SIZE", size)):
+        raise UserError(f"a rank must be below the number of ranks; {mend}")
+    where = "PREFUSE_RENDEZVOUS" in os.environ
+    if size > 1:
+        needed = [] if where else ["MASTER_ADDR", "MASTER_PORT"]
+        absent = [name for name in ["LOCAL_RANK", *needed] if name not in os.environ]
+        if absent:
+            raise UserError(f"{', '.join(absent)} missing; {mend}")
+    if nproc > 1 and (size != nproc or not where):
+        raise UserError(
+            f"--nproc {nproc} starts processes by itself, but the environment has {said}, which says that a launcher "
+            f"has started them: drop --nproc under torchrun, or unset {' '.join(given)}"
+        )
+    return rank, size
+
+
 def join(config: Config) -> Ranks:
     """The ranks that a launcher (torchrun, Slurm, `--nproc`) has started, or this process alone."""
     sharded = config.parallel == "fsdp"
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launched(config.nproc)
     if size == 1 and not sharded:
         return ALONE
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
@@ -135,11 +168,17 @@ def join(config: Config) -> Ranks:
         where = (
             {"init_method": os.environ.get("PREFUSE_RENDEZVOUS", "env://")} if size > 1 else {"store": dist.HashStore()}
         )
-        dist.init_process_group(
-            # gloo too where there is NCCL: what the ranks agree on before each step never waits for the device.
-            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            rank=rank, world_size=size, timeout=datetime.timedelta(seconds=config.ddp_timeout), **where,
-        )  # fmt: skip
+        try:
+            dist.init_process_group(
+                # gloo too where there is NCCL: what the ranks agree on before each step never waits for the device.
+                "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+                rank=rank, world_size=size, timeout=datetime.timedelta(seconds=config.ddp_timeout), **where,
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:  # no peer came, or an address that is none
+            raise UserError(
+                f"rank {rank} of {size} did not meet the others ({str(error).strip().splitlines()[0]}): expected all "
+                "to be started at about the same time, with the same MASTER_ADDR and MASTER_PORT"
+            ) from None
     if rank > 0:
         from prefuse.engine.report.log import console
 
@@ -160,34 +199,50 @@ def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -
     """
     if size == 1:
         return [list(microbatches)]
-    weight = lambda indices: sum(tokens[i] for i in indices)  # noqa: E731
-    bins = list(microbatches)
-    while len(bins) % size and any(len(indices) > 1 for indices in bins):
-        largest = max((indices for indices in bins if len(indices) > 1), key=weight)
-        bins.remove(largest)
-        bins += _halves(largest, tokens)
+    tokens = np.asarray(tokens)
+    bins = _as_many_for_each(microbatches, tokens, size)
     room, extra = divmod(len(bins), size)
     parts: list[list[list[int]]] = [[] for _ in range(size)]
     lightest = [(0, rank) for rank in range(size)]
-    for indices in sorted(bins, key=lambda indices: (-weight(indices), indices)):
+    for negative, indices in sorted((-_weight(indices, tokens), indices) for indices in bins):
         load, rank = heapq.heappop(lightest)
         while len(parts[rank]) == room and not extra:
             load, rank = heapq.heappop(lightest)
         extra -= len(parts[rank]) == room
         parts[rank].append(indices)
         if len(parts[rank]) <= room:
-            heapq.heappush(lightest, (load + weight(indices), rank))
+            heapq.heappush(lightest, (load - negative, rank))
     return parts
 
 
-def _halves(indices: list[int], tokens: Sequence[int]) -> list[list[int]]:
+def _as_many_for_each(microbatches: Sequence[list[int]], tokens: np.ndarray, size: int) -> list[list[int]]:
+    """Microbatches whose number `size` divides: the largest that have more than one example are split."""
+    wanted = -(-len(microbatches) // size) * size
+    whole = [(-_weight(indices, tokens), number) for number, indices in enumerate(microbatches) if len(indices) > 1]
+    heapq.heapify(whole)
+    bins, numbers = dict(enumerate(microbatches)), count(len(microbatches))
+    while len(bins) < wanted and whole:
+        _, largest = heapq.heappop(whole)
+        for half, number in zip(_halves(bins.pop(largest), tokens), numbers, strict=False):
+            bins[number] = half
+            if len(half) > 1:
+                heapq.heappush(whole, (-_weight(half, tokens), number))
+    return list(bins.values())
+
+
+def _weight(indices: list[int], tokens: np.ndarray) -> int:
+    return int(tokens[indices].sum())
+
+
+def _halves(indices: list[int], tokens: np.ndarray) -> list[list[int]]:
     """Two parts of about the same number of tokens, neither empty, each in the order it had."""
     parts: tuple[set[int], set[int]] = (set(), set())
     loads = [0, 0]
-    for i in sorted(indices, key=lambda i: -tokens[i]):
+    weights = dict(zip(indices, tokens[indices].tolist(), strict=True))
+    for i in sorted(indices, key=lambda i: -weights[i]):
         side = int(loads[1] < loads[0])
         parts[side].add(i)
-        loads[side] += tokens[i]
+        loads[side] += weights[i]
     return [[i for i in indices if i in part] for part in parts]
 
 

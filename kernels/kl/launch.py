@@ -1,7 +1,6 @@
-"""`linear_kl` in Triton: both models' logits live in registers side by side, tile by tile. `portable_kl` has the math.
+"""`linear_kl` in Triton: what launches the kernels of `device`. `portable` has the math.
 
-    N tokens, D hidden (its own for each model), V vocabulary. p, r: probabilities of policy and reference;
-    d = ref_z - z. Logits and d are in base 2 in here, the KL and the mean of d in nats.
+    N tokens, D hidden (its own for each model), V vocabulary.
 
 Forward: `kl_fold_kernel` folds one row block x one vocabulary segment, two products per tile, into seven numbers a row,
 and `kl_finish_kernel` merges the segments in their order. Backward, a vocabulary slice at a time: `kl_dlogits_kernel`
@@ -11,40 +10,16 @@ recomputes both tiles and writes dz in the operands' dtype, matrix products make
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from prefuse.kernels import cost
-from prefuse.kernels.gemm import addmm_
+from prefuse.kernels import cost, launch
+from prefuse.kernels.gradients import Gradients, Needs
+from prefuse.kernels.kl import device
 from prefuse.kernels.kl.portable import Forward, Side
-from prefuse.kernels.launch import on_its_device
-from prefuse.kernels.logprobs.device import _logits, _products, _program_tile
-from prefuse.kernels.logprobs.launch import CAST_BYTES, Operands, _loadable, tile_args
-from prefuse.kernels.tiles.table import INTERPRETER, Config, allow_descriptors, choose, segments
-
-LN2 = tl.constexpr(math.log(2))
-LOG2E = tl.constexpr(math.log2(math.e))
-NEG_INF = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two of them must not be NaN
-
-# What a fold leaves for each row and segment: planes of one array (PLANES, segments, N), as `portable_kl.Fold` has it.
-TOP = tl.constexpr(0)
-TOTAL = tl.constexpr(1)
-REF_TOP = tl.constexpr(2)
-REF_TOTAL = tl.constexpr(3)
-KL = tl.constexpr(4)
-ANCHOR = tl.constexpr(5)
-MEAN = tl.constexpr(6)
-PLANES = 7
-
-
-# dlogits buffer and vocabulary slice of the backward.
-BUFFER_BYTES = 64 << 20
-SLICE = 4096
+from prefuse.kernels.launch import Operands, backward_slices, loadable, on_its_device, tile_args
+from prefuse.kernels.tiles.table import INTERPRETER, Config, segments
 
 
 def launch_args(config: Config) -> dict:
@@ -52,273 +27,12 @@ def launch_args(config: Config) -> dict:
     return tile_args(config) | {"enable_fp_fusion": False}
 
 
-# ------------------------------------------------------------------------------------------- device helpers
-
-
-@triton.jit
-def _near(p, x):
-    """p (e^x - 1 - x) for |x| < 1, to the last bit of a float32: never negative."""
-    # x^2 / 2 (1 + 2/3! x + 2/4! x^2 + ...)
-    series = tl.fma(x, 2.0 / 39916800, 2.0 / 3628800)
-    series = tl.fma(x, series, 2.0 / 362880)
-    series = tl.fma(x, series, 2.0 / 40320)
-    series = tl.fma(x, series, 2.0 / 5040)
-    series = tl.fma(x, series, 2.0 / 720)
-    series = tl.fma(x, series, 2.0 / 120)
-    series = tl.fma(x, series, 2.0 / 24)
-    series = tl.fma(x, series, 2.0 / 6)
-    series = tl.fma(x, series, 1.0)
-    return p * (0.5 * x * x) * series
-
-
-@triton.jit
-def _terms(p, r, x):
-    """p (e^x - 1 - x), where r = p e^x. Where p is 0, x may be anything, and the term is r."""
-    x = tl.where(p == 0, 2.0, x)
-    return tl.where(tl.abs(x) < 1.0, _near(p, x), tl.fma(-p, x, r - p))
-
-
-@triton.jit
-def _or_one(total):
-    """A divisor: 1 where every exponential was 0. (A NaN stays.)"""
-    return tl.where(total == 0, 1.0, total)
-
-
-@triton.jit
-def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_N, BLOCK_V) -> its left and its right half."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_N, 2, BLOCK_V // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def _sums(b_z, b_ref, b_lse, b_ref_lse, b_shift, b_own):
-    """Base-2 logits of a few columns -> what they add to the KL and to the mean of their tile, in nats."""
-    # Each line ends the life of what it reads where it can: four tiles of numbers fill the registers.
-    b_x = ((b_ref - b_z) - b_shift[:, None]) * LN2
-    b_p = tl.exp2(b_z - b_lse[:, None])
-    b_x = tl.where(b_p == 0, 2.0, b_x)  # it may be a NaN there
-    b_mean = tl.sum(b_p * (b_x - b_own[:, None]), 1)
-    b_near = _near(b_p, b_x)
-    b_r = tl.exp2(b_ref - b_ref_lse[:, None])
-    return tl.sum(tl.where(tl.abs(b_x) < 1.0, b_near, tl.fma(-b_p, b_x, b_r - b_p)), 1), b_mean
-
-
-@triton.jit
-def _fold_tile(b_z, b_ref, HALVES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Base-2 logits of one tile -> its (top, total, ref top, ref total, KL, anchor, mean), a number a row each."""
-    b_top = tl.maximum(tl.max(b_z, 1), LOWEST)
-    b_ref_top = tl.maximum(tl.max(b_ref, 1), LOWEST)
-    b_total = tl.sum(tl.exp2(b_z - b_top[:, None]), 1)
-    b_ref_total = tl.sum(tl.exp2(b_ref - b_ref_top[:, None]), 1)
-    b_anchor = tl.max(tl.where(b_z == b_top[:, None], b_ref, NEG_INF), 1) - b_top
-    b_anchor = tl.where(b_total == 0, 0.0, b_anchor)
-    # log(r / p) = d - (log-sum-exp of the reference - that of the policy), the difference taken before it is rounded
-    b_shift = (b_ref_top - b_top) + tl.log2(tl.div_rn(_or_one(b_ref_total), _or_one(b_total)))
-    b_own = (b_anchor - b_shift) * LN2
-    b_lse = b_top + tl.log2(_or_one(b_total))
-    b_ref_lse = b_ref_top + tl.log2(_or_one(b_ref_total))
-    if HALVES:
-        z_left, z_right = _halves(b_z, BLOCK_N, BLOCK_V)
-        ref_left, ref_right = _halves(b_ref, BLOCK_N, BLOCK_V)
-        b_kl, b_mean = _sums(z_left, ref_left, b_lse, b_ref_lse, b_shift, b_own)
-        kl_right, mean_right = _sums(z_right, ref_right, b_lse, b_ref_lse, b_shift, b_own)
-        b_kl += kl_right
-        b_mean += mean_right
-    else:
-        b_kl, b_mean = _sums(b_z, b_ref, b_lse, b_ref_lse, b_shift, b_own)
-    return b_top, b_total, b_ref_top, b_ref_total, b_kl, b_anchor, b_mean
-
-
-@triton.jit
-def _part(total, ref_total, top, ref_top, kl, anchor, mean, all_total, all_ref, all_top, all_ref_top, all_anchor):
-    """What one of two sets of columns adds to the KL and the mean of their union."""
-    b_p = total * tl.exp2(top - all_top) / _or_one(all_total)
-    b_r = ref_total * tl.exp2(ref_top - all_ref_top) / _or_one(all_ref)
-    # log(r / p), in which neither r nor p may underflow. (An ordinary division on a GPU need not make 1 of x / x.)
-    b_log = tl.log2(tl.div_rn(ref_total * all_total, _or_one(all_ref * total)))
-    b_x = ((ref_top - all_ref_top) - (top - all_top) + b_log) * LN2
-    b_kl = _terms(b_p, b_r, b_x) + tl.where(b_p == 0, 0.0, b_p * kl)
-    b_mean = tl.where(b_p == 0, 0.0, b_p * (mean + (anchor - all_anchor) * LN2))
-    return b_kl, b_mean
-
-
-@triton.jit
-def _merge(
-    top, total, ref_top, ref_total, kl, anchor, mean,
-    top_b, total_b, ref_top_b, ref_total_b, kl_b, anchor_b, mean_b,
-):  # fmt: skip
-    """Two sets of columns -> their union."""
-    all_top = tl.maximum(top, top_b)
-    all_ref_top = tl.maximum(ref_top, ref_top_b)
-    all_total = total * tl.exp2(top - all_top) + total_b * tl.exp2(top_b - all_top)
-    all_ref = ref_total * tl.exp2(ref_top - all_ref_top) + ref_total_b * tl.exp2(ref_top_b - all_ref_top)
-    all_anchor = tl.where(top >= top_b, anchor, anchor_b)
-    kl, mean = _part(
-        total, ref_total, top, ref_top, kl, anchor, mean, all_total, all_ref, all_top, all_ref_top, all_anchor
-    )
-    kl_b, mean_b = _part(
-        total_b, ref_total_b, top_b, ref_top_b, kl_b, anchor_b, mean_b, all_total, all_ref, all_top, all_ref_top,
-        all_anchor,
-    )  # fmt: skip
-    return all_top, all_total, all_ref_top, all_ref, kl + kl_b, all_anchor, mean + mean_b
-
-
-# ------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def kl_fold_kernel(
-    h, w, bias, ref_h, ref_w, ref_bias, parts,
-    # (N, D), (C, D) = rows first... of the weight, (C,), and the reference's -> (PLANES, segments, N)
-    N, V, D, REF_D, first, first_segment, segments, plane, row, stride_hn, stride_hd, stride_wv, stride_wd,
-    stride_ref_hn, stride_ref_hd, stride_ref_wv, stride_ref_wd, k_in, k_out, ref_k_in, ref_k_out,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SOFTCAP: tl.constexpr,
-    SEGMENTS: tl.constexpr, HALVES: tl.constexpr, DESC: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One row block x one vocabulary segment -> the seven numbers that its columns alone make of each row."""
-    i_n, i_s = _program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_top = tl.full([BLOCK_N], LOWEST, tl.float32)
-    b_total = tl.zeros([BLOCK_N], tl.float32)
-    b_ref_top = tl.full([BLOCK_N], LOWEST, tl.float32)
-    b_ref_total = tl.zeros([BLOCK_N], tl.float32)
-    b_kl = tl.zeros([BLOCK_N], tl.float32)
-    b_anchor = tl.zeros([BLOCK_N], tl.float32)
-    b_mean = tl.zeros([BLOCK_N], tl.float32)
-
-    tiles = tl.cdiv(V, BLOCK_V)
-    tile = (i_s + first_segment) * tiles // SEGMENTS
-    count = (i_s + first_segment + 1) * tiles // SEGMENTS - tile
-    for i in range(count):
-        column = (tile + i) * BLOCK_V - first
-        acc = _products(
-            h, w, i_n * BLOCK_N, column, N, V - first, D, stride_hn, stride_hd, stride_wv, stride_wd,
-            DESC, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        ref_acc = _products(
-            ref_h, ref_w, i_n * BLOCK_N, column, N, V - first, REF_D, stride_ref_hn, stride_ref_hd, stride_ref_wv,
-            stride_ref_wd, DESC, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        o_v = column + tl.arange(0, BLOCK_V)
-        b_z, _ = _logits(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
-        b_ref, _ = _logits(ref_acc, ref_bias, o_v, V - first, ref_k_in, ref_k_out, REF_HAS_BIAS, REF_SOFTCAP)
-        # Most tiles are whole: the mask stands in a branch and costs them nothing.
-        if column + BLOCK_V > V - first:
-            b_z = tl.where((o_v < V - first)[None, :], b_z, NEG_INF)
-            b_ref = tl.where((o_v < V - first)[None, :], b_ref, NEG_INF)
-        t_top, t_total, t_ref_top, t_ref_total, t_kl, t_anchor, t_mean = _fold_tile(
-            b_z, b_ref, HALVES, BLOCK_N, BLOCK_V
-        )
-        b_top, b_total, b_ref_top, b_ref_total, b_kl, b_anchor, b_mean = _merge(
-            b_top, b_total, b_ref_top, b_ref_total, b_kl, b_anchor, b_mean,
-            t_top, t_total, t_ref_top, t_ref_total, t_kl, t_anchor, t_mean,
-        )  # fmt: skip
-
-    m_n = o_n < N
-    plane = tl.cast(plane, tl.int64)  # (PLANES, segments, N): their product may pass 2^31
-    p_part = parts + i_s.to(tl.int64) * row + o_n
-    tl.store(p_part + TOP * plane, b_top, mask=m_n)
-    tl.store(p_part + TOTAL * plane, b_total, mask=m_n)
-    tl.store(p_part + REF_TOP * plane, b_ref_top, mask=m_n)
-    tl.store(p_part + REF_TOTAL * plane, b_ref_total, mask=m_n)
-    tl.store(p_part + KL * plane, b_kl, mask=m_n)
-    tl.store(p_part + ANCHOR * plane, b_anchor, mask=m_n)
-    tl.store(p_part + MEAN * plane, b_mean, mask=m_n)
-
-
-@triton.jit
-def kl_finish_kernel(
-    parts, y, kl, lse, anchor, mean,  # (PLANES, SEGMENTS, N), (N,) -> (N,) four times
-    N, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Merges the segments in their order. A row that does not count (y < 0) is 0, and its p is: lse = inf.
-
-    The anchor stays in base 2: converted to and fro, it would no longer be the very d that it was.
-    """
-    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < N
-    plane = tl.cast(SEGMENTS, tl.int64) * N
-    b_top = tl.full([BLOCK], LOWEST, tl.float32)
-    b_total = tl.zeros([BLOCK], tl.float32)
-    b_ref_top = tl.full([BLOCK], LOWEST, tl.float32)
-    b_ref_total = tl.zeros([BLOCK], tl.float32)
-    b_kl = tl.zeros([BLOCK], tl.float32)
-    b_anchor = tl.zeros([BLOCK], tl.float32)
-    b_mean = tl.zeros([BLOCK], tl.float32)
-    for s in range(SEGMENTS):
-        p_part = parts + tl.cast(s, tl.int64) * N + o_n
-        b_top, b_total, b_ref_top, b_ref_total, b_kl, b_anchor, b_mean = _merge(
-            b_top, b_total, b_ref_top, b_ref_total, b_kl, b_anchor, b_mean,
-            tl.load(p_part + TOP * plane, mask=m_n, other=0.0),
-            tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0),
-            tl.load(p_part + REF_TOP * plane, mask=m_n, other=0.0),
-            tl.load(p_part + REF_TOTAL * plane, mask=m_n, other=0.0),
-            tl.load(p_part + KL * plane, mask=m_n, other=0.0),
-            tl.load(p_part + ANCHOR * plane, mask=m_n, other=0.0),
-            tl.load(p_part + MEAN * plane, mask=m_n, other=0.0),
-        )  # fmt: skip
-    counts = tl.load(y + o_n, mask=m_n, other=-1) >= 0
-    # A policy all of whose logits are -inf is no distribution.
-    b_kl = tl.where(b_total == 0, float("nan"), b_kl)
-    tl.store(kl + o_n, tl.where(counts, b_kl, 0.0), mask=m_n)
-    tl.store(lse + o_n, tl.where(counts, (b_top + tl.log2(b_total)) * LN2, float("inf")), mask=m_n)
-    tl.store(anchor + o_n, tl.where(counts, b_anchor, 0.0), mask=m_n)
-    tl.store(mean + o_n, tl.where(counts, b_mean, 0.0), mask=m_n)
-
-
-@triton.jit
-def kl_dlogits_kernel(
-    h, w, bias, ref_h, ref_w, ref_bias, y, lse, anchor, mean, grad, dz,
-    # (N, D), (C, D) = rows first... of the weight, (C,), the reference's, (N,) five times -> (N, C)
-    N, C, D, REF_D, stride_hn, stride_hd, stride_wv, stride_wd, stride_ref_hn, stride_ref_hd, stride_ref_wv,
-    stride_ref_wd, stride_dz, k_in, k_out, ref_k_in, ref_k_out,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SOFTCAP: tl.constexpr,
-    DESC: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dz = dL/d(products of the policy). `grad` comes with the options' slope already in it."""
-    i_n, i_v = _program_tile(tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP)
-    acc = _products(
-        h, w, i_n * BLOCK_N, i_v * BLOCK_V, N, C, D, stride_hn, stride_hd, stride_wv, stride_wd,
-        DESC, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    ref_acc = _products(
-        ref_h, ref_w, i_n * BLOCK_N, i_v * BLOCK_V, N, C, REF_D, stride_ref_hn, stride_ref_hd, stride_ref_wv,
-        stride_ref_wd, DESC, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_n = o_n < N
-    b_lse = tl.load(lse + o_n, mask=m_n, other=float("inf")) * LOG2E
-    b_anchor = tl.load(anchor + o_n, mask=m_n, other=0.0)
-    b_mean = tl.load(mean + o_n, mask=m_n, other=0.0)
-    b_g = tl.load(grad + o_n, mask=m_n, other=0.0)
-    counts = tl.load(y + o_n, mask=m_n, other=-1) >= 0
-    b_z, b_tanh = _logits(acc, bias, o_v, C, k_in, k_out, HAS_BIAS, SOFTCAP)
-    b_ref, _ = _logits(ref_acc, ref_bias, o_v, C, ref_k_in, ref_k_out, REF_HAS_BIAS, REF_SOFTCAP)
-    # dz_v = g p_v (mean - (d_v - anchor)),  d = ref_z - z
-    b_p = tl.exp2(b_z - b_lse[:, None])
-    b_dz = b_g[:, None] * b_p * (b_mean[:, None] - ((b_ref - b_z) - b_anchor[:, None]) * LN2)
-    if SOFTCAP:
-        b_dz *= 1.0 - b_tanh * b_tanh
-    # A row that does not count is exactly 0 whatever its hidden states hold; so is a token that cannot be.
-    b_dz = tl.where((b_p == 0) | (counts == 0)[:, None], 0.0, b_dz)
-    if DESC:
-        dz.store([i_n * BLOCK_N, i_v * BLOCK_V], b_dz.to(dz.dtype))
-    else:
-        p_dz = dz + o_n[:, None].to(tl.int64) * stride_dz + o_v[None, :]
-        tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_n[:, None] & (o_v < C)[None, :])
-
-
-# ------------------------------------------------------------------------------------------------ launchers
-
-
-class Pair:
+class Heads:
     """Both models' tensors and constants as the kernels want them."""
 
     def __init__(self, policy: Side, reference: Side, mask: Tensor | None):
         hidden = policy.hidden
-        # Every row that counts has the target 0, which nothing reads.
+        # Every kept row has the target 0, which nothing reads.
         targets = hidden.new_zeros(len(hidden), dtype=torch.int64)
         if mask is not None:
             targets.masked_fill_(~mask, policy.options.ignore_index)
@@ -326,11 +40,10 @@ class Pair:
         self.policy, self.y = self.sides[0], self.sides[0].y
         operands = [x for side in self.sides for x in (side.hidden, side.part(0, 1)[0])]
         plain = not any(self.flags().values())
-        chip, dtype, (v, d) = self.policy.chip, self.policy.dtype, self.policy.weight.shape
         # One row for fold and dlogits: the logits that the backward recomputes are the forward's to the last bit.
-        self.config = choose("kl plain" if plain else "kl", chip, dtype, allow_descriptors(*operands), d, v)
+        self.config = self.policy.config_for("kl plain" if plain else "kl", *operands)
         # Interpreted, both ways of folding have a test.
-        self.halves = self.config.halves or (chip == INTERPRETER and self.config.descriptors)
+        self.halves = self.config.halves or (self.policy.chip == INTERPRETER and self.config.descriptors)
         self.segments = segments(hidden.device, self.tiles)
 
     @property
@@ -339,11 +52,11 @@ class Pair:
 
     def operands(self, parts: list[tuple[Tensor, Tensor]], rows: slice = slice(None)) -> list:
         """h, w, bias of both, for these weights and biases."""
-        c, made = self.config, []
+        c, arguments = self.config, []
         for side, (w, b) in zip(self.sides, parts, strict=True):
             h = side.hidden[rows]
-            made += [_loadable(h, c.block_n, c.block_d, c), _loadable(w, c.block_v, c.block_d, c), b]
-        return made
+            arguments += [loadable(h, c.block_n, c.block_d, c), loadable(w, c.block_v, c.block_d, c), b]
+        return arguments
 
     def strides(self, parts: list[tuple[Tensor, Tensor]]) -> list[int]:
         return [s for side, (w, _) in zip(self.sides, parts, strict=True) for s in (*side.hidden.stride(), *w.stride())]
@@ -362,40 +75,40 @@ class Pair:
         """Weight rows and bias of the columns `first ... last - 1`, of each."""
         return [side.part(first, last) for side in self.sides]
 
-    def report(self, kind: str, n: int, weights: list[tuple[Tensor, Tensor]], made: Tensor) -> None:
+    def report(self, kind: str, n: int, weights: list[tuple[Tensor, Tensor]], result: Tensor) -> None:
         """Both products of n rows with these weights."""
         flops = sum(2 * n * w.numel() for w, _ in weights)
         read = sum(n * side.hidden.shape[1] * side.hidden.element_size() for side in self.sides)
-        cost.report(kind, flops, read + cost.size(*(w for w, _ in weights)), cost.size(made))
+        cost.report(kind, flops, read + cost.size(*(w for w, _ in weights)), cost.size(result))
 
     def group(self) -> int:
         """Segments at once: all, or as many as the cast of a weight of another dtype may hold."""
         width = triton.cdiv(self.tiles, self.segments) * self.config.block_v
         casts = [s.hidden.shape[1] * s.hidden.element_size() for s in self.sides if s.weight.dtype != s.dtype]
-        return max(1, CAST_BYTES // (width * sum(casts))) if casts else self.segments
+        return max(1, launch.CAST_BYTES // (width * sum(casts))) if casts else self.segments
 
 
 @on_its_device
 def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
-    """One pass over the vocabulary. Rows that do not count are 0, with lse = inf."""
-    pair, n, v = Pair(policy, reference, mask), len(policy.hidden), len(policy.weight)
-    config, tiles = pair.config, pair.tiles
-    parts = policy.hidden.new_empty(PLANES, pair.segments, n, dtype=torch.float32)
-    step = pair.group()
-    for s0 in range(0, pair.segments, step):
-        s1 = min(s0 + step, pair.segments)
-        first, last = s0 * tiles // pair.segments * config.block_v, s1 * tiles // pair.segments * config.block_v
-        weights = pair.parts(first, min(last, v))
+    """One pass over the vocabulary. Rows that are not kept are 0, with lse = inf."""
+    heads, n, v = Heads(policy, reference, mask), len(policy.hidden), len(policy.weight)
+    config, tiles = heads.config, heads.tiles
+    parts = policy.hidden.new_empty(device.PLANES, heads.segments, n, dtype=torch.float32)
+    step = heads.group()
+    for s0 in range(0, heads.segments, step):
+        s1 = min(s0 + step, heads.segments)
+        first, last = s0 * tiles // heads.segments * config.block_v, s1 * tiles // heads.segments * config.block_v
+        weights = heads.parts(first, min(last, v))
         part = parts[:, s0:]
-        pair.report("kl fold", n, weights, part[:, : s1 - s0])
-        kl_fold_kernel[(triton.cdiv(n, config.block_n) * (s1 - s0),)](
-            *pair.operands(weights), part, n, v, *pair.depths(), first, s0, s1 - s0, *part.stride()[:2],
-            *pair.strides(weights), *pair.constants(), **pair.flags(), SEGMENTS=pair.segments, HALVES=pair.halves,
+        heads.report("kl fold", n, weights, part[:, : s1 - s0])
+        device.kl_fold_kernel[(triton.cdiv(n, config.block_n) * (s1 - s0),)](
+            *heads.operands(weights), part, n, v, *heads.depths(), first, s0, s1 - s0, *part.stride()[:2],
+            *heads.strides(weights), *heads.constants(), **heads.flags(), SEGMENTS=heads.segments, HALVES=heads.halves,
             **launch_args(config),
         )  # fmt: skip
-    made = Forward(*(policy.hidden.new_empty(n, dtype=torch.float32) for _ in range(4)))
-    kl_finish_kernel[(triton.cdiv(n, 128),)](parts, pair.y, *made, n, SEGMENTS=pair.segments, BLOCK=128)
-    return made
+    rows = Forward(*(policy.hidden.new_empty(n, dtype=torch.float32) for _ in range(4)))
+    device.kl_finish_kernel[(triton.cdiv(n, 128),)](parts, heads.y, *rows, n, SEGMENTS=heads.segments, BLOCK=128)
+    return rows
 
 
 @on_its_device
@@ -404,53 +117,36 @@ def backward(
     policy: Side,
     reference: Side,
     mask: Tensor | None,  # (N,)
-    made: Forward,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias: the policy's
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    saved: Forward,
+    needs: Needs,  # of the policy's tensors
+) -> Gradients:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
-    pair = Pair(policy, reference, mask)
-    hidden, weight, bias = policy[:3]
-    (n, d), v = hidden.shape, len(weight)
-    counts = pair.y >= 0
-    grad = torch.where(counts, grad.float(), 0.0) * policy.options.slope
-    dhidden = hidden.new_zeros(n, d, dtype=torch.float32) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
+    heads, hidden = Heads(policy, reference, mask), policy.hidden
+    kept = heads.y >= 0
+    grad = torch.where(kept, grad.float(), 0.0) * policy.options.slope
+    dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs.hidden else None
     # Zeroed where masked, for 0 * NaN is NaN.
-    clean = torch.where(counts[:, None], hidden, 0.0) if needs[1] else None
-    width = min(SLICE, v)
-    rows = max(1, min(n, BUFFER_BYTES // (width * hidden.element_size())))
-    buffer = hidden.new_empty(rows, -(-width // 8) * 8)  # rows of 16 bytes' multiple, for descriptors
-    for first in range(0, v, width):
-        weights = pair.parts(first, min(first + width, v))
-        w = weights[0][0]
-        dw = hidden.new_zeros(len(w), d, dtype=torch.float32) if needs[1] else None
-        db = hidden.new_zeros(len(w), dtype=torch.float32) if needs[2] else None
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            dz = _dlogits(pair, weights, part, grad, made, buffer[: part.stop - start, : len(w)])
-            if needs[0]:
-                addmm_(dhidden[part], dz, w)
-            if needs[1]:
-                addmm_(dw, dz.T, clean[part])
-            if needs[2]:
-                db += dz.sum(0, dtype=torch.float32)
-        if needs[1]:
-            dweight[first : first + len(w)] = dw
-        if needs[2]:
-            dbias[first : first + len(w)] = db
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, dbias
+    clean = torch.where(kept[:, None], hidden, 0.0)
+
+    def slice_of(first: int, last: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        weights = heads.parts(first, last)
+        return weights[0][0], weights
+
+    def dlogits(part: tuple, first: int, rows: slice, dz: Tensor) -> None:
+        _dlogits(heads, part[1], rows, grad, saved, dz)
+
+    grads = backward_slices(clean, policy.weight, policy.bias, needs, dhidden, slice_of, dlogits)
+    return grads if dhidden is None else grads._replace(hidden=dhidden.to(hidden.dtype))
 
 
 def _dlogits(
-    pair: Pair, weights: list[tuple[Tensor, Tensor]], rows: slice, grad: Tensor, made: Forward, dz: Tensor
-) -> Tensor:
-    """dz (rows, C) in the operands' dtype, written into `dz`."""
-    config, (n, c) = pair.config, dz.shape
-    pair.report("kl dlogits", n, weights, dz)
-    kl_dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
-        *pair.operands(weights, rows), pair.y[rows], made.lse[rows], made.anchor[rows], made.mean[rows], grad[rows],
-        _loadable(dz, config.block_n, config.block_v, config), n, c, *pair.depths(), *pair.strides(weights),
-        dz.stride(0), *pair.constants(), **pair.flags(), **launch_args(config),
+    heads: Heads, weights: list[tuple[Tensor, Tensor]], rows: slice, grad: Tensor, saved: Forward, dz: Tensor
+) -> None:
+    """dL/d(products of the policy) of these rows into `dz (rows, C)`, in the operands' dtype."""
+    config, (n, c) = heads.config, dz.shape
+    heads.report("kl dlogits", n, weights, dz)
+    device.kl_dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
+        *heads.operands(weights, rows), heads.y[rows], saved.lse[rows], saved.anchor[rows], saved.mean[rows],
+        grad[rows], loadable(dz, config.block_n, config.block_v, config), n, c, *heads.depths(),
+        *heads.strides(weights), dz.stride(0), *heads.constants(), **heads.flags(), **launch_args(config),
     )  # fmt: skip
-    return dz

@@ -3,7 +3,7 @@
     N tokens, D hidden (its own for each model), V vocabulary.
 
 The door checks its arguments; the private operators below it have fixed arity and scalar arguments, as torch.library
-wants them, and call `portable_kl` or `triton_kl`.
+wants them, and call `portable` or `launch`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prefuse.kernels import reference
+from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
-from prefuse.kernels.kl import portable as portable_kl
+from prefuse.kernels.gradients import Needs, empty_gradients
+from prefuse.kernels.kl import portable
 from prefuse.kernels.kl.portable import Forward, Side
-from prefuse.kernels.logprobs.linear_logprobs import _check_options, _check_tensors, _empty_backward, _resolve
 from prefuse.kernels.options import HeadOptions
 
 REF_OPTIONS = ("softcap", "logit_scale", "temperature")
@@ -58,8 +58,8 @@ def linear_kl(
         hidden, ref_hidden: (N, D) and (N, ref D) of one dtype, in which the op computes (under autocast: in
             autocast's); it accumulates, exponentiates and returns in float32 (float64 for float64).
         weight, ref_weight: (V, D) and (V, ref D), over the same vocabulary; may be one tensor, and of another dtype.
-        bias, ref_bias: (V,) added to the products. Columns that are -inf in both heads count nowhere.
-        mask: (N,) bool, True for the rows that count. The others are exactly 0, with exactly zero gradient, whatever
+        bias, ref_bias: (V,) added to the products. Columns that are -inf in both heads add nothing.
+        mask: (N,) bool, True for the rows to keep. The others are exactly 0, with exactly zero gradient, whatever
             their hidden states hold.
         softcap, logit_scale, temperature: as in `linear_logprobs`, for both heads.
         ref_options: those of the reference where they differ, such as `{"softcap": None}`.
@@ -76,15 +76,14 @@ def linear_kl(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature))
-    _check_options(options, (), impl)
-    _check_head(hidden, weight, bias)
-    _of_reference(_check_head, ref_hidden, ref_weight, ref_bias)
+    checks.check_options(options)
+    checks.check_impl(impl)
+    checks.check_head(hidden, weight, bias)
+    _of_reference(checks.check_head, ref_hidden, ref_weight, ref_bias)
     _check_both(hidden, weight, ref_hidden, ref_weight, mask)
-    ref_options = _reference_options(options, ref_options, impl)
-    impl = _resolve(impl, hidden)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, ref_hidden = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, ref_hidden))
+    ref_options = _reference_options(options, ref_options)
+    impl = checks.resolve(impl, hidden)
+    hidden, ref_hidden = checks.in_compute_dtype(hidden), checks.in_compute_dtype(ref_hidden)
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(f"hidden is {hidden.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them")
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
@@ -120,7 +119,7 @@ def _forward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(hidden) == 0:
-        return tuple(portable_kl.empty_forward(hidden))
+        return tuple(portable.empty_forward(hidden))
     policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
     other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
     return tuple(_module(impl).forward(policy, other, mask))
@@ -128,7 +127,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *_):
-    return tuple(portable_kl.empty_forward(hidden))
+    return tuple(portable.empty_forward(hidden))
 
 
 @torch.library.custom_op("prefuse::linear_kl_backward", mutates_args=())
@@ -155,15 +154,14 @@ def _backward_op(
     needs_bias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (needs_hidden, needs_weight, needs_bias)
-    nothing = _empty_backward(hidden, weight, bias, needs)
+    needs = Needs(needs_hidden, needs_weight, needs_bias)
     if len(hidden) == 0:
-        return tuple(x.zero_() for x in nothing)
+        return tuple(x.zero_() for x in empty_gradients(hidden, weight, bias, needs))
     policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
     other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
-    made = Forward(grad, lse, anchor, mean)  # (its first field, the KL, is not needed again)
-    grads = _module(impl).backward(grad, policy, other, mask, made, needs)
-    return tuple(empty if g is None else g for g, empty in zip(grads, nothing, strict=True))
+    saved = Forward(grad, lse, anchor, mean)  # (the first field, the KL itself, is not read)
+    grads = _module(impl).backward(grad, policy, other, mask, saved, needs)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
@@ -171,7 +169,7 @@ def _(
     grad, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, lse, anchor, mean, softcap, logit_scale,
     temperature, ref_softcap, ref_logit_scale, ref_temperature, needs_hidden, needs_weight, needs_bias, impl,
 ):  # fmt: skip
-    return _empty_backward(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
+    return empty_gradients(hidden, weight, bias, Needs(needs_hidden, needs_weight, needs_bias))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -192,15 +190,8 @@ def _backward(ctx, grad, *_):
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "linear_kl has no second derivative: its backward was differentiated (create_graph=True?). "
-        'Use impl="reference" where a double backward is needed.'
-    )
-
-
 _forward_op.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(checks.refuse_double_backward("linear_kl", instead="reference"))
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -208,30 +199,29 @@ _backward_op.register_autograd(_refuse_double_backward)
 
 def _module(impl: str):
     if impl == "torch":
-        return portable_kl
-    from prefuse.kernels.kl import launch as triton_kl
+        return portable
+    from prefuse.kernels.kl import launch
 
-    return triton_kl
+    return launch
 
 
 def _scalars(options: HeadOptions, ref_options: HeadOptions) -> tuple[float | None, ...]:
     return tuple(getattr(o, name) for o in (options, ref_options) for name in REF_OPTIONS)
 
 
-def _reference_options(options: HeadOptions, given: Mapping[str, float | None] | None, impl: str) -> HeadOptions:
+def _reference_options(options: HeadOptions, given: Mapping[str, float | None] | None) -> HeadOptions:
     """The policy's options, with those that are given in their place."""
     given = {} if given is None else dict(given)
     if unknown := [name for name in given if name not in REF_OPTIONS]:
         raise ValueError(f"unknown ref_options {unknown}; choose from {list(REF_OPTIONS)}")
-    made = {name: given.get(name, getattr(options, name)) for name in REF_OPTIONS}
-    made = HeadOptions(made["softcap"], float(made["logit_scale"]), float(made["temperature"]))
-    _of_reference(_check_options, made, (), impl)
-    return made
+    chosen = {name: given.get(name, getattr(options, name)) for name in REF_OPTIONS}
+    chosen = HeadOptions(chosen["softcap"], float(chosen["logit_scale"]), float(chosen["temperature"]))
+    _of_reference(checks.check_options, chosen)
+    return chosen
 
 
 def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, mask: Tensor | None) -> None:
-    if ref_hidden.device != hidden.device:
-        raise TypeError(f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}; move one of them")
+    checks.check_device("ref_hidden", ref_hidden, hidden)
     if len(ref_hidden) != len(hidden):
         raise ValueError(
             f"expected ref_hidden ({len(hidden)}, D), a row for each row of hidden, got {tuple(ref_hidden.shape)}"
@@ -245,23 +235,13 @@ def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: 
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True for the rows that count, got {got}")
-    if mask.shape != hidden.shape[:1]:
-        raise ValueError(f"expected mask ({len(hidden)},), one per row of hidden, got {tuple(mask.shape)}")
-    if mask.device != hidden.device:
-        raise TypeError(f"mask is on {mask.device} but hidden is on {hidden.device}; move one of them")
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """What `linear_logprobs` asks of hidden, weight and bias; there are no targets here to be wrong."""
-    targets = hidden
-    if isinstance(hidden, Tensor):
-        targets = torch.zeros(hidden.shape[:1], dtype=torch.uint8, device=hidden.device)
-    _check_tensors(hidden, weight, targets, bias)
+        raise TypeError(f"mask must be a bool tensor, True for the rows to keep, got {got}")
+    checks.check_rows("mask", mask, hidden)
+    checks.check_device("mask", mask, hidden)
 
 
 def _of_reference(check, *args) -> None:
-    """`check(*args)`, whose complaint then says that it is about the reference."""
+    """`check(*args)`; an error says that it is about the reference."""
     try:
         check(*args)
     except (TypeError, ValueError) as error:

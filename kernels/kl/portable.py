@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefuse.kernels.gemm import accumulator_dtype, addmm_, mm, narrow, operand
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels.gemm import accumulator_dtype
+from prefuse.kernels.gradients import Gradients, Needs, zero_gradients
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.slices import Head
+from prefuse.kernels.slices import SlicedHead, backward_slices, kept_rows, row_tiles, settled
 
 # Stands for -inf where a difference of two of them must not be NaN.
 LOWEST = -1e30
@@ -49,8 +49,8 @@ class Side(NamedTuple):
     def rows(self, index: Tensor) -> Side:
         return self._replace(hidden=self.hidden[index])
 
-    def head(self) -> Head:
-        return Head(self.weight, self.bias, self.options, self.hidden.dtype)
+    def head(self) -> SlicedHead:
+        return SlicedHead(self.weight, self.bias, self.options, self.hidden.dtype)
 
 
 class Forward(NamedTuple):
@@ -58,12 +58,12 @@ class Forward(NamedTuple):
 
     kl: Tensor
     lse: Tensor  # logsumexp of the policy's logits
-    anchor: Tensor  # d of the policy's most likely token, in the units of who made it
+    anchor: Tensor  # d of the policy's most likely token, in nats (this file) or base 2 (`launch`)
     mean: Tensor  # sum of p (d - anchor)
 
 
 class Fold(NamedTuple):
-    """What a set of columns makes of each row, (R, 1) each, both softmaxes normalized over these columns alone."""
+    """The sums of a set of columns, (R, 1) each; both softmaxes are normalized over these columns alone."""
 
     top: Tensor  # largest logit of the policy
     total: Tensor  # sum of exp(z - top)
@@ -74,15 +74,15 @@ class Fold(NamedTuple):
     mean: Tensor
 
 
-def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:  # mask (N,) bool: the rows that count
-    """One pass over the vocabulary. Rows that do not count are 0 everywhere."""
-    rows = _counted(mask)
+def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:  # mask (N,) bool: the kept rows
+    """One pass over the vocabulary. Other rows are 0 everywhere."""
+    rows = kept_rows(mask)
     if rows is None:
-        return _forward_counted(policy, reference)
+        return _forward_kept(policy, reference)
     result = empty_forward(policy.hidden)
     if len(rows):
-        made = _forward_counted(policy.rows(rows), reference.rows(rows))
-        for x, values in zip(result, made, strict=True):
+        kept = _forward_kept(policy.rows(rows), reference.rows(rows))
+        for x, values in zip(result, kept, strict=True):
             x[rows] = values
     return result
 
@@ -91,15 +91,15 @@ def empty_forward(hidden: Tensor) -> Forward:
     return Forward(*(hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden.dtype)) for _ in range(4)))
 
 
-def _forward_counted(policy: Side, reference: Side) -> Forward:
+def _forward_kept(policy: Side, reference: Side) -> Forward:
     head, ref_head = policy.head(), reference.head()
-    # Products of one shape, whatever N is: see `portable`.
-    tiles = portable._row_tiles(policy.hidden, head.rows)
-    ref_tiles = portable._row_tiles(reference.hidden, head.rows)
+    # Products of one shape, whatever N is: a BLAS may give a row other bits when the number of rows changes.
+    tiles = row_tiles(policy.hidden, head.rows)
+    ref_tiles = row_tiles(reference.hidden, head.rows)
     folded: list[Fold | None] = [None] * len(tiles)
-    # Two tiles of logits, and two of what is made from them.
+    # Two tiles of logits, and two for the terms.
     buffer = policy.hidden.new_empty(4, head.rows * head.columns, dtype=head.acc)
-    for _, (w, b), (ref_w, ref_b) in _slices(head, ref_head):
+    for _, w, b, ref_w, ref_b in _slices(head, ref_head):
         z, ref_z, x, spare = (part[: head.rows * len(w)].view(head.rows, len(w)) for part in buffer)
         for i, (h, ref_h) in enumerate(zip(tiles, ref_tiles, strict=True)):
             head.logits(h, w, b, out=z)
@@ -168,71 +168,48 @@ def backward(
     policy: Side,
     reference: Side,
     mask: Tensor | None,  # (N,)
-    made: Forward,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias: the policy's
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    saved: Forward,
+    needs: Needs,  # of the policy's tensors
+) -> Gradients:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
-    rows = _counted(mask)
+    rows = kept_rows(mask)
     if rows is None:
-        return _backward_counted(grad, policy, reference, made, needs)
+        return _backward_kept(grad, policy, reference, saved, needs)
     if len(rows) == 0:
-        return tuple(
-            x.new_zeros(x.shape) if need else None for x, need in zip(policy[:3], needs, strict=True)
-        )  # fmt: skip
-    part = Forward(*(x[rows] for x in made))
-    dhidden, dweight, dbias = _backward_counted(grad[rows], policy.rows(rows), reference.rows(rows), part, needs)
-    if needs[0]:
-        dhidden = policy.hidden.new_zeros(policy.hidden.shape).index_copy_(0, rows, dhidden)
-    return dhidden, dweight, dbias
+        return zero_gradients(*policy[:3], needs)
+    kept = Forward(*(x[rows] for x in saved))
+    grads = _backward_kept(grad[rows], policy.rows(rows), reference.rows(rows), kept, needs)
+    if needs.hidden:
+        whole = policy.hidden.new_zeros(policy.hidden.shape).index_copy_(0, rows, grads.hidden)
+        grads = grads._replace(hidden=whole)
+    return grads
 
 
-def _backward_counted(grad: Tensor, policy: Side, reference: Side, made: Forward, needs: tuple[bool, bool, bool]):
-    head, ref_head = policy.head(), reference.head()
-    weight, bias, (n, d) = policy.weight, policy.bias, policy.hidden.shape
+def _backward_kept(grad: Tensor, policy: Side, reference: Side, saved: Forward, needs: Needs) -> Gradients:
+    head, ref_head, n = policy.head(), reference.head(), len(policy.hidden)
     # The forward's own tiles, so that the anchor meets the very difference that it was taken from.
-    tiles = portable._row_tiles(policy.hidden, head.rows)
-    ref_tiles = portable._row_tiles(reference.hidden, head.rows)
-    hidden = operand(policy.hidden, head.dtype)
-    dhidden = hidden.new_zeros(n, d, dtype=head.acc) if needs[0] else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    dbias = torch.empty_like(bias) if needs[2] else None
-    row = [grad.to(head.acc), *made[1:]]
-    block = max(1, min(len(tiles), portable.BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
-    buffer = hidden.new_empty(block * head.rows * head.columns, dtype=head.acc)
-    ref_buffer = hidden.new_empty(head.rows * head.columns, dtype=head.acc)
-    for first, (w, b), (ref_w, ref_b) in _slices(head, ref_head):
-        dw = w.new_empty(w.shape, dtype=head.acc) if needs[1] else None
-        db = hidden.new_zeros(len(w), dtype=head.acc)
+    tiles = row_tiles(policy.hidden, head.rows)
+    ref_tiles = row_tiles(reference.hidden, head.rows)
+    row = [grad.to(head.acc), *saved[1:]]
+    ref_buffer = policy.hidden.new_empty(head.rows * head.columns, dtype=head.acc)
+
+    def dlogits(dz: Tensor, i: int, part: tuple) -> None:
+        _, w, b, ref_w, ref_b = part
+        z = head.logits(tiles[i], w, b, out=dz)
         ref_z = ref_buffer[: head.rows * len(w)].view(head.rows, len(w))
-        for i in range(0, len(tiles), block):
-            start, stop = i * head.rows, min((i + block) * head.rows, n)
-            dz = buffer[: block * head.rows * len(w)].view(-1, len(w))
-            for j in range(i, min(i + block, len(tiles))):
-                # Turned into dlogits while the tiles are in cache.
-                z = head.logits(tiles[j], w, b, out=dz[(j - i) * head.rows : (j - i + 1) * head.rows])
-                ref_head.logits(ref_tiles[j], ref_w, ref_b, out=ref_z)
-                counted = slice(j * head.rows, min((j + 1) * head.rows, n))
-                size = counted.stop - counted.start
-                _dlogits_(z[:size], ref_z[:size], head, *(x[counted, None] for x in row))
-            dz = dz[: stop - start]
-            if needs[2]:
-                db += dz.sum(0)
-            dz = narrow(dz, head.dtype)
-            if needs[0]:
-                addmm_(dhidden[start:stop], dz, w)
-            if needs[1]:
-                mm(dz.T, hidden[start:stop], out=dw) if i == 0 else addmm_(dw, dz.T, hidden[start:stop])
-        if needs[1]:
-            dweight[first : first + len(w)] = dw
-        if needs[2]:
-            dbias[first : first + len(w)] = db
-    return None if dhidden is None else dhidden.to(head.dtype), dweight, dbias
+        ref_head.logits(ref_tiles[i], ref_w, ref_b, out=ref_z)
+        at = slice(i * head.rows, min((i + 1) * head.rows, n))
+        size = at.stop - at.start
+        _dlogits_(z[:size], ref_z[:size], head, *(x[at, None] for x in row))
+
+    grads = backward_slices(head, policy.hidden, needs, _slices(head, ref_head), dlogits)
+    return grads if grads.hidden is None else grads._replace(hidden=grads.hidden.to(head.dtype))
 
 
 def _dlogits_(
     z: Tensor,  # (R, C)
     ref_z: Tensor,  # (R, C)
-    head: Head,
+    head: SlicedHead,
     grad: Tensor,  # (R, 1), and so are the rest
     lse: Tensor,
     anchor: Tensor,
@@ -247,20 +224,10 @@ def _dlogits_(
     return head.slope_(p.mul_(factor.mul_(-grad)), logits)
 
 
-def _slices(head: Head, ref_head: Head) -> Iterator[tuple[int, tuple, tuple]]:
-    """Yields (first column, (weight, bias) of the policy, of the reference)."""
+def _slices(head: SlicedHead, ref_head: SlicedHead) -> Iterator[tuple]:
+    """Yields (first column, weight and bias of the policy, weight and bias of the reference)."""
     for (first, w, b), (_, ref_w, ref_b) in zip(head.slices(), ref_head.slices(), strict=True):
-        yield first, (_settled(w), b), (_settled(ref_w), ref_b)
-
-
-def _settled(w: Tensor) -> Tensor:
-    """`w` where a BLAS gives equal weights equal bits: its choice may depend on alignment and layout."""
-    return w if w.is_contiguous() and w.data_ptr() % 64 == 0 else w.clone(memory_format=torch.contiguous_format)
-
-
-def _counted(mask: Tensor | None) -> Tensor | None:
-    """The rows that count, or None when all do."""
-    return None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
+        yield first, settled(w), b, settled(ref_w), ref_b
 
 
 def _or_one(total: Tensor) -> Tensor:

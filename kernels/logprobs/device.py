@@ -1,24 +1,28 @@
-"""The device code of `linear_logprobs`: what one program does. `triton_head` launches it, and says why it is cut so.
+"""The device code of `linear_logprobs`: what one program does. `launch` runs it, and says why it is divided so.
 
 N tokens, D hidden, V vocabulary; a row's target is y. Logits in here are in base 2: z2 = z log2(e).
 Prefixes: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ a block in registers.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
+from prefuse.kernels.device import (
+    IGNORED,
+    LN2,
+    LOG2E,
+    NEG_INF,
+    OUTSIDE,
+    log1p,
+    logits_of,
+    products,
+    program_tile,
+    store_tile,
+    tanh_of,
+)
 from prefuse.kernels.logprobs.portable import MAX_TOTAL
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-NEG_INF = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(MAX_TOTAL)
-# Targets as the kernels see them: a column of this rank's weight, or why there is none. Other ranks' columns are at V
-# and above, or below these two.
-IGNORED = tl.constexpr(-1)
-OUTSIDE = tl.constexpr(-2)  # not in the vocabulary: its log-probability is NaN
 
 # What a fold leaves for each row and segment: planes of one array (planes, segments, N).
 TOTAL = tl.constexpr(0)  # sum of e = exp(z - shift) over v != y
@@ -33,68 +37,102 @@ OWN = tl.constexpr(7)
 AFTER = tl.constexpr(8)
 
 
-# ------------------------------------------------------------------------------------------- device helpers
+# ------------------------------------------------------- the sums of a fold: one place for each of them in every helper
 
 
 @triton.jit
-def _program_tile(ROWS, COLUMNS, GROUP: tl.constexpr):
-    """Program -> (row block, column): GROUP row blocks sweep the columns together, so both operands stay in L2."""
-    pid = tl.program_id(0)
-    first = pid // (GROUP * COLUMNS) * GROUP
-    size = min(ROWS - first, GROUP)
-    within = pid % (GROUP * COLUMNS)
-    return first + within % size, within // size
+def _no_columns(BLOCK: tl.constexpr):
+    """total, weighted, squared, plain, before, own, after: the sums of no column, (BLOCK,) each."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    lowest = tl.full([BLOCK], NEG_INF, tl.float32)
+    return zero, zero, zero, zero, lowest, lowest, lowest
 
 
 @triton.jit
-def _products(
-    h, w, row, column, N, C, D, stride_hn, stride_hd, stride_wv, stride_wd,
-    DESC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+def _add_logits(sums, b_z, b_local, o_v, columns, MEAN: tl.constexpr, TOP1: tl.constexpr):
+    """Adds a tile's logits to the sums that include the target's column."""
+    total, weighted, squared, plain, before, own, after = sums
+    if MEAN:
+        plain += tl.sum(tl.where((o_v < columns)[None, :], b_z, 0.0), 1)
+    if TOP1:
+        m_v = (o_v < columns)[None, :]
+        m_before = m_v & (o_v[None, :] < b_local[:, None])
+        m_after = m_v & (o_v[None, :] > b_local[:, None])
+        before = tl.maximum(before, tl.max(tl.where(m_before, b_z, NEG_INF), 1))
+        own = tl.maximum(own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
+        after = tl.maximum(after, tl.max(tl.where(m_after, b_z, NEG_INF), 1))
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _move_shift(sums, b_from, b_to):
+    """The sums of exponentials, taken against another shift."""
+    total, weighted, squared, plain, before, own, after = sums
+    b_scale = tl.exp2(b_from - b_to)
+    # The moment moves with its shift: sum e (z - to) = scale * (sum e (z - from) + (from - to) sum e).
+    weighted = b_scale * (weighted + (b_from - b_to) * total)
+    squared *= b_scale * b_scale
+    total *= b_scale
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _add_exponentials(sums, b_e, b_gap, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """Adds a tile's e = exp2(gap) to the sums that leave the target's column out."""
+    total, weighted, squared, plain, before, own, after = sums
+    total += tl.sum(b_e, 1)
+    if ENTROPY:
+        weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
+    if SQUARES:
+        squared += tl.sum(b_e * b_e, 1)
+    return total, weighted, squared, plain, before, own, after
+
+
+@triton.jit
+def _store_sums(
+    p_part, plane, m_n, sums, b_shift,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
 ):  # fmt: skip
-    """h (N, D) from `row` times w (C, D) from `column`: (BLOCK_N, BLOCK_V) float32. Out of range: anything."""
-    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if DESC:
-        for d in range(0, D, BLOCK_D):
-            acc = tl.dot(h.load([row, d]), w.load([column, d]).T, acc, input_precision="ieee")
-    else:
-        o_d = tl.arange(0, BLOCK_D)
-        # Clamped rows are loaded twice rather than masked; 64-bit offsets, for N * D and V * D pass 2^31.
-        o_n = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        o_v = tl.minimum(column + tl.arange(0, BLOCK_V), C - 1).to(tl.int64)
-        p_h = h + o_n[:, None] * stride_hn + o_d[None, :].to(tl.int64) * stride_hd
-        p_w = w + o_v[None, :] * stride_wv + o_d[:, None].to(tl.int64) * stride_wd
-        for d in range(0, D, BLOCK_D):
-            b_h = tl.load(p_h, mask=o_d[None, :] < D - d, other=0.0)
-            b_w = tl.load(p_w, mask=o_d[:, None] < D - d, other=0.0)
-            acc = tl.dot(b_h, b_w, acc, input_precision="ieee")
-            p_h += BLOCK_D * tl.cast(stride_hd, tl.int64)
-            p_w += BLOCK_D * tl.cast(stride_wd, tl.int64)
-    return acc
+    """Writes the sums into their planes, those that are asked for."""
+    total, weighted, squared, plain, before, own, after = sums
+    tl.store(p_part + TOTAL * plane, total, mask=m_n)
+    if RESCUE:
+        tl.store(p_part + SHIFT * plane, b_shift, mask=m_n)
+    if ENTROPY:
+        tl.store(p_part + WEIGHTED * plane, weighted, mask=m_n)
+    if SQUARES:
+        tl.store(p_part + SQUARED * plane, squared, mask=m_n)
+    if MEAN:
+        tl.store(p_part + PLAIN * plane, plain, mask=m_n)
+    if TOP1:
+        tl.store(p_part + BEFORE * plane, before, mask=m_n)
+        tl.store(p_part + OWN * plane, own, mask=m_n)
+        tl.store(p_part + AFTER * plane, after, mask=m_n)
 
 
 @triton.jit
-def _tanh(x2):
-    """tanh(x) of x2 = 2 log2(e) x: exact at both ends, three operations fewer than 2 sigmoid - 1."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x2))
-
-
-@triton.jit
-def _logits(acc, bias, o_v, C, k_in, k_out, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Products -> base-2 logits, and the tanh that a softcap's slope needs."""
-    if HAS_BIAS:
-        acc += tl.load(bias + o_v, mask=o_v < C, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP:
-        b_tanh = _tanh(acc * k_in)
-        return b_tanh * k_out, b_tanh
-    else:
-        return acc * k_out, acc
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x in [0, 1] without losing x's digits (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+def _add_segment(
+    sums, p_part, plane, m_n, b_moved,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    """Adds one segment's planes; `b_moved` is its shift - the common one."""
+    total, weighted, squared, plain, before, own, after = sums
+    b_part = tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0)
+    b_scale = tl.full(b_part.shape, 1.0, tl.float32)
+    if RESCUE:
+        b_scale = tl.exp2(b_moved)
+    total += b_part * b_scale
+    if ENTROPY:
+        weighted += b_scale * (tl.load(p_part + WEIGHTED * plane, mask=m_n, other=0.0) + b_moved * b_part)
+    if SQUARES:
+        squared += b_scale * b_scale * tl.load(p_part + SQUARED * plane, mask=m_n, other=0.0)
+    if MEAN:
+        plain += tl.load(p_part + PLAIN * plane, mask=m_n, other=0.0)
+    if TOP1:
+        before = tl.maximum(before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
+        own = tl.maximum(own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
+        after = tl.maximum(after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
+    return total, weighted, squared, plain, before, own, after
 
 
 # ------------------------------------------------------------------------------------------------- forward
@@ -123,7 +161,7 @@ def target_kernel(
     if HAS_BIAS:
         b_x += tl.load(bias + b_y, mask=m_n, other=0.0).to(tl.float32)
     if SOFTCAP:
-        b_z = _tanh(b_x * k_in) * k_out
+        b_z = tanh_of(b_x * k_in) * k_out
     else:
         b_z = b_x * k_out
     tl.store(z2_y + o_n, tl.where(b_y == OUTSIDE, float("nan"), b_z), mask=o_n < N)
@@ -144,7 +182,7 @@ def fold_kernel(
     RESCUE: shifted by the running maximum, for row blocks with a far row. PULL: also stores the weights that each row
     of W has in d logp / d hidden, e times the softcap's slope; a segment is then one tile.
     """
-    i_n, i_s = _program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
+    i_n, i_s = program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     if RESCUE:
@@ -155,13 +193,7 @@ def fold_kernel(
     b_shift = tl.load(z2_y + o_n, mask=m_n, other=0.0)
     if RESCUE:
         b_shift = tl.full([BLOCK_N], -1e30, tl.float32)  # finite: -inf - -inf is NaN
-    b_total = tl.zeros([BLOCK_N], tl.float32)
-    b_weighted = tl.zeros([BLOCK_N], tl.float32)
-    b_squared = tl.zeros([BLOCK_N], tl.float32)
-    b_plain = tl.zeros([BLOCK_N], tl.float32)
-    b_before = tl.full([BLOCK_N], NEG_INF, tl.float32)
-    b_own = tl.full([BLOCK_N], NEG_INF, tl.float32)
-    b_after = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    sums = _no_columns(BLOCK_N)
     # (planes, segments, N): 64-bit, for their product may pass 2^31
     p_part = parts + i_s.to(tl.int64) * row + o_n
     plane = tl.cast(plane, tl.int64)
@@ -172,74 +204,50 @@ def fold_kernel(
     count = 1 if PULL else (i_s + 1) * tiles // SEGMENTS - tile
     for i in range(count):
         column = (tile + i) * BLOCK_V - first
-        acc = _products(
+        acc = products(
             h, w, i_n * BLOCK_N, column, N, V - first, D, stride_hn, stride_hd, stride_wv, stride_wd,
             DESC, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         o_v = column + tl.arange(0, BLOCK_V)
-        b_z, b_tanh = _logits(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
-        if MEAN:
-            b_plain += tl.sum(tl.where((o_v < V - first)[None, :], b_z, 0.0), 1)
-        if TOP1:
-            m_v = (o_v < V - first)[None, :]
-            before = m_v & (o_v[None, :] < b_local[:, None])
-            after = m_v & (o_v[None, :] > b_local[:, None])
-            b_before = tl.maximum(b_before, tl.max(tl.where(before, b_z, NEG_INF), 1))
-            b_own = tl.maximum(b_own, tl.max(tl.where(o_v[None, :] == b_local[:, None], b_z, NEG_INF), 1))
-            b_after = tl.maximum(b_after, tl.max(tl.where(after, b_z, NEG_INF), 1))
-        # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
-        special = (b_local >= column) & (b_local < column + BLOCK_V)
-        if PULL:
-            special |= b_y == IGNORED
-        # (Not with both slope and pull: then the branch's two sides would not fit the registers.)
-        if (tl.max(special.to(tl.int32), 0) > 0) | (column + BLOCK_V > V - first) | (PULL and SOFTCAP):
-            drop = (o_v[None, :] == b_local[:, None]) | (o_v >= V - first)[None, :]
-            if PULL:
-                drop |= (b_y == IGNORED)[:, None]
-            b_z = tl.where(drop, NEG_INF, b_z)
+        b_z, b_tanh = logits_of(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
+        sums = _add_logits(sums, b_z, b_local, o_v, V - first, MEAN, TOP1)
+        b_z = _without_targets(b_z, b_y, b_local, o_v, column, V - first, PULL, SOFTCAP, BLOCK_V)
         if RESCUE:
             b_new = tl.maximum(b_shift, tl.max(b_z, 1))
-            b_scale = tl.exp2(b_shift - b_new)
-            # The moment moves with its shift: sum e (z - new) = scale * (sum e (z - old) + (old - new) sum e).
-            b_weighted = b_scale * (b_weighted + (b_shift - b_new) * b_total)
-            b_squared *= b_scale * b_scale
-            b_total *= b_scale
+            sums = _move_shift(sums, b_shift, b_new)
             b_shift = b_new
         b_gap = b_z - b_shift[:, None]
         if PULL:  # a far row stays finite, for it shares matrix products with others
             b_gap = tl.minimum(b_gap, 60.0)
         b_e = tl.exp2(b_gap)
-        b_total += tl.sum(b_e, 1)
-        if ENTROPY:
-            b_weighted += tl.sum(b_e * tl.maximum(b_gap, -1e4), 1)  # 0 * -inf = 0
-        if SQUARES:
-            b_squared += tl.sum(b_e * b_e, 1)
+        sums = _add_exponentials(sums, b_e, b_gap, ENTROPY, SQUARES)
         if PULL:
             if SOFTCAP:
                 b_e *= 1.0 - b_tanh * b_tanh
                 tl.store(p_part + EXACT * plane, tl.sum(b_e, 1), mask=m_n)
-            if DESC:
-                b_pull = b_e.to(pulls.dtype)
-                pulls.store([i_n * BLOCK_N, column], b_pull)
-            else:
-                b_pull = b_e.to(pulls.dtype.element_ty)
-                p_pull = pulls + o_n[:, None].to(tl.int64) * stride_pn + o_v[None, :]
-                tl.store(p_pull, b_pull, mask=m_n[:, None] & (o_v < V - first)[None, :])
+            b_pull = b_e.to(pulls.dtype if DESC else pulls.dtype.element_ty)
+            store_tile(pulls, b_pull, i_n * BLOCK_N, column, o_n, o_v, N, V - first, stride_pn, DESC)
             tl.store(p_part + ROUNDED * plane, tl.sum(b_pull.to(tl.float32), 1), mask=m_n)
 
-    tl.store(p_part + TOTAL * plane, b_total, mask=m_n)
-    if RESCUE:
-        tl.store(p_part + SHIFT * plane, b_shift, mask=m_n)
-    if ENTROPY:
-        tl.store(p_part + WEIGHTED * plane, b_weighted, mask=m_n)
-    if SQUARES:
-        tl.store(p_part + SQUARED * plane, b_squared, mask=m_n)
-    if MEAN:
-        tl.store(p_part + PLAIN * plane, b_plain, mask=m_n)
-    if TOP1:
-        tl.store(p_part + BEFORE * plane, b_before, mask=m_n)
-        tl.store(p_part + OWN * plane, b_own, mask=m_n)
-        tl.store(p_part + AFTER * plane, b_after, mask=m_n)
+    _store_sums(p_part, plane, m_n, sums, b_shift, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
+
+
+@triton.jit
+def _without_targets(
+    b_z, b_y, b_local, o_v, column, columns, PULL: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """-inf in each row's own target, past the last column, and, where weights are stored, in ignored rows."""
+    # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
+    special = (b_local >= column) & (b_local < column + BLOCK_V)
+    if PULL:
+        special |= b_y == IGNORED
+    # (With SOFTCAP and PULL always mask: the branch would spill.)
+    if (tl.max(special.to(tl.int32), 0) > 0) | (column + BLOCK_V > columns) | (PULL and SOFTCAP):
+        drop = (o_v[None, :] == b_local[:, None]) | (o_v >= columns)[None, :]
+        if PULL:
+            drop |= (b_y == IGNORED)[:, None]
+        b_z = tl.where(drop, NEG_INF, b_z)
+    return b_z
 
 
 @triton.jit
@@ -267,51 +275,40 @@ def merge_kernel(
 
 
 @triton.jit
-def _segment_sum(
+def _all_segments(
     parts, o_n, m_n, N, b_shift,  # (planes, SEGMENTS, N)
-    SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
-    MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The segments' sums, added in their order: every plane for all of the vocabulary that is here."""
+    """The segments' sums, added in their order: those of all of the vocabulary that is here, and their shift."""
     plane = tl.cast(SEGMENTS, tl.int64) * N
     if RESCUE:
         b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
         for s in range(SEGMENTS):
             p_part = parts + tl.cast(s, tl.int64) * N + o_n
             b_shift = tl.maximum(b_shift, tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0))
-    b_total = tl.zeros([BLOCK], tl.float32)
-    b_rounded = tl.zeros([BLOCK], tl.float32)
-    b_exact = tl.zeros([BLOCK], tl.float32)
-    b_weighted = tl.zeros([BLOCK], tl.float32)
-    b_squared = tl.zeros([BLOCK], tl.float32)
-    b_plain = tl.zeros([BLOCK], tl.float32)
-    b_before = tl.full([BLOCK], NEG_INF, tl.float32)
-    b_own = tl.full([BLOCK], NEG_INF, tl.float32)
-    b_after = tl.full([BLOCK], NEG_INF, tl.float32)
+    sums = _no_columns(BLOCK)
     for s in range(SEGMENTS):
         p_part = parts + tl.cast(s, tl.int64) * N + o_n
-        b_part = tl.load(p_part + TOTAL * plane, mask=m_n, other=0.0)
-        b_moved = tl.zeros([BLOCK], tl.float32)  # this segment's shift - the common one
-        b_scale = tl.full([BLOCK], 1.0, tl.float32)
+        b_moved = tl.zeros([BLOCK], tl.float32)
         if RESCUE:
             b_moved = tl.load(p_part + SHIFT * plane, mask=m_n, other=0.0) - b_shift
-            b_scale = tl.exp2(b_moved)
-        b_total += b_part * b_scale
-        if PULL:
-            b_rounded += tl.load(p_part + ROUNDED * plane, mask=m_n, other=0.0)
-            if SOFTCAP:
-                b_exact += tl.load(p_part + EXACT * plane, mask=m_n, other=0.0)
-        if ENTROPY:
-            b_weighted += b_scale * (tl.load(p_part + WEIGHTED * plane, mask=m_n, other=0.0) + b_moved * b_part)
-        if SQUARES:
-            b_squared += b_scale * b_scale * tl.load(p_part + SQUARED * plane, mask=m_n, other=0.0)
-        if MEAN:
-            b_plain += tl.load(p_part + PLAIN * plane, mask=m_n, other=0.0)
-        if TOP1:
-            b_before = tl.maximum(b_before, tl.load(p_part + BEFORE * plane, mask=m_n, other=NEG_INF))
-            b_own = tl.maximum(b_own, tl.load(p_part + OWN * plane, mask=m_n, other=NEG_INF))
-            b_after = tl.maximum(b_after, tl.load(p_part + AFTER * plane, mask=m_n, other=NEG_INF))
-    return b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after
+        sums = _add_segment(sums, p_part, plane, m_n, b_moved, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
+    return sums, b_shift
+
+
+@triton.jit
+def _all_pulls(parts, o_n, m_n, N, SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of the stored weights over the segments: after rounding, and before (under a softcap)."""
+    plane = tl.cast(SEGMENTS, tl.int64) * N
+    b_rounded = tl.zeros([BLOCK], tl.float32)
+    b_exact = tl.zeros([BLOCK], tl.float32)
+    for s in range(SEGMENTS):
+        p_part = parts + tl.cast(s, tl.int64) * N + o_n
+        b_rounded += tl.load(p_part + ROUNDED * plane, mask=m_n, other=0.0)
+        if SOFTCAP:
+            b_exact += tl.load(p_part + EXACT * plane, mask=m_n, other=0.0)
+    return b_rounded, b_exact
 
 
 @triton.jit
@@ -327,34 +324,21 @@ def shard_kernel(
         m_n = m_n & (tl.load(far + o_n, mask=m_n, other=0) > 0)
         if tl.max(m_n.to(tl.int32), 0) == 0:
             return
-    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
-        parts, o_n, m_n, N, tl.zeros([BLOCK], tl.float32), SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1,
-        SEGMENTS, BLOCK,
-    )  # fmt: skip
+    b_none = tl.zeros([BLOCK], tl.float32)
+    sums, b_shift = _all_segments(parts, o_n, m_n, N, b_none, RESCUE, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK)
     p_mine = mine + o_n
     plane = tl.cast(N, tl.int64)
-    tl.store(p_mine + TOTAL * plane, b_total, mask=m_n)
-    if RESCUE:
-        tl.store(p_mine + SHIFT * plane, b_shift, mask=m_n)
+    _store_sums(p_mine, plane, m_n, sums, b_shift, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
     if PULL:
+        b_rounded, b_exact = _all_pulls(parts, o_n, m_n, N, SOFTCAP, SEGMENTS, BLOCK)
         tl.store(p_mine + ROUNDED * plane, b_rounded, mask=m_n)
         if SOFTCAP:
             tl.store(p_mine + EXACT * plane, b_exact, mask=m_n)
-    if ENTROPY:
-        tl.store(p_mine + WEIGHTED * plane, b_weighted, mask=m_n)
-    if SQUARES:
-        tl.store(p_mine + SQUARED * plane, b_squared, mask=m_n)
-    if MEAN:
-        tl.store(p_mine + PLAIN * plane, b_plain, mask=m_n)
-    if TOP1:
-        tl.store(p_mine + BEFORE * plane, b_before, mask=m_n)
-        tl.store(p_mine + OWN * plane, b_own, mask=m_n)
-        tl.store(p_mine + AFTER * plane, b_after, mask=m_n)
 
 
 @triton.jit
 def finish_kernel(
-    parts, y, z2_y, far, logps, lse, q, share, extra,  # (planes, SEGMENTS, N), (N,), (N,) -> (N,) five times, (4, N)
+    parts, y, z2_y, far, logps, lse, q, scale, extra,  # (planes, SEGMENTS, N), (N,), (N,) -> (N,) five times, (4, N)
     N, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
     MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -367,44 +351,44 @@ def finish_kernel(
             return
     b_y = tl.load(y + o_n, mask=m_n, other=IGNORED)
     b_zy = tl.load(z2_y + o_n, mask=m_n, other=0.0)
-    b_shift, b_total, b_rounded, b_exact, b_weighted, b_squared, b_plain, b_before, b_own, b_after = _segment_sum(
-        parts, o_n, m_n, N, b_zy, SOFTCAP, RESCUE, PULL, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK
-    )
+    sums, b_shift = _all_segments(parts, o_n, m_n, N, b_zy, RESCUE, ENTROPY, SQUARES, MEAN, TOP1, SEGMENTS, BLOCK)
+    b_total, b_weighted, b_squared, b_plain, b_before, b_own, b_after = sums
 
-    counts = b_y != IGNORED
+    kept = b_y != IGNORED
     b_log = tl.log(b_total)
     b_gap = (b_shift - b_zy) * LN2 + b_log
-    b_tail = _log1p(tl.exp(-tl.abs(b_gap)))
+    b_tail = log1p(tl.exp(-tl.abs(b_gap)))
     b_logp = -(tl.maximum(b_gap, 0.0) + b_tail)
     b_lse = tl.maximum(b_shift * LN2 + b_log, b_zy * LN2) + b_tail
     b_q = 1.0 / (1.0 + tl.exp(-b_gap))
-    tl.store(logps + o_n, tl.where(counts, b_logp, 0.0), mask=m_n)
-    tl.store(lse + o_n, tl.where(counts, b_lse, float("inf")), mask=m_n)  # exp(z - inf) = 0: no gradient
-    tl.store(q + o_n, tl.where(counts, b_q, 0.0), mask=m_n)
+    tl.store(logps + o_n, tl.where(kept, b_logp, 0.0), mask=m_n)
+    tl.store(lse + o_n, tl.where(kept, b_lse, float("inf")), mask=m_n)  # exp(z - inf) = 0: no gradient
+    tl.store(q + o_n, tl.where(kept, b_q, 0.0), mask=m_n)
     if not RESCUE:
-        tl.store(far + o_n, (counts & ~(b_total < FAR)).to(tl.int32), mask=m_n)
+        tl.store(far + o_n, (kept & ~(b_total < FAR)).to(tl.int32), mask=m_n)
     if PULL:
+        b_rounded, b_exact = _all_pulls(parts, o_n, m_n, N, SOFTCAP, SEGMENTS, BLOCK)
         # The pull's mean is over weights that sum to `rounded`, so rounding them does not shift it.
         b_sum = b_total
         if SOFTCAP:
             b_sum = b_total * (b_rounded / b_exact)
         else:
             b_sum = b_rounded
-        tl.store(share + o_n, tl.where(counts & (b_rounded > 0) & (b_total < FAR), b_q / b_sum, 0.0), mask=m_n)
+        tl.store(scale + o_n, tl.where(kept & (b_rounded > 0) & (b_total < FAR), b_q / b_sum, 0.0), mask=m_n)
     if ENTROPY:
         # H = -p log p - q log q + q (log total - weighted / total)
         b_logq = -(tl.maximum(-b_gap, 0.0) + b_tail)
         b_others = tl.where(b_total > 0, b_log - LN2 * b_weighted / b_total, 0.0)
         b_h = _xlogx(b_logp) + _xlogx(b_logq) + tl.where(b_q > 0, b_q * b_others, 0.0)
-        tl.store(extra + o_n, tl.where(counts, b_h, 0.0), mask=m_n)
+        tl.store(extra + o_n, tl.where(kept, b_h, 0.0), mask=m_n)
     if MEAN:
-        tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(counts, b_plain * LN2, 0.0), mask=m_n)
+        tl.store(extra + tl.cast(N, tl.int64) + o_n, tl.where(kept, b_plain * LN2, 0.0), mask=m_n)
     if SQUARES:
         b_pown = tl.exp2(b_zy - b_shift)
         b_lss = tl.log(b_squared + b_pown * b_pown) - 2.0 * tl.log(b_total + b_pown)
-        tl.store(extra + 2 * tl.cast(N, tl.int64) + o_n, tl.where(counts, b_lss, 0.0), mask=m_n)
+        tl.store(extra + 2 * tl.cast(N, tl.int64) + o_n, tl.where(kept, b_lss, 0.0), mask=m_n)
     if TOP1:
-        b_top = (b_own > b_before) & (b_own >= b_after) & counts  # argmax: the first of equals
+        b_top = (b_own > b_before) & (b_own >= b_after) & kept  # argmax: the first of equals
         tl.store(extra + 3 * tl.cast(N, tl.int64) + o_n, b_top.to(tl.float32), mask=m_n)
 
 
@@ -426,8 +410,8 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dz = dL/d(products), the target's column exactly 0. `grad` comes with the options' slope already in it."""
-    i_n, i_v = _program_tile(tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP)
-    acc = _products(
+    i_n, i_v = program_tile(tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_V), GROUP)
+    acc = products(
         h, w, i_n * BLOCK_N, i_v * BLOCK_V, N, C, D, stride_hn, stride_hd, stride_wv, stride_wd,
         DESC, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
@@ -438,7 +422,7 @@ def dlogits_kernel(
     b_local = b_y - first
     b_lse = tl.load(lse + o_n, mask=m_n, other=float("inf"))
     b_g = tl.load(grad + o_n, mask=m_n, other=0.0)
-    b_z, b_tanh = _logits(acc, bias, o_v, C, k_in, k_out, HAS_BIAS, SOFTCAP)
+    b_z, b_tanh = logits_of(acc, bias, o_v, C, k_in, k_out, HAS_BIAS, SOFTCAP)
     b_logp2 = b_z - (b_lse * LOG2E)[:, None]
     if ENTROPY:
         # dz_v = -(g + g_H (log p_v + H)) p_v
@@ -451,26 +435,22 @@ def dlogits_kernel(
         b_dz = -b_g[:, None] * tl.exp2(b_logp2)
     if SOFTCAP:
         b_dz *= 1.0 - b_tanh * b_tanh
-    # A row that does not count is exactly 0 whatever its hidden state holds; so are the target and the tail.
+    # A row that is not kept is exactly 0 whatever its hidden state holds; so are the target's column and those past C.
     special = ((b_local >= i_v * BLOCK_V) & (b_local < (i_v + 1) * BLOCK_V)) | (b_y == IGNORED)
-    # (With a softcap both sides of a branch would not fit the registers, so there the mask is always on.)
+    # (With SOFTCAP always mask: the branch would spill.)
     if (tl.max(special.to(tl.int32), 0) > 0) | ((i_v + 1) * BLOCK_V > C) | SOFTCAP:
         drop = (o_v[None, :] == b_local[:, None]) | (b_y == IGNORED)[:, None] | (o_v >= C)[None, :]
         b_dz = tl.where(drop, 0.0, b_dz)
-    if DESC:
-        dz.store([i_n * BLOCK_N, i_v * BLOCK_V], b_dz.to(dz.dtype))
-    else:
-        p_dz = dz + o_n[:, None].to(tl.int64) * stride_dz + o_v[None, :]
-        tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_n[:, None] & (o_v < C)[None, :])
+    store_tile(dz, b_dz, i_n * BLOCK_N, i_v * BLOCK_V, o_n, o_v, N, C, stride_dz, DESC)
 
 
 @triton.jit
 def target_hidden_kernel(
-    w, y, c, share, dh,  # (V, D), (N,), (N,), (N,) -> (N, D) float32, written whole
+    w, y, c, scale, dh,  # (V, D), (N,), (N,), (N,) -> (N, D) float32, written whole
     N, V, D, stride_wv, stride_wd,
     PULL: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dh_i = c_i W[y_i], the target's term of dhidden; with PULL, minus share_i dh_i."""
+    """dh_i = c_i W[y_i], the target's term of dhidden; with PULL, minus scale_i dh_i."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n = o_n < N
@@ -484,7 +464,7 @@ def target_hidden_kernel(
     m = m_n[:, None] & (o_d < D)[None, :]
     b_dh = b_c[:, None] * b_w
     if PULL:
-        b_dh -= tl.load(share + o_n, mask=m_n, other=0.0)[:, None] * tl.load(p_dh, mask=m, other=0.0)
+        b_dh -= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None] * tl.load(p_dh, mask=m, other=0.0)
     tl.store(p_dh, b_dh, mask=m)
 
 

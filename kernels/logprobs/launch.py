@@ -1,6 +1,6 @@
 """`linear_logprobs` in Triton: the logits live in registers, tile by tile, and never reach memory in the forward.
 
-    N tokens, D hidden, V vocabulary; a row's target is y. The kernels themselves stand in `triton_kernels`.
+    N tokens, D hidden, V vocabulary; a row's target is y. The kernels themselves stand in `device`.
 
 Forward. `target_kernel` makes the targets' logits, `fold_kernel` folds one row block x one vocabulary segment into
 
@@ -24,100 +24,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import copy
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prefuse.kernels import cost
+from prefuse.kernels import cost, launch
 from prefuse.kernels.gemm import addmm_
-from prefuse.kernels.launch import on_its_device
-from prefuse.kernels.logprobs import device
-from prefuse.kernels.logprobs.portable import RowGrads, Sums, add_far_rows, stash_size
-from prefuse.kernels.options import OUTPUTS, HeadOptions
-from prefuse.kernels.slices import Forward
-from prefuse.kernels.tiles.table import (
-    INTERPRETER,
-    Config,
-    allow_descriptors,
-    capability,
-    choose,
-    fold_kernel,
-    segments,
+from prefuse.kernels.gradients import Gradients, Needs, Sums
+from prefuse.kernels.launch import (
+    IGNORED,
+    LN2,
+    OUTSIDE,
+    Operands,
+    backward_slices,
+    loadable,
+    on_its_device,
+    row_of,
+    tile_args,
 )
+from prefuse.kernels.logprobs import device
+from prefuse.kernels.logprobs.fold import Forward
+from prefuse.kernels.logprobs.portable import RowGrads, add_far_rows, stash_size
+from prefuse.kernels.options import OUTPUTS, HeadOptions
+from prefuse.kernels.slices import row_blocks_of
+from prefuse.kernels.tiles.table import INTERPRETER, Config, fold_kernel, segments
 from prefuse.kernels.vocab import Whole
 
-# As the device sees them, but plain numbers.
-LOG2E, LN2, IGNORED, OUTSIDE, BEFORE = (
-    getattr(device, name).value for name in ("LOG2E", "LN2", "IGNORED", "OUTSIDE", "BEFORE")
-)
+if TYPE_CHECKING:
+    from prefuse.kernels.logprobs.sparse import ColumnStatistic
+
+BEFORE = device.BEFORE.value
 PLANES = (3, 9)  # of a fold's sums, without and with optional outputs
-
-# dlogits buffer and vocabulary slice of the backward (rows that fit the buffer go at once).
-BUFFER_BYTES = 64 << 20
-SLICE = 4096
-
-
-class Operands:
-    """One call's tensors and constants as the kernels want them."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions,
-        shard: Whole | None = None,
-    ):  # fmt: skip
-        self.hidden, self.weight, self.options = hidden, weight, options
-        self.shard = shard or Whole()
-        self.bias = None if bias is None else bias.contiguous()
-        self.chip = capability(hidden.device)
-        self.dtype = hidden.dtype
-        local = self.shard.local(targets)
-        y = torch.where(local < 0, local + OUTSIDE, local)  # below the two codes
-        y = y.masked_fill(~self.shard.valid(local, len(weight)), OUTSIDE)
-        self.y = y.masked_fill(targets == options.ignore_index, IGNORED).to(torch.int32)
-        self.softcap = options.softcap is not None
-        if self.softcap:
-            # z2 = k_out tanh(x),  tanh wants 2 log2(e) x = k_in * product
-            self.k_in = 2 * LOG2E * options.logit_scale / options.softcap
-            self.k_out = LOG2E * options.softcap / options.temperature
-        else:
-            self.k_in, self.k_out = 1.0, LOG2E * options.slope
-
-    def __getitem__(self, rows: Tensor) -> Operands:
-        """The same head for some of the rows."""
-        some = copy(self)
-        some.hidden, some.y = self.hidden[rows], self.y[rows]
-        return some
-
-    @property
-    def here(self) -> Tensor:
-        """(N,) bool: whether this rank's weight has the target's row."""
-        return (self.y >= 0) & (self.y < len(self.weight))
-
-    def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Weight rows and bias of the columns `first ... last - 1`, cast to the compute dtype where they differ."""
-        w = self.weight[first:last]
-        if w.dtype != self.dtype:
-            w = w.to(self.dtype, memory_format=torch.contiguous_format)
-        return w, self.hidden if self.bias is None else self.bias[first:last]
-
-    def config(self, kernel: str, w: Tensor, h: Tensor | None = None) -> Config:
-        descriptors = allow_descriptors(self.hidden if h is None else h, w)
-        return choose(kernel, self.chip, self.dtype, descriptors, self.hidden.shape[1], len(self.weight))
-
-    def flags(self) -> dict[str, bool]:
-        return {"HAS_BIAS": self.bias is not None, "SOFTCAP": self.softcap}
-
-
-def tile_args(config: Config) -> dict:
-    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-    return {**blocks, "DESC": config.descriptors, "GROUP": 8, **config.launch}
-
-
-def _loadable(x: Tensor, rows: int, columns: int, config: Config) -> Tensor | TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [rows, columns]) if config.descriptors else x
+TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _target_logits(op: Operands) -> Tensor:
@@ -142,28 +83,33 @@ def forward(
     outputs: tuple[str, ...] = (),
     mode: str = "lean",
     shard: Whole | None = None,
+    statistic: ColumnStatistic | None = None,
 ) -> Forward:
-    """One pass over the vocabulary; what it makes besides is `mode`'s. Row blocks with a far row take another."""
+    """One pass over the vocabulary, which keeps what `mode` says. Row blocks with a far row take another.
+
+    A `statistic` (mode "lean", every row kept) is added to: its pass stores e tile by tile, which changes no bit.
+    """
     op = Operands(hidden, weight, bias, targets, options, shard)
-    fold = Fold(op, outputs, pull=mode != "lean")
+    fold = Fold(op, outputs, pull=mode != "lean" or statistic is not None)
     numbers = stash_size(len(hidden), len(weight), hidden) if mode == "stash" else 0
     stash = hidden.new_empty(numbers)
-    pulled = fold.run() if mode == "lean" else fold.pull(stash if mode == "stash" else None)
-    fold.finish(pull=mode != "lean")
+    if mode == "lean" and statistic is None:
+        pulled = fold.run()
+    else:
+        pulled = fold.pull(stash if mode == "stash" else None, statistic)
+    fold.finish(pull=mode != "lean" or statistic is not None)
     fold.run(rescue=True)
     fold.finish(rescue=True)
     direction = _direction(op, fold, pulled) if mode == "frozen" else hidden.new_empty(0, hidden.shape[1])
     if "mean_logits" in outputs:
         fold.extra[OUTPUTS.index("mean_logits")] /= op.shard.size(len(weight))
     extra = fold.extra[[OUTPUTS.index(name) for name in outputs]] if outputs else fold.extra[:, : len(hidden)]
-    share = fold.share if mode == "stash" else fold.share.new_empty(0)
-    return Forward(fold.logps, fold.lse, fold.q, extra, direction, stash, share)
+    scale = fold.scale if mode == "stash" else fold.scale.new_empty(0)
+    return Forward(fold.logps, fold.lse, fold.q, extra, direction, stash, scale)
 
 
 # Optional output -> the flag of the sums it needs.
 FOLDED = {"ENTROPY": "entropy", "MEAN": "mean_logits", "SQUARES": "log_sum_sq_probs", "TOP1": "is_top1"}
-# A weight of another dtype is cast this many bytes at a time.
-CAST_BYTES = 128 << 20
 
 
 class Fold:
@@ -180,7 +126,7 @@ class Fold:
         self.wanted = {flag: name in outputs for flag, name in FOLDED.items()}
         self.planes = PLANES[bool(outputs)]
         self.parts = self._new(self.planes, self.segments, n)
-        self.logps, self.lse, self.q, self.share = self._new(n), self._new(n), self._new(n), self._new(n)
+        self.logps, self.lse, self.q, self.scale = self._new(n), self._new(n), self._new(n), self._new(n)
         self.extra = self._new(4 if outputs else 0, n)
         self.far = torch.empty(n, dtype=torch.int32, device=op.hidden.device)
 
@@ -193,13 +139,14 @@ class Fold:
             w, b = self.op.part(first, last)
             self._launch(w, b, first, self.parts[:, s0:], self.segments, s0, s1 - s0, RESCUE=rescue)
 
-    def pull(self, stash: Tensor | None) -> Tensor | None:
-        """Folds tile by tile, and keeps e in `stash`; without one, returns U (N, D) = sum of e_v W[v], float32."""
+    def pull(self, stash: Tensor | None, statistic: ColumnStatistic | None = None) -> Tensor | None:
+        """Folds tile by tile, and keeps e in `stash` or adds it to `statistic`; without either, returns
+        U (N, D) = sum of e_v W[v], float32."""
         (n, d), v = self.op.hidden.shape, len(self.op.weight)
-        pulled = self._new(n, d).zero_() if stash is None else None
+        pulled = self._new(n, d).zero_() if stash is None and statistic is None else None
         width = _slice_width(v, self.config)
-        rows = min(n, BUFFER_BYTES // (width * self.op.hidden.element_size())) if stash is None else n
-        buffer = self.op.hidden.new_empty(rows, _row_of(width)) if stash is None else None
+        rows = min(n, launch.BUFFER_BYTES // (width * self.op.hidden.element_size())) if stash is None else n
+        buffer = self.op.hidden.new_empty(rows, row_of(width)) if stash is None else None
         self.parts.zero_()
         self.parts[BEFORE:] = -math.inf
         for first in range(0, v, width):
@@ -212,7 +159,12 @@ class Fold:
                     _stashed(stash, first, len(w), n) if stash is not None else buffer[: part.stop - start, : len(w)]
                 )
                 self._launch(w, b, first, tile_parts, self.tiles, tile, count, rows=part, pulls=stored, PULL=True)
-                if stash is None:
+                if statistic is not None:
+                    total = self.parts[0, :, part].sum(0) + tile_parts[0, :, part].sum(0)
+                    for at in row_blocks_of(part, statistic.rows):
+                        here = slice(at.start - part.start, at.stop - part.start)
+                        statistic.add(at, first, stored[here], total[here])
+                elif stash is None:
                     addmm_(pulled[part], stored, w)
             self._merge(tile_parts, tile, count)
         return pulled
@@ -222,7 +174,7 @@ class Fold:
         flags = {"SOFTCAP": self.op.softcap, "RESCUE": rescue, "PULL": pull, **self.wanted}
         parts, segments = self._gathered(flags) if self.op.shard.sharded else (self.parts, self.segments)
         device.finish_kernel[(triton.cdiv(n, 128),)](
-            parts, self.op.y, self.z2_y, self.far, self.logps, self.lse, self.q, self.share, self.extra,
+            parts, self.op.y, self.z2_y, self.far, self.logps, self.lse, self.q, self.scale, self.extra,
             n, **flags, SEGMENTS=segments, BLOCK=128,
         )  # fmt: skip
 
@@ -243,12 +195,12 @@ class Fold:
         """Segments s0 ... s0 + count - 1 of `total_segments`, for a part of the rows -> `parts (planes, count, N)`."""
         op, config = self.op, self.config
         h, parts = op.hidden[rows], parts[..., rows]
-        if not RESCUE:  # which seldom does anything, and says nothing to the host
+        if not RESCUE:  # whose programs mostly return at once
             cost.report("fold", 2 * h.numel() * len(w), cost.size(h, w), cost.size(parts, pulls))
         stride_pn = 0 if pulls is None else pulls.stride(0)
-        pulls = self.parts if pulls is None else _loadable(pulls, config.block_n, config.block_v, config)
+        pulls = self.parts if pulls is None else loadable(pulls, config.block_n, config.block_v, config)
         device.fold_kernel[(triton.cdiv(len(h), config.block_n) * count,)](
-            _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
+            loadable(h, config.block_n, config.block_d, config), loadable(w, config.block_v, config.block_d, config),
             b, op.y[rows], self.z2_y[rows], self.far[rows], parts, pulls, len(h), len(op.weight), h.shape[1],
             first, s0, count, *parts.stride()[:2], *h.stride(), *w.stride(), stride_pn, op.k_in, op.k_out,
             **op.flags(), RESCUE=RESCUE, PULL=PULL, **self.wanted, SEGMENTS=total_segments, **tile_args(config),
@@ -265,17 +217,12 @@ class Fold:
 
 def _slice_width(v: int, config: Config) -> int:
     """Columns of one vocabulary slice: whole tiles."""
-    return min(triton.cdiv(SLICE, config.block_v) * config.block_v, v)
-
-
-def _row_of(width: int) -> int:
-    """Numbers in a stored row: a multiple of 16 bytes, for descriptors."""
-    return triton.cdiv(width, 8) * 8
+    return min(triton.cdiv(launch.SLICE, config.block_v) * config.block_v, v)
 
 
 def _stashed(stash: Tensor, first: int, width: int, n: int) -> Tensor:
     """The stash's (N, C) block of the slice that begins at `first`: slices lie one after the other."""
-    return stash[first * n : first * n + n * _row_of(width)].view(n, _row_of(width))[:, :width]
+    return stash[first * n : first * n + n * row_of(width)].view(n, row_of(width))[:, :width]
 
 
 def _segment_groups(op: Operands, config: Config, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
@@ -283,7 +230,7 @@ def _segment_groups(op: Operands, config: Config, count: int, tiles: int) -> Ite
     step = count
     if op.weight.dtype != op.dtype:
         width = triton.cdiv(tiles, count) * config.block_v * op.hidden.shape[1] * op.hidden.element_size()
-        step = max(1, CAST_BYTES // width)
+        step = max(1, launch.CAST_BYTES // width)
     for s0 in range(0, count, step):
         s1 = min(s0 + step, count)
         last = min(s1 * tiles // count * config.block_v, len(op.weight))
@@ -295,10 +242,10 @@ def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
     ones = torch.ones_like(fold.q)
     row = RowGrads(ones, fold.lse, fold.q, None, None)
     c = _target_coefficients(op, torch.where(op.y == IGNORED, 0.0, ones) * op.options.slope, None, row)
-    direction = _add_targets_to_hidden(op, c, pulled, fold.share * op.options.slope)
+    direction = _add_targets_to_hidden(op, c, pulled, fold.scale * op.options.slope)
     far = fold.far.nonzero()[:, 0]
     if len(far):  # their weights overflowed: the other path
-        direction[far] = _backward(op[far], row[far], (True, False, False))[0]
+        direction[far] = _backward(op[far], row[far], Needs(True, False, False)).hidden
     return op.shard.add_(direction).to(op.dtype)
 
 
@@ -310,56 +257,41 @@ def backward(
     targets: Tensor,  # (N,)
     row: RowGrads,
     options: HeadOptions,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: Needs,
     shard: Whole | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
     op = Operands(hidden, weight, bias, targets, options, shard)
-    dhidden, dweight, dbias = _backward(op, row, needs)
-    return None if dhidden is None else op.shard.add_(dhidden).to(hidden.dtype), dweight, dbias
+    return _over_ranks(op, _backward(op, row, needs))
 
 
-def _backward(
-    op: Operands, row: RowGrads, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _over_ranks(op: Operands, grads: Gradients) -> Gradients:
+    """dhidden summed over the ranks that share the head, in hidden's dtype."""
+    return grads if grads.hidden is None else grads._replace(hidden=op.shard.add_(grads.hidden).to(op.dtype))
+
+
+def _backward(op: Operands, row: RowGrads, needs: Needs) -> Gradients:
     """`backward`; dhidden is this rank's part, in float32."""
-    hidden, weight, bias, options = op.hidden, op.weight, op.bias, op.options
-    (n, d), v = hidden.shape, len(weight)
-    counts = op.y != IGNORED
-    grad = torch.where(counts, row.grad, 0.0) * options.slope
-    grad_entropy = None if row.grad_entropy is None else torch.where(counts, row.grad_entropy, 0.0) * options.slope
-    c = _target_coefficients(op, grad, grad_entropy, row)
-
-    dhidden = _add_targets_to_hidden(op, c) if needs[0] else None
-    # Zeroed where ignored, for 0 * NaN is NaN.
-    clean = torch.where(counts[:, None], hidden, 0.0).contiguous()
-    dweight, dbias = Sums.empty(weight, bias, needs)
+    grad = torch.where(op.kept, row.grad, 0.0) * op.options.slope
+    entropy_grad = None
+    if row.grad_entropy is not None:
+        entropy_grad = torch.where(op.kept, row.grad_entropy, 0.0) * op.options.slope
+    c = _target_coefficients(op, grad, entropy_grad, row)
     y_sorted, order = torch.sort(op.y, stable=True)
-    width = min(SLICE, v)
-    rows = max(1, min(n, BUFFER_BYTES // (width * hidden.element_size())))
-    buffer = hidden.new_empty(rows, -(-width // 8) * 8)  # rows of 16 bytes' multiple, for descriptors
-    for first in range(0, v, width):
-        w, b = op.part(first, min(first + width, v))
-        dw = hidden.new_zeros(len(w), d, dtype=torch.float32) if needs[1] else None
-        db = hidden.new_zeros(len(w), dtype=torch.float32) if needs[2] else None
-        if needs[1]:
+
+    def targets(dw: Tensor | None, db: Tensor | None, first: int) -> None:
+        if dw is not None:
             _add_targets_to_weight(op, dw, first, order, y_sorted, c)
-        if needs[2]:
+        if db is not None:
             _add_targets_to_bias(db, first, op.y, c)
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            dz = _dlogits(op, w, b, first, part, row, grad, grad_entropy, buffer)
-            if needs[0]:
-                addmm_(dhidden[part], dz, w)
-            if needs[1]:
-                addmm_(dw, dz.T, clean[part])
-            if needs[2]:
-                db += dz.sum(0, dtype=torch.float32)
-        if needs[1]:
-            dweight[first : first + len(w)] = dw
-        if needs[2]:
-            dbias[first : first + len(w)] = db
-    return dhidden, dweight, dbias
+
+    def dlogits(part: tuple[Tensor, Tensor], first: int, rows: slice, dz: Tensor) -> None:
+        _dlogits(op, *part, first, rows, row, grad, entropy_grad, dz)
+
+    dhidden = _add_targets_to_hidden(op, c) if needs.hidden else None
+    # Zeroed where ignored, for 0 * NaN is NaN.
+    clean = torch.where(op.kept[:, None], op.hidden, 0.0).contiguous()
+    return backward_slices(clean, op.weight, op.bias, needs, dhidden, op.part, dlogits, targets)
 
 
 @on_its_device
@@ -370,54 +302,68 @@ def backward_stashed(
     targets: Tensor,  # (N,)
     row: RowGrads,
     stash: Tensor,
-    share: Tensor,  # (N,)
+    scale: Tensor,  # (N,)
     options: HeadOptions,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: Needs,
     into: Sums | None = None,
     shard: Whole | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """`backward` from a forward's stash P (N, V): dhidden = c W[y] - a (P @ W), dweight = P.T @ (-a hidden) + targets.
 
-    Rows that the stash could not hold weigh nothing in it, and go through `backward`. With `into`, dweight and dbias
-    are added to it.
+    The weights of rows that the stash could not hold are 0 in it: these rows go through `backward`. With `into`,
+    dweight and dbias are added to it.
     """
     op = Operands(hidden, weight, bias, targets, options, shard)
     (n, d), v = hidden.shape, len(weight)
-    counts = op.y != IGNORED
-    grad = torch.where(counts, row.grad, 0.0) * options.slope
-    near = share > 0
-    a = grad * share
+    grad = torch.where(op.kept, row.grad, 0.0) * options.slope
+    near = scale > 0
+    a = grad * scale
     c = torch.where(near, _target_coefficients(op, grad, None, row), 0.0)
-    scaled = (torch.where(counts[:, None], hidden, 0.0).float() * -a[:, None]).to(hidden.dtype) if needs[1] else None
+    scaled = (
+        (torch.where(op.kept[:, None], hidden, 0.0).float() * -a[:, None]).to(hidden.dtype) if needs.weight else None
+    )
 
-    pulled = hidden.new_zeros(n, d, dtype=torch.float32) if needs[0] else None
+    pulled = hidden.new_zeros(n, d, dtype=torch.float32) if needs.hidden else None
     dweight, dbias = into or Sums.empty(weight, bias, needs)
     y_sorted, order = torch.sort(op.y, stable=True)
     width = _slice_width(v, op.config(fold_kernel(False, True, op.softcap), op.part(0, 1)[0]))
     for first in range(0, v, width):
         w, _ = op.part(first, min(first + width, v))
-        weighs = _stashed(stash, first, len(w), n)
+        weights = _stashed(stash, first, len(w), n)
         columns = slice(first, first + len(w))
-        if needs[0]:
-            addmm_(pulled, weighs, w)
-        if needs[1]:
+        if needs.hidden:
+            addmm_(pulled, weights, w)
+        if needs.weight:
             dw = into.dweight[columns] if into else hidden.new_zeros(len(w), d, dtype=torch.float32)
             _add_targets_to_weight(op, dw, first, order, y_sorted, c)
-            addmm_(dw, weighs.T, scaled)
+            addmm_(dw, weights.T, scaled)
             if not into:
                 dweight[columns] = dw
-        if needs[2]:
+        if needs.bias:
             db = hidden.new_zeros(len(w), dtype=torch.float32)
             _add_targets_to_bias(db, first, op.y, c)
             for rows in torch.arange(n, device=hidden.device).split(1024):
-                db -= (weighs[rows].float() * a[rows, None]).sum(0)
+                db -= (weights[rows].float() * a[rows, None]).sum(0)
             dbias[columns] = dbias[columns] + db if into else db
-    dhidden = _add_targets_to_hidden(op, c, pulled, a) if needs[0] else None
+    dhidden = _add_targets_to_hidden(op, c, pulled, a) if needs.hidden else None
 
-    far = (~near & (row.q > 0) & counts).nonzero()[:, 0]
+    far = (~near & (row.q > 0) & op.kept).nonzero()[:, 0]
+    grads = Gradients(dhidden, dweight, dbias)
     if len(far):
-        add_far_rows(far, _backward(op[far], row[far], needs), dhidden, dweight, dbias)
-    return None if dhidden is None else op.shard.add_(dhidden).to(hidden.dtype), dweight, dbias
+        add_far_rows(far, _backward(op[far], row[far], needs), grads)
+    return _over_ranks(op, grads)
+
+
+def of_whole_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
+    q: Tensor, ratio: Tensor,
+) -> Forward:  # fmt: skip
+    """The stash of a head of fewer columns, normalized as a part of the whole head's softmax.
+
+    q (N,) is the whole head's; ratio (N,) what a probability of the smaller head is multiplied by. (The targets' own
+    terms are not in the stash.)
+    """
+    return part._replace(q=q, scale=part.scale * ratio)
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:
@@ -437,14 +383,14 @@ def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None
 
 
 def _add_targets_to_hidden(
-    op: Operands, c: Tensor, pulled: Tensor | None = None, share: Tensor | None = None
+    op: Operands, c: Tensor, pulled: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """(N, D) float32: c_i W[y_i], minus share_i pulled_i (in place) where there is a pull."""
+    """(N, D) float32: c_i W[y_i], minus scale_i pulled_i (in place) where there is a pull."""
     n, d = op.hidden.shape
     dhidden = op.hidden.new_empty(n, d, dtype=torch.float32) if pulled is None else pulled
     block_n, block_d = (16, 32) if op.chip == INTERPRETER else (16, 128)
     device.target_hidden_kernel[(triton.cdiv(n, block_n), triton.cdiv(d, block_d))](
-        op.weight, op.y, c, c if share is None else share, dhidden, n, len(op.weight), d, *op.weight.stride(),
+        op.weight, op.y, c, c if scale is None else scale, dhidden, n, len(op.weight), d, *op.weight.stride(),
         PULL=pulled is not None, DTYPE=TL_DTYPE[op.dtype], BLOCK_N=block_n, BLOCK_D=block_d,
     )  # fmt: skip
     return dhidden
@@ -467,23 +413,18 @@ def _add_targets_to_bias(db: Tensor, first: int, y: Tensor, c: Tensor) -> None:
 
 
 def _dlogits(
-    op: Operands, w: Tensor, b: Tensor, first: int, part: slice, row: RowGrads, grad: Tensor,
-    grad_entropy: Tensor | None, buffer: Tensor,
-) -> Tensor:  # fmt: skip
-    """dz (rows of `part`, C) in the operands' dtype, a view of `buffer`."""
-    h, n, c = op.hidden[part], part.stop - part.start, len(w)
-    dz = buffer[:n, :c]
+    op: Operands, w: Tensor, b: Tensor, first: int, rows: slice, row: RowGrads, grad: Tensor,
+    entropy_grad: Tensor | None, dz: Tensor,
+) -> None:  # fmt: skip
+    """dL/d(products) of these rows, without the targets' own, into `dz (rows, C)` in the operands' dtype."""
+    h, (n, c) = op.hidden[rows], dz.shape
     config = op.config("dlogits", w, h)
-    has_entropy = grad_entropy is not None
+    has_entropy = entropy_grad is not None
     cost.report("dlogits", 2 * h.numel() * c, cost.size(h, w), cost.size(dz))
     device.dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
-        _loadable(h, config.block_n, config.block_d, config), _loadable(w, config.block_v, config.block_d, config),
-        b, op.y[part], row.lse[part], grad[part], grad_entropy[part] if has_entropy else grad,
-        row.entropy[part] if has_entropy else grad, _loadable(dz, config.block_n, config.block_v, config),
+        loadable(h, config.block_n, config.block_d, config), loadable(w, config.block_v, config.block_d, config),
+        b, op.y[rows], row.lse[rows], grad[rows], entropy_grad[rows] if has_entropy else grad,
+        row.entropy[rows] if has_entropy else grad, loadable(dz, config.block_n, config.block_v, config),
         n, c, h.shape[1], first, *h.stride(), *w.stride(), dz.stride(0), op.k_in, op.k_out, **op.flags(),
         ENTROPY=has_entropy, **tile_args(config),
     )  # fmt: skip
-    return dz
-
-
-TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

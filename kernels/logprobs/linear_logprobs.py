@@ -3,27 +3,43 @@
     N tokens, D hidden, V vocabulary.
 
 The door checks its arguments and picks implementation and mode; the private operators below it have fixed arity and
-scalar arguments, as torch.library wants them, and call `portable` or `triton_head`.
+scalar arguments, as torch.library wants them, and call `portable` or `launch`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.kernels import reference
+from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels.gradients import Needs, empty_gradients
+from prefuse.kernels.logprobs import portable, sparse
 from prefuse.kernels.logprobs.portable import RowGrads, empty_forward, stash_size
-from prefuse.kernels.options import OUTPUTS, HeadOptions
-from prefuse.kernels.tiles.table import reaches
+from prefuse.kernels.logprobs.sparse import ColumnStatistic
+from prefuse.kernels.options import HeadOptions
+from prefuse.kernels.slices import kept_rows
 from prefuse.kernels.vocab import Whole, place_of, remember, shard_of
 
-IMPLS = ("auto", "triton", "torch", "reference")
+
+class HeadCall(NamedTuple):
+    """The arguments of one call, checked: what `prepare` returns and everything behind the door takes."""
+
+    hidden: Tensor  # (N, D) in the dtype to compute in
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,) int64
+    options: HeadOptions
+    impl: str  # "triton", "torch" or "reference"
+    vocab_group: dist.ProcessGroup | None = None
+    gradient_tolerance: float = 0.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(self.hidden, self.weight, self.bias)
 
 
 def linear_logprobs(
@@ -39,6 +55,7 @@ def linear_logprobs(
     outputs: tuple[str, ...] = (),
     impl: str = "auto",
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Equals, without the `(N, V)` logits ever existing::
 
@@ -64,6 +81,11 @@ def linear_logprobs(
             the order of the ranks. All call with the same `hidden` and the same `targets`, which count columns of the
             whole vocabulary, and get the same log-probabilities and the whole `dhidden`; `dweight` is their own rows'.
 
+        gradient_tolerance: share of the gradient's mass, sum |dL/dlogp| (1 - p_target), that the backward may skip; 0.0
+            skips nothing. Above it the backward works on the columns that matter, measures what it skipped (see
+            `record_skipped_mass`), and takes the exact path for blocks of rows beyond the promise. Log-probabilities
+            do not change. Try 2 ** -9: then dhidden is as exact as rounding dlogits to bfloat16 makes it.
+
     Returns:
         (N,) log-probabilities in nats, float32; with `outputs`, also a dict of (N,) tensors by name.
         Gradients: `dhidden` in hidden's dtype, `dweight` in the weight's. When the weight needs no gradient the forward
@@ -75,7 +97,8 @@ def linear_logprobs(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
-    return logprobs_within(0, hidden, weight, targets, bias, options, outputs, impl, vocab_group)
+    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    return logprobs_of(call, outputs=outputs)
 
 
 def logprobs_within(
@@ -89,56 +112,92 @@ def logprobs_within(
     impl: str,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """`linear_logprobs`, which keeps nothing, and `linear_preference_loss`, which may."""
-    hidden, targets, impl = prepare(hidden, weight, targets, bias, options, outputs, impl)
-    if impl == "reference":
-        if vocab_group is not None:
-            raise ValueError('impl="reference" takes the whole head: gather the weight\'s rows, without vocab_group')
-        logps, extra = _reference(hidden, weight, bias, targets, options)
-        return (logps, {name: extra[name] for name in outputs}) if outputs else logps
-
-    mode = _mode(workspace, hidden, weight, bias, impl)
-    group = remember(vocab_group)
-    place = place_of(weight.detach(), group) if group else None
-    logps, _, _, extra, *_ = _forward_op(
-        hidden, weight, bias, targets, place, options.softcap, options.logit_scale, options.temperature,
-        options.ignore_index, group, ",".join(outputs), mode, impl,
-    )  # fmt: skip
-    if not outputs:
-        return logps
-    return logps, {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
+    """`linear_logprobs` that may keep `workspace` bytes."""
+    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group)
+    return logprobs_of(call, workspace, outputs)
 
 
 def prepare(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions,
-    outputs: tuple[str, ...], impl: str,
-) -> tuple[Tensor, Tensor, str]:  # fmt: skip
-    """Checks everything; hidden in the dtype to compute in, targets as int64, and which implementation it will be."""
-    _check_tensors(hidden, weight, targets, bias)
+    outputs: tuple[str, ...], impl: str, vocab_group: dist.ProcessGroup | None = None, gradient_tolerance: float = 0.0,
+) -> HeadCall:  # fmt: skip
+    """Checks every argument, once per call; TypeError, ValueError or RuntimeError names the first that is wrong."""
+    checks.check_head(hidden, weight, bias, targets=targets)
+    checks.check_token_ids(targets)
+    checks.check_rows("targets", targets, hidden)
     targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
-    _check_options(options, outputs, impl)
-    impl = _resolve(impl, hidden)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden, targets, impl
+    checks.check_options(options, outputs)
+    checks.check_impl(impl)
+    impl = checks.resolve(impl, hidden)
+    hidden = checks.in_compute_dtype(hidden)
+    _check_tolerance(gradient_tolerance, hidden, impl, vocab_group)
+    return HeadCall(hidden, weight, bias, targets, options, impl, vocab_group, float(gradient_tolerance))
 
 
-def fits(workspace: int, hidden: Tensor, weight: Tensor, impl: str) -> bool:
+def _check_tolerance(tolerance: float, hidden: Tensor, impl: str, vocab_group: dist.ProcessGroup | None) -> None:
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"gradient_tolerance must be in [0, 1), 0.0 for the exact gradient, got {tolerance}")
+    if tolerance == 0.0:
+        return
+    if vocab_group is not None:
+        raise ValueError("gradient_tolerance takes a whole head: leave out vocab_group, or set it to 0.0")
+    if impl == "reference":
+        raise ValueError('impl="reference" is exact: set gradient_tolerance to 0.0, or use another impl')
+    if hidden.dtype == torch.float16:
+        raise ValueError("gradient_tolerance has no float16, whose range is too small: use bfloat16 or float32")
+
+
+def logprobs_of(
+    call: HeadCall,
+    workspace: int = 0,
+    outputs: tuple[str, ...] = (),
+    guess: Tensor | None = None,  # (N,) log-probabilities near the targets' own: they help gradient_tolerance
+    meter: Tensor | None = None,  # (2,) where its backward writes the skipped and the whole mass
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """What `linear_logprobs` returns."""
+    if call.gradient_tolerance > 0.0 and torch.is_grad_enabled() and any(call.needs) and len(call.hidden):
+        logps, extra = sparse_logprobs(call, outputs, guess, meter)
+        return (logps, _named(outputs, extra)) if outputs else logps
+    hidden, weight, bias, targets, o, impl, vocab_group, _ = call
+    if impl == "reference":
+        if vocab_group is not None:
+            raise ValueError('impl="reference" takes the whole head: gather the weight\'s rows, without vocab_group')
+        logps, extra = _reference(call)
+        return (logps, {name: extra[name] for name in outputs}) if outputs else logps
+
+    group = remember(vocab_group)
+    place = place_of(weight.detach(), group) if group else None
+    logps, _, _, extra, *_ = _forward_op(
+        hidden, weight, bias, targets, place, o.softcap, o.logit_scale, o.temperature, o.ignore_index, group,
+        ",".join(outputs), _mode(call, workspace), impl,
+    )  # fmt: skip
+    if not outputs:
+        return logps
+    return logps, _named(outputs, extra)
+
+
+def _named(outputs: tuple[str, ...], extra: Tensor) -> dict[str, Tensor]:
+    return {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
+
+
+def fits(call: HeadCall, workspace: int) -> bool:
     """Whether the weights of all rows may be kept for the backward."""
-    return stash_size(len(hidden), len(weight), hidden) * _stash_dtype(impl, hidden).itemsize <= workspace
+    n, v = len(call.hidden), len(call.weight)
+    return stash_size(n, v, call.hidden) * stash_dtype(call.impl, call.hidden).itemsize <= workspace
 
 
-def _mode(workspace: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> str:
+def _mode(call: HeadCall, workspace: int) -> str:
     """The cheapest of `portable.MODES` that applies."""
+    needs = call.needs
     # float16 has no range for weights that are not normalized yet.
-    if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
+    if not torch.is_grad_enabled() or call.hidden.dtype == torch.float16:
         return "lean"
-    if not weight.requires_grad and not (bias is not None and bias.requires_grad):
-        return "frozen" if hidden.requires_grad else "lean"
-    return "stash" if fits(workspace, hidden, weight, impl) else "lean"
+    if not needs.weight and not needs.bias:
+        return "frozen" if needs.hidden else "lean"
+    return "stash" if fits(call, workspace) else "lean"
 
 
-def _stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
+def stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
     """What the products of `impl` take: half types wherever the device multiplies them."""
     return hidden.dtype if impl == "triton" or hidden.is_cuda else accumulator_dtype(hidden.dtype)
 
@@ -165,10 +224,10 @@ def _forward_op(
     options = HeadOptions(softcap, logit_scale, temperature, ignore_index)
     names = tuple(filter(None, outputs.split(",")))
     shard = shard_of(place, group)
-    _check_targets(targets, shard, len(weight), ignore_index)
+    checks.check_targets(targets, shard, len(weight), ignore_index)
     if len(hidden) == 0:
-        return tuple(empty_forward(hidden, weight, names, mode, _stash_dtype(impl, hidden)))
-    return tuple(_module(impl).forward(hidden, weight, bias, targets, options, names, mode, shard))
+        return tuple(empty_forward(hidden, weight, names, mode, stash_dtype(impl, hidden)))
+    return tuple(implementation(impl).forward(hidden, weight, bias, targets, options, names, mode, shard))
 
 
 @_forward_op.register_fake
@@ -176,7 +235,7 @@ def _(
     hidden, weight, bias, targets, place, softcap, logit_scale, temperature, ignore_index, group, outputs, mode, impl
 ):  # fmt: skip
     return tuple(
-        empty_forward(hidden, weight, tuple(filter(None, outputs.split(","))), mode, _stash_dtype(impl, hidden))
+        empty_forward(hidden, weight, tuple(filter(None, outputs.split(","))), mode, stash_dtype(impl, hidden))
     )
 
 
@@ -192,7 +251,7 @@ def _backward_op(
     q: Tensor,
     entropy: Tensor | None,
     stash: Tensor | None,
-    share: Tensor | None,
+    scale: Tensor | None,
     place: Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -205,53 +264,53 @@ def _backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = HeadOptions(softcap, logit_scale, temperature, ignore_index)
-    needs = (needs_hidden, needs_weight, needs_bias)
+    needs = Needs(needs_hidden, needs_weight, needs_bias)
     if len(hidden) == 0:
-        return tuple(x.zero_() for x in _empty_backward(hidden, weight, bias, needs))
+        return tuple(x.zero_() for x in empty_gradients(hidden, weight, bias, needs))
     row = RowGrads(grad, lse, q, grad_entropy, entropy)
     shard = shard_of(place, group)
     if stash is None:
-        grads = _module(impl).backward(hidden, weight, bias, targets, row, options, needs, shard)
+        grads = implementation(impl).backward(hidden, weight, bias, targets, row, options, needs, shard)
     else:
-        grads = _module(impl).backward_stashed(
-            hidden, weight, bias, targets, row, stash, share, options, needs, shard=shard
+        grads = implementation(impl).backward_stashed(
+            hidden, weight, bias, targets, row, stash, scale, options, needs, shard=shard
         )  # fmt: skip
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
 def _(
-    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy, stash, share, place,
+    grad, grad_entropy, hidden, weight, bias, targets, lse, q, entropy, stash, scale, place,
     softcap, logit_scale, temperature, ignore_index, group, needs_hidden, needs_weight, needs_bias, impl,
 ):  # fmt: skip
-    return _empty_backward(hidden, weight, bias, (needs_hidden, needs_weight, needs_bias))
+    return empty_gradients(hidden, weight, bias, Needs(needs_hidden, needs_weight, needs_bias))
 
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, place, *scalars, outputs, mode, impl = inputs
-    _, lse, q, extra, direction, stash, share = output
+    _, lse, q, extra, direction, stash, scale = output
     ctx.set_materialize_grads(False)
     names = outputs.split(",")
     ctx.entropy_row = names.index("entropy") if "entropy" in names else None
     ctx.scalars, ctx.mode, ctx.impl = scalars, mode, impl
     entropy = None if ctx.entropy_row is None else extra[ctx.entropy_row].clone()
     direction = direction if mode == "frozen" else None
-    stash, share = (stash, share) if mode == "stash" else (None, None)
-    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction, stash, share, place)
+    stash, scale = (stash, scale) if mode == "stash" else (None, None)
+    ctx.save_for_backward(hidden, weight, bias, targets, lse, q, entropy, direction, stash, scale, place)
 
 
 def _backward(ctx, grad, _lse, _q, grad_extra, *_):
     nothing = (None,) * 10
-    hidden, weight, bias, targets, lse, q, entropy, direction, stash, share, place = ctx.saved_tensors
+    hidden, weight, bias, targets, lse, q, entropy, direction, stash, scale, place = ctx.saved_tensors
     grad_entropy = None if grad_extra is None or ctx.entropy_row is None else grad_extra[ctx.entropy_row]
     if ctx.mode == "frozen" and grad_entropy is None:
         return None if grad is None else _scale_rows_op(grad, direction), None, None, *nothing
-    # The entropy has another direction: where someone differentiates it, the tiles are recomputed.
+    # The entropy has another direction: where it is differentiated, the tiles are recomputed.
     grad = torch.zeros_like(lse) if grad is None else grad
     needs = ctx.needs_input_grad[:3]
     grads = _backward_op(
         grad, grad_entropy, hidden, weight, bias, targets, lse, q, None if grad_entropy is None else entropy,
-        *((stash, share) if grad_entropy is None else (None, None)), place, *ctx.scalars, *needs, ctx.impl,
+        *((stash, scale) if grad_entropy is None else (None, None)), place, *ctx.scalars, *needs, ctx.impl,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
@@ -268,124 +327,88 @@ def _(grad, direction):
     return torch.empty_like(direction)
 
 
-def refuse_double_backward(*_):
-    raise RuntimeError(
-        "linear_logprobs has no second derivative: its backward was differentiated (create_graph=True?). "
-        'Use impl="reference" where a double backward is needed.'
-    )
-
-
+refuse_double_backward = checks.refuse_double_backward("linear_logprobs", instead="reference")
 _forward_op.register_autograd(_backward, setup_context=_save)
 _backward_op.register_autograd(refuse_double_backward)
 _scale_rows_op.register_autograd(refuse_double_backward)
 
 
+# ------------------------------------------------------------------------------------- with a gradient_tolerance
+
+
+@torch.compiler.disable
+def sparse_logprobs(
+    call: HeadCall, outputs: tuple[str, ...], guess: Tensor | None, meter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities and (len(outputs), N), whose backward is sparse up to `call.gradient_tolerance`."""
+    checks.check_targets(call.targets, Whole(), len(call.weight), call.options.ignore_index)
+    return _SparseLogprobs.apply(call.hidden, call.weight, call.bias, call, outputs, guess, meter)
+
+
+class _SparseLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call, outputs, guess, meter):
+        rows = kept_rows(call.targets != call.options.ignore_index)
+        rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+        ctx.statistic = ColumnStatistic(hidden[rows], len(weight), None if guess is None else guess.detach()[rows])
+        result = empty_forward(hidden, weight, outputs, "lean", hidden.dtype)
+        if len(rows):
+            with torch.autocast(hidden.device.type, enabled=False):
+                kept = implementation(call.impl).forward(
+                    hidden[rows], weight, bias, call.targets[rows], call.options, outputs, "lean",
+                    statistic=ctx.statistic,
+                )  # fmt: skip
+            for name in ("logps", "lse", "q"):
+                getattr(result, name)[rows] = getattr(kept, name)
+            result.extra[:, rows] = kept.extra
+        ctx.call = call._replace(hidden=None, weight=None, bias=None)
+        ctx.outputs, ctx.meter = outputs, meter
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, rows, result.logps, result.lse, result.q, result.extra.clone())
+        return result.logps.clone(), result.extra
+
+    @staticmethod
+    def backward(ctx, grad, grad_extra):
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        hidden, weight, bias, rows, logps, lse, q, extra = ctx.saved_tensors
+        call, needs = ctx.call, Needs(*ctx.needs_input_grad[:3])
+        entropy = ctx.outputs.index("entropy") if "entropy" in ctx.outputs and grad_extra is not None else None
+        if grad is None and entropy is None:
+            return (None,) * 7
+        grad = torch.zeros_like(logps) if grad is None else grad
+        row = RowGrads(grad, lse, q, *((None, None) if entropy is None else (grad_extra[entropy], extra[entropy])))
+        module, targets = implementation(call.impl), call.targets
+        with torch.autocast(hidden.device.type, enabled=False):
+            if entropy is not None:  # whose gradient has a mass of its own: exact
+                grads = module.backward(hidden, weight, bias, targets, row, call.options, needs)
+            else:
+                grads = sparse.backward(
+                    module, hidden[rows], weight, bias, targets[rows], row[rows], logps[rows], call.options, needs,
+                    ctx.statistic, call.gradient_tolerance, ctx.meter,
+                )  # fmt: skip
+                if needs.hidden and len(rows) < len(hidden):
+                    dhidden = torch.zeros_like(hidden).index_copy_(0, rows, grads.hidden)
+                    grads = grads._replace(hidden=dhidden)
+        return *grads, None, None, None, None
+
+
 # ---------------------------------------------------------------------------------------------- helpers
 
 
-def _module(impl: str):
+def implementation(impl: str):
+    """The module of `impl`, "torch" or "triton": `forward`, `backward`, `backward_stashed`."""
     if impl == "torch":
         return portable
-    from prefuse.kernels.logprobs import launch as triton_head
+    from prefuse.kernels.logprobs import launch
 
-    return triton_head
-
-
-def _empty_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs) -> tuple[Tensor, Tensor, Tensor]:
-    like = (hidden, weight, bias)
-    return tuple(x.new_empty(x.shape) if needed else hidden.new_empty(0) for x, needed in zip(like, needs, strict=True))
+    return launch
 
 
-def _reference(hidden, weight, bias, targets, options: HeadOptions):
-    _check_targets(targets, Whole(), len(weight), options.ignore_index)
-    dtype = accumulator_dtype(hidden.dtype)
-    o = options
+def _reference(call: HeadCall) -> tuple[Tensor, dict[str, Tensor]]:
+    checks.check_targets(call.targets, Whole(), len(call.weight), call.options.ignore_index)
+    dtype, o = accumulator_dtype(call.hidden.dtype), call.options
     logps, extra = reference.linear_logprobs(
-        hidden, weight, bias, targets, o.softcap, o.logit_scale, o.temperature, o.ignore_index
+        call.hidden, call.weight, call.bias, call.targets, o.softcap, o.logit_scale, o.temperature, o.ignore_index
     )
     return logps.to(dtype), {name: value.to(dtype) for name, value in extra.items()}
-
-
-def _resolve(impl: str, hidden: Tensor) -> str:
-    if impl == "auto":
-        fits = hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton() and reaches(hidden.device)
-        return "triton" if fits else "torch"
-    if impl != "triton":
-        return impl
-    if not _has_triton():
-        raise RuntimeError('impl="triton" needs the triton package; install it, or use impl="torch"')
-    if hidden.dtype == torch.float64:
-        raise RuntimeError('impl="triton" has no float64; use impl="torch" or "reference"')
-    if not hidden.is_cuda:
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            raise RuntimeError(
-                f'impl="triton" needs CUDA tensors, got {hidden.device}; use impl="torch", '
-                "or set TRITON_INTERPRET=1 before triton is imported to interpret the kernels"
-            )
-    return impl
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
-        if x is None and name == "bias":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if hasattr(x, "full_tensor"):
-            raise TypeError(
-                f"{name} is a DTensor, whose storage is only this rank's shard. Call the op inside the forward of the "
-                "FSDP root module, with the head in the root unit: there its weight is a plain, whole tensor and its "
-                "gradient is reduced"
-            )
-        if x.device != hidden.device:
-            raise TypeError(f"{name} is on {x.device} but hidden is on {hidden.device}; move one of them")
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must hold integer token ids, got {targets.dtype}")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "expected hidden (N, D) and weight (V, D) with the same D, got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; flatten batches to (N, D) first"
-        )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"expected targets ({hidden.shape[0]},), one per row of hidden, got {tuple(targets.shape)}")
-    if len(weight) == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight (V, D) must not be empty, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias ({len(weight)},), one per row of weight, got {tuple(bias.shape)}")
-
-
-def _check_options(options: HeadOptions, outputs: tuple[str, ...], impl: str) -> None:
-    if options.softcap is not None and not 0 < options.softcap < math.inf:
-        raise ValueError(f"softcap must be > 0, or None for no cap, got {options.softcap}")
-    if not 0 < options.temperature < math.inf:
-        raise ValueError(f"temperature must be > 0, got {options.temperature}")
-    if not -math.inf < options.logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be a finite number, got {options.logit_scale}")
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)")
-    if unknown := [name for name in outputs if name not in OUTPUTS]:
-        raise ValueError(f"unknown outputs {unknown}; choose from {list(OUTPUTS)}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
-
-
-def _check_targets(targets: Tensor, shard: Whole, rows: int, ignore_index: int) -> None:
-    if targets.is_cuda or targets.numel() == 0:  # on CUDA the kernels never read outside; a check would wait for it
-        return
-    bad = ~shard.valid(shard.local(targets), rows) & (targets != ignore_index)
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0, 0])
-        vocab = int(shard.vocab) if shard.sharded else rows
-        raise ValueError(
-            f"targets[{i}] = {int(targets[i])} is outside the vocabulary [0, {vocab}) and is not "
-            f"ignore_index = {ignore_index}"
-        )

@@ -3,7 +3,7 @@
     N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,); K mismatched ones, for KTO's z0.
 
 The equations are those of DPO, IPO and KTO in `prefuse.losses`; here they are named by a string and take numbers, as
-torch.library wants it. `triton_tail` has the kernels. Any other loss, and any other device, runs in torch.
+torch.library wants it. `device` has the kernels. Any other loss, and any other device, runs in torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from prefuse.kernels.checks import refuse_double_backward
 
 # What a loss logs, in the order of the rows of `Tail.metrics`.
 SIDES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -66,7 +68,7 @@ def preference_tail(
 
 
 def _tensor_or_number(x: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
-    """One of both counts. A number crosses with the launch and a tensor of the host behind it: nobody waits."""
+    """Exactly one is used. A number is a kernel argument; a CPU tensor is copied asynchronously."""
     if isinstance(x, Tensor):
         return x.to(device, non_blocking=True), 0.0
     return None, float(x or 0.0)
@@ -98,10 +100,10 @@ def _forward_op(
     per_token: bool,
     kl_per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from prefuse.kernels.preference import launch as triton_tail
+    from prefuse.kernels.preference import launch
 
     outputs = _empty_outputs(logps, counts, loss)
-    triton_tail.forward(
+    launch.forward(
         logps, ref_logps, cu_seqlens, counts, labels, z0,
         None if kl_logps is None else (kl_logps, kl_ref_logps, kl_cu_seqlens), num_items, z0_number, items, loss, beta,
         label_smoothing, average, (desirable_weight, undesirable_weight), per_token, kl_per_token, outputs,
@@ -130,9 +132,9 @@ def _empty_outputs(logps: Tensor, counts: Tensor, loss: str) -> tuple[Tensor, ..
 
 @torch.library.custom_op("prefuse::preference_tail_backward", mutates_args=())
 def _backward_op(grad: Tensor, slopes: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    from prefuse.kernels.preference import launch as triton_tail
+    from prefuse.kernels.preference import launch
 
-    return triton_tail.backward(grad, slopes, cu_seqlens, tokens)
+    return launch.backward(grad, slopes, cu_seqlens, tokens)
 
 
 @_backward_op.register_fake
@@ -152,12 +154,5 @@ def _backward(ctx, grad, *_):
     return None if grad is None else _backward_op(grad, *ctx.saved_tensors, ctx.tokens), *nothing
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "preference_loss has no second derivative in Triton: its backward was differentiated (create_graph=True?). "
-        'Use impl="torch" where a double backward is needed.'
-    )
-
-
 _forward_op.register_autograd(_backward, setup_context=_save)
-_backward_op.register_autograd(_refuse_double_backward)
+_backward_op.register_autograd(refuse_double_backward("preference_loss", instead="torch"))

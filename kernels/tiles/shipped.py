@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prefuse.kernels.kl import launch as triton_kl
-from prefuse.kernels.logprobs import device as triton_kernels
-from prefuse.kernels.logprobs import launch as triton_head
-from prefuse.kernels.preference import launch as triton_tail
+from prefuse.kernels.kl import device as kl_device
+from prefuse.kernels.kl import launch as kl_launch
+from prefuse.kernels.launch import tile_args
+from prefuse.kernels.logprobs import device as logprobs_device
+from prefuse.kernels.preference import device as preference_device
+from prefuse.kernels.preference import launch as preference_launch
 from prefuse.kernels.tiles.aot import Resources, compile_for, resources
 from prefuse.kernels.tiles.table import DTYPES, Chip, Config, Row, choose, fold_kernel, trial
 
@@ -127,7 +129,7 @@ def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype)
     aligned = ("N", "V", "D", "plane", "row", "stride_hn", "stride_wv", "stride_pn")
     sizes = ("first", "first_segment", "segments", *aligned)
     constants = dict.fromkeys(FOLD_FLAGS, False) | flags | {"SEGMENTS": 33}
-    return _shipped(name, triton_kernels.fold_kernel, config, signature, sizes, constants, aligned)
+    return _shipped(name, logprobs_device.fold_kernel, config, signature, sizes, constants, aligned)
 
 
 def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
@@ -137,7 +139,7 @@ def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     signature = {**_operands(config, dtype), **vectors, "dz": out}
     sizes = ("N", "C", "D", "first", "stride_hn", "stride_wv", "stride_dz")
     constants = dict.fromkeys(DLOGITS_FLAGS, False) | flags
-    return _shipped(name, triton_kernels.dlogits_kernel, config, signature, sizes, constants, sizes)
+    return _shipped(name, logprobs_device.dlogits_kernel, config, signature, sizes, constants, sizes)
 
 
 def _kl_fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
@@ -145,7 +147,7 @@ def _kl_fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     aligned = ("N", "V", "D", "REF_D", "plane", "row", *KL_STRIDES)
     sizes = ("first", "first_segment", "segments", *aligned)
     constants = dict.fromkeys(KL_FLAGS, False) | flags | {"SEGMENTS": 33, "HALVES": config.halves}
-    return _kl_shipped(name, triton_kl.kl_fold_kernel, config, signature, sizes, constants, aligned)
+    return _kl_shipped(name, kl_device.kl_fold_kernel, config, signature, sizes, constants, aligned)
 
 
 def _kl_dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
@@ -154,7 +156,7 @@ def _kl_dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.
     signature = {**_both_heads(config, dtype), **vectors, "dz": out}
     sizes = ("N", "C", "D", "REF_D", *KL_STRIDES, "stride_dz")
     constants = dict.fromkeys(KL_FLAGS, False) | flags
-    return _kl_shipped(name, triton_kl.kl_dlogits_kernel, config, signature, sizes, constants, sizes)
+    return _kl_shipped(name, kl_device.kl_dlogits_kernel, config, signature, sizes, constants, sizes)
 
 
 KL_STRIDES = ("stride_hn", "stride_wv", "stride_ref_hn", "stride_ref_wv")
@@ -169,12 +171,12 @@ def _kl_shipped(name, kernel, config: Config, signature, sizes, constants, align
     signature = {**signature, "ref_k_in": "fp32", "ref_k_out": "fp32"}
     constants = {**constants, "stride_ref_hd": 1, "stride_ref_wd": 1}
     made = _shipped(name, kernel, config, signature, sizes, constants, aligned)
-    return replace(made, launch={k: v for k, v in triton_kl.launch_args(config).items() if k in config.launch})
+    return replace(made, launch={k: v for k, v in kl_launch.launch_args(config).items() if k in config.launch})
 
 
 def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
     signature = {**signature, **dict.fromkeys(sizes, "i32"), "k_in": "fp32", "k_out": "fp32"}
-    tile = {k: v for k, v in triton_head.tile_args(config).items() if k not in config.launch}
+    tile = {k: v for k, v in tile_args(config).items() if k not in config.launch}
     pointers = tuple(n for n, t in signature.items() if t.startswith("*"))
     constants = {**constants, "stride_hd": 1, "stride_wd": 1, **tile}  # the JIT makes constants of unit strides
     return Shipped(name, kernel, config, signature, constants, (*pointers, *aligned), config.launch)
@@ -195,13 +197,13 @@ def compile_tail(chip: int | str, name: str) -> Resources:
     """What the compiler makes of one of TAIL_VARIANTS: no tile to choose, and no matrix product in it."""
     flags = TAIL_VARIANTS[name]
     if flags is None:
-        kernel, flags = triton_tail.backward_kernel, {"BLOCK": triton_tail.BLOCKS[False]["BLOCK"]}
+        kernel, flags = preference_device.backward_kernel, {"BLOCK": preference_launch.BLOCKS[False]["BLOCK"]}
         signature = {"grad": "*fp32", "slopes": "*fp64", "cu_seqlens": "*i32", "out": "*fp32"}
         signature |= dict.fromkeys(("N", "S", "STEPS"), "i32")
     else:
-        kernel = triton_tail.forward_kernel
+        kernel = preference_device.forward_kernel
         plain = {"LOSS": "dpo", "SMOOTHED": False, "AVERAGE": False, "Z0": "number", "ITEMS": False, "PER_TOKEN": True}
-        flags = {**plain, "KL_PER_TOKEN": False, **triton_tail.BLOCKS[False], **flags}
+        flags = {**plain, "KL_PER_TOKEN": False, **preference_launch.BLOCKS[False], **flags}
         singles = ("logps", "ref_logps", "kl_logps", "kl_ref_logps", "total", "losses", "rewards")
         doubles = ("z0_at", "items_at", "ratios", "sums", "metrics", "slopes")
         integers = {"cu_seqlens": "*i32", "counts": "*i64", "labels": "*u8", "kl_cu_seqlens": "*i32", "arrived": "*i32"}
@@ -210,4 +212,4 @@ def compile_tail(chip: int | str, name: str) -> Resources:
         signature |= {p.name: p.annotation_type for p in kernel.params if p.annotation_type}  # float64 if annotated so
         assert signature["beta"] == "fp64", "a Python float is launched as a float32 unless its parameter is annotated"
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
-    return resources(compile_for(kernel, signature, flags, pointers, chip, **triton_tail.LAUNCH))
+    return resources(compile_for(kernel, signature, flags, pointers, chip, **preference_launch.LAUNCH))

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import socket
+import sys
 from dataclasses import dataclass
 from itertools import chain, product
 
@@ -108,6 +109,31 @@ def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
     smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
     settings = {"beta": 0.5, "label_smoothing": smoothing, "discopop_tau": 0.3}
     compare("dpo", models["llama"], tmp_path, loss_type=loss_type, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"use_weighting": True},
+    ],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_dpo_has_trls_divergences_and_weights(settings, models, tmp_path):
+    compare("dpo", models["llama"], tmp_path, beta=0.5, **settings)
+
+
+def test_ld_dpo_trains_as_trls(models, tmp_path, monkeypatch):
+    """TRL logs log-probabilities with the weighed tail in them; here `logps/*` stay those of the completions."""
+
+    def without_logps(trainer):
+        rows = trainer_runs.log_of(trainer)
+        return [{name: value for name, value in row.items() if not name.startswith("logps/")} for row in rows]
+
+    monkeypatch.setattr(sys.modules[__name__], "log_of", without_logps)
+    compare("dpo", models["llama"], tmp_path, beta=0.5, ld_alpha=0.4)
 
 
 def test_conversations(models, tmp_path):
@@ -552,20 +578,15 @@ SETTINGS_REFUSED = {
     "torch_compile=True": {"torch_compile": True},
     "dispatch_batches=True": {"accelerator_config": {"dispatch_batches": True}},
 }
-DPO_SETTINGS_REFUSED = {
-    "use_weighting=True": {"use_weighting": True},
-    "ld_alpha": {"ld_alpha": 0.5},
-    "f_divergence_type": {"f_divergence_type": "js_divergence"},
-}
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind in KINDS for name in SETTINGS_REFUSED] + [("dpo", n) for n in DPO_SETTINGS_REFUSED],
+    [(kind, name) for kind in KINDS for name in SETTINGS_REFUSED],
 )
 def test_settings_that_cannot_be_had_are_refused_by_name(kind, name, models, tmp_path):
     _, ours, config, rows, _ = KINDS[kind]
-    changes = (SETTINGS_REFUSED | DPO_SETTINGS_REFUSED)[name]
+    changes = SETTINGS_REFUSED[name]
     with pytest.raises(
         ValueError, match=rf"prefuse's {ours.__name__} does not take {re.escape(name)}: .*trl\.{ours.__name__}"
     ):
@@ -594,6 +615,9 @@ REFUSED_LOSSES = [
         ValueError,
         "got both loss=IPO.* and loss_type=.'ipo'.: expected one",
     ),
+    ({}, {"loss_type": "ipo", "ld_alpha": 0.5}, ValueError, "ld_alpha are computed for loss_type sigmoid"),
+    ({}, {"f_divergence_type": "forward_kl", "ld_alpha": 0.5}, ValueError, "one of them at a time"),
+    ({}, {"loss_type": ["sigmoid", "sft"], "use_weighting": True}, ValueError, "use_weighting=True weighs .* SFT"),
     ({}, {"loss_type": "kto"}, ValueError, "KTO is a loss per sequence: DPOTrainer takes losses per pair"),
     ({}, {"loss_type": "nonsense"}, ValueError, "loss.*'nonsense'.*(expected one of|did you mean)"),
     ({"loss": Likelihood(), "ref_model": "another"}, {}, ValueError, "uses no reference, so ref_model must be None"),

@@ -83,7 +83,8 @@ def test_what_a_resumed_run_may_differ_in():
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
-        "use_liger_kernel",
+        "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
+        "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
         ("lora_target_modules: []", r"lora_target_modules must be a list of texts or null, got \[\] \(list\)"),
         ("output_dir: 7", r"output_dir must be text, got 7 \(int\)"),
         ("bf16: maybe", r"bf16 must be true or false or null, got 'maybe' \(str\)"),
-        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, got 'ppo' \(str\)"),
+        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, .*got 'ppo' \(str\)"),
         ("[1, 2]", "must hold `name: value` lines, got a list"),
         ("beta: [", "is not valid YAML"),
         ("beta: 0.1\nseed: 1\nbeta: 0.2", "'beta' is given twice: keep one of the two.* line 3"),

@@ -30,16 +30,33 @@ BROKEN_FILES = {
     "empty json": ("rows.json", "", "rows.json is empty"),
     "empty jsonl": ("rows.jsonl", "\n \n", "rows.jsonl is empty"),
     "no rows": ("rows.json", "[]", "rows.json has no rows"),
-    "no list": ("rows.json", {"data": []}, "holds an object, expected a list of objects"),
+    "no rows in an object": ("rows.json", {"data": []}, "rows.json has no rows"),
     "broken json": ("rows.json", '[{"a": 1},\n {"a" 2}]', "not valid JSON: .* line 2 column 7"),
-    "jsonl named json": ("rows.json", '{"a": 1}\n{"a": 2}', r"Extra data: line 2 .* Then name the file \.jsonl"),
+    "two arrays": ("rows.json", '[{"a": 1}]\n[{"a": 2}]', r"not valid JSON: Extra data: line 2 column 1"),
+    "an array that ends early": (
+        "rows.json",
+        '[{"a": 1}',
+        r"not valid JSON: Expecting ',' delimiter: line 1 column 10",
+    ),
+    "no comma": ("rows.json", '[{"a": 1} {"a": 2}]', r"not valid JSON: Expecting ',' delimiter: line 1 column 11"),
+    "a comma too many": ("rows.json", '[{"a": 1},,{"a": 2}]', r"not valid JSON: Expecting value: line 1 column 11"),
     "latin-1": ("rows.json", '[\n{"a": "café"}]'.encode("latin-1"), r"UTF-8: byte 0xe9 at offset 12 \(line 2\)"),
     "latin-1 jsonl": ("rows.jsonl", '{"a": "café"}'.encode("latin-1"), r"UTF-8: byte 0xe9 at offset 10 \(line 1\)"),
-    "utf-16": ("rows.jsonl", '{"a": "b"}'.encode("utf-16"), r"UTF-8: byte 0xff at offset 0 \(line 1\)"),
+    "utf-16": ("rows.jsonl", '{"a": "b"}'.encode("utf-16"), r"rows.jsonl is UTF-16 \(or UTF-32\), not UTF-8"),
     "not parquet": ("rows.parquet", "PAR1 no", "rows.parquet is not a readable Parquet file"),
-    "other type": ("rows.csv", "a,b", r'files of type ".csv" are not read; expected one of .json, .jsonl, .parquet'),
+    "no data": ("rows.txt", "a,b", r"nothing that is read begins with 'a,b'; expected JSON, JSON lines, CSV or TSV"),
+    "no json": ("rows.json", "prompt", r"rows.json is not valid JSON: it begins with 'prompt', expected \[ or \{"),
+    "csv without rows": ("rows.csv", "a,b", r"rows.csv has no rows"),
+    "csv that names a column twice": ("rows.csv", "a,a\n1,2", r"must name each column once; it has 'a', 'a'"),
+    "lfs pointer": (
+        "rows.jsonl",
+        "version https://git-lfs.github.com/spec/v1\noid",
+        r"is a Git LFS pointer, .*git lfs pull",
+    ),
+    "html": ("rows.jsonl", "<!DOCTYPE html>\n<html>", "is an HTML page, not data"),
+    "zip": ("rows.jsonl", b"PK\x03\x04...", "is a ZIP archive"),
     "no object": ("rows.json", ["a", 2], r"(?s)none of its 2 rows is an object.*rows.json:0: the row is a string"),
-    "no line": ("rows.jsonl", "{\n}", r"(?s)none of its 2 rows is an object.*rows.jsonl:1: not valid JSON"),
+    "no line": ("rows.jsonl", "{\n{", r"(?s)none of its 2 rows is an object.*rows.jsonl:1: not valid JSON"),
 }
 
 
@@ -68,8 +85,8 @@ def test_a_source_that_is_not_there_stops_the_run(source):
 def test_a_hub_name_that_does_not_load_stops_the_run(monkeypatch):
     import datasets
 
-    def refuse(name, split):
-        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+    def refuse(path, name, split):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"org/name: no such file or folder here, .* Couldn't reach 'org/name'"):
@@ -77,7 +94,7 @@ def test_a_hub_name_that_does_not_load_stops_the_run(monkeypatch):
 
 
 def test_a_folder_without_data_stops_the_run(tmp_path):
-    with pytest.raises(DataError, match=r"a folder without \.json, \.jsonl, \.parquet files"):
+    with pytest.raises(DataError, match=r"a folder without \.json, .*, \.arrow files \(plain or"):
         load_examples(str(tmp_path), "pair", PLAIN, 64)
 
 
@@ -100,15 +117,15 @@ def test_a_broken_saved_dataset_stops_the_run(tmp_path):
 MISSING_COLUMNS = {
     "pair": (
         {"question": "Q", "chosen": "A"},
-        r'a column is missing for "pair" data\. Found: question, chosen\. Accepted: prompt/chosen/rejected, '
-        r"conversations/chosen/rejected, chosen/rejected\. Fix: rename its columns to one of these\.$",
+        r'a column is missing for "pair" data\. Found: question, chosen\. Accepted: prompt/chosen/rejected; '
+        r"prompt with two answers and a verdict; .* Fix: name the columns, as in --columns prompt=question,",
     ),
     "labelled": (
         {"prompt": "Q", "completion": "A"},
-        r"Accepted: prompt/completion/label, .* "
+        r"Accepted: .*; prompt/completion/label or messages/label; .* "
         r'or use it as "sft" data, whose prompt/completion it has\.$',
     ),
-    "sft": ({"prompt": "Q", "answer": "A"}, "Found: prompt, answer.*instruction/output, text"),
+    "sft": ({"prompt": "Q", "anwser": "A"}, "Found: prompt, anwser.*prompt/completion or instruction/output; text"),
 }
 
 
@@ -121,7 +138,7 @@ def test_a_missing_column_stops_the_run_naming_what_is_there_what_is_accepted_an
 
 def test_prompts_need_a_prompt(tmp_path):
     with pytest.raises(DataError, match='a column is missing for "prompt" data'):
-        load_prompts(write(tmp_path / "rows.json", [{"question": "Q"}]), PLAIN, 64)
+        load_prompts(write(tmp_path / "rows.json", [{"ask": "Q"}]), PLAIN, 64)
 
 
 def test_no_usable_row_stops_the_run_with_the_first_reasons(tmp_path):
@@ -167,12 +184,7 @@ BAD_ROWS = {
         CHAT_PAIR | {"prompt": [USER | {"content": "\udc00"}]},
         '"prompt" holds half a surrogate pair at character 0',
     ),
-    "mixed": (
-        "pair",
-        PAIR,
-        PAIR | {"prompt": [USER]},
-        '"prompt" and "chosen" must both be strings or both be messages',
-    ),
+    "blank": ("pair", PAIR, PAIR | {"chosen": " \n"}, '"chosen" is empty: nothing but blanks'),
     "mixed sides": (
         "pair",
         {"chosen": "QA", "rejected": "QB"},
@@ -185,7 +197,6 @@ BAD_ROWS = {
         {"prompt": "R", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         '"prompt" is a string, and it is none of the turns that chosen and rejected share',
     ),
-    "nothing shared": ("pair", CHAT_PAIR, CHAT_PAIR | {"prompt": "Q"}, "the prompt has no turn"),
     "empty chosen": ("pair", PAIR, PAIR | {"chosen": ""}, '"chosen" is empty'),
     "empty rejected": ("pair", CHAT_PAIR, CHAT_PAIR | {"rejected": []}, '"rejected" is empty'),
     "empty message": (
@@ -266,9 +277,8 @@ BAD_ROWS = {
         {"instruction": "Q", "input": 3, "output": "A"},
         '"input" is a number, expected a string',
     ),
-    "label 1": ("labelled", LABELLED, LABELLED | {"label": 1}, '"label" is 1, a number; expected true or false'),
-    "label 0": ("labelled", LABELLED, LABELLED | {"label": 0}, '"label" is 0, a number; expected true or false'),
-    "label text": ("labelled", LABELLED, LABELLED | {"label": "true"}, "\"label\" is 'true', a string; expected"),
+    "label 2": ("labelled", LABELLED, LABELLED | {"label": 2}, '"label" is 2, a number; expected true or false'),
+    "label text": ("labelled", LABELLED, LABELLED | {"label": "maybe"}, "\"label\" is 'maybe', a string; expected"),
     "no label": ("labelled", LABELLED, LABELLED | {"label": None}, 'no value in "label"'),
     "no room": (
         "pair",
@@ -324,17 +334,20 @@ TEMPLATES = {
     "breaks the prefix": (
         "{% for m in messages %}[{{ m.content }}{{ '|last' if loop.last and m.content == 'R' }}]{% endfor %}",
         {"messages": [USER | {"content": "R"}, GOOD]},
-        'the chat template renders the prompt otherwise when "completion" follows: no true prefix',
+        'the chat template renders the prompt otherwise when "completion" follows: no true prefix'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
     "drops text": (
         "{% for m in messages %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}",
         {"messages": [USER, GOOD | {"content": "why</think>A"}]},
-        'the chat template drops or rewrites text of "completion"',
+        'the chat template drops or rewrites text of "completion": its reasoning (<think>...</think>)'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
     "renders nothing": (
         "{% for m in messages if m.content != 'nothing' %}{{ m.content }}{% endfor %}",
         {"messages": [USER | {"content": "nothing"}, GOOD]},
-        "the prompt is empty: it has no token",
+        'the chat template drops or rewrites the text of a "user" turn'
+        ". No argument of the template helps. Fix: give another --chat_template",
     ),
 }
 
@@ -356,7 +369,12 @@ def test_templates_may_trim_white_space(tmp_path):
 
 def test_the_summary_groups_rows_by_reason_and_says_how_many_it_leaves_out(tmp_path):
     rows = [PAIR, *[PAIR | {"chosen": ""}] * 4, PAIR | {"prompt": 1}, PAIR | {"prompt": 2.5}, [], "x"]
-    dataset = load_examples(write(tmp_path / "rows.json", rows), "pair", PLAIN, 64)
+    source = write(tmp_path / "rows.json", rows)
+    with pytest.raises(
+        DataError, match=r"8 of 9 rows cannot be used, more than max_skipped 0.5 allows:\n  rows.json:1: "
+    ):
+        load_examples(source, "pair", PLAIN, 64)
+    dataset = load_examples(source, "pair", PLAIN, 64, max_skipped=1)
     assert summarize_skipped(dataset, limit=2).splitlines() == [
         f"{tmp_path}/rows.json: 9 rows as prompt/chosen/rejected, 8 skipped",
         '  skipped rows.json:1, rows.json:2 and 2 more: "chosen" is empty',

@@ -123,8 +123,10 @@ def test_sft_then_resume_of_a_finished_run_changes_nothing(files, tmp_path, caps
     command += ["--max_steps", "2", "--save_steps", "2", "--learning_rate", "1e-2"]
     assert prefuse(*command) == 0
     before = {name: value.clone() for name, value in weights(run).items()}
+    files_before = {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*"))}
     assert prefuse(*command, "--resume") == 0
-    assert "resuming after step 2" in capsys.readouterr().out
+    assert "is finished (2 steps): there is nothing to resume" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*"))} == files_before
     assert all(bool((before[name] == value).all()) for name, value in weights(run).items())
 
 

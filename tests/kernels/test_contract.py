@@ -12,13 +12,12 @@ import torch
 import prefuse
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import NEEDS, check_head, evaluate, random_inputs
-from prefuse.kernels import slices as portable_tiles
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels import slices
 from prefuse.kernels.tiles import table as configs
 
 pytest.importorskip("triton")
 
-from prefuse.kernels.logprobs import launch as triton_head
+from prefuse.kernels import launch
 
 IMPLS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,7 +43,7 @@ def threads(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(slices, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
 
 
 # ---- a policy equal to its reference -------------------------------------------------------------
@@ -222,7 +221,7 @@ def test_a_log_ratio_of_1024_tokens_is_right_to_1e_4_nats(impl, d, v, device, mo
         def tile(kernel, chip, dtype, descriptors, d, v):
             return configs.Config(128, 256, 64, 8, 3, descriptors)
 
-        monkeypatch.setattr(triton_head, "choose", tile)
+        monkeypatch.setattr(launch, "choose", tile)
     policy = random_inputs(1024, d, v, torch.bfloat16, spread=3.0, device=on(impl, device))
 
     def near(x):
@@ -330,10 +329,10 @@ def test_a_backward_in_many_pieces_loses_no_digits(impl, device, monkeypatch):
     inputs = random_inputs(n, 16, v, torch.bfloat16, weight_dtype=torch.float32, device=on(impl, device))
     grad = torch.ones(n, device=inputs.hidden.device)
     whole = evaluate(head(impl), inputs, NEEDS["frozen trunk"], grad).grads["weight"]
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 1)
-    monkeypatch.setattr(triton_head, "SLICE", 32)
-    monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 32 * 2)
+    monkeypatch.setattr(slices, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(launch, "SLICE", 32)
+    monkeypatch.setattr(launch, "BUFFER_BYTES", 16 * 32 * 2)
     pieces = evaluate(head(impl), inputs, NEEDS["frozen trunk"], grad).grads["weight"]
     rounding = torch.finfo(torch.float32).eps * math.sqrt(n) * inputs.hidden.abs().max().item()
     assert (pieces - whole).abs().max().item() <= 2 * rounding

@@ -6,10 +6,8 @@ import torch
 import prefuse
 from memory import peak_bytes
 from prefuse.bench.truth.head_cases import random_inputs
-from prefuse.kernels import HeadOptions
-from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels import HeadOptions, slices
 from prefuse.kernels.cost import Cost, count_cost
-from prefuse.kernels.logprobs import portable
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 
 IMPLS = ["torch", "triton"]
@@ -84,8 +82,8 @@ def test_the_tiles_pass_memory_once_out_and_once_for_each_product(mode, device):
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (32, 64), "cuda": (32, 64)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 4 * 32 * 64)
+    monkeypatch.setattr(slices, "TILE", {"cpu": (32, 64), "cuda": (32, 64)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 4 * 32 * 64)
 
 
 def peak(mode, n, d, v, dtype=torch.float32) -> int:

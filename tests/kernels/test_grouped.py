@@ -7,8 +7,9 @@ import prefuse
 from prefuse import AOT, DPO, IPO, KTO, SFT, ChosenNLL, Mixture, SimPO, grouped
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import random_inputs
-from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels import HeadOptions, slices
 from prefuse.kernels.cost import count_cost
+from prefuse.kernels.logprobs.linear_logprobs import prepare
 
 IMPLS = ["torch", "triton"]
 LENGTHS = [7, 9, 1, 12, 30, 2, 0, 5, 16, 8, 3, 11]  # six pairs
@@ -21,7 +22,7 @@ HEAD = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.2}
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (TILE, 32), "cuda": (TILE, 32)})
+    monkeypatch.setattr(slices, "TILE", {"cpu": (TILE, 32), "cuda": (TILE, 32)})
 
 
 def room(rows, dtype=torch.float32, impl="torch", sums=False):
@@ -99,8 +100,8 @@ def test_the_float32_gradient_of_a_half_precision_weight_counts_against_the_work
     counted = []
     for workspace in (room(48), room(48, sums=True)):
         hidden, weight = inputs.leaves(("hidden", "weight")).hidden, inputs.weight.requires_grad_()
-        arguments = (workspace, hidden, weight, None, inputs.targets, prefuse.kernels.HeadOptions(), "torch")
-        counted.append(len(grouped.groups_within(*arguments, CU_SEQLENS, 2)))
+        call = prepare(hidden, weight, inputs.targets, None, HeadOptions(), (), "torch")
+        counted.append(len(grouped.split_in_groups(call, workspace, CU_SEQLENS, 2)))
     few, enough = counted
     assert few == 0
     assert enough > 1

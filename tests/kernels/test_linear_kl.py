@@ -14,10 +14,10 @@ import prefuse
 from largest_tensor import LargestTensor
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.kl_cases import NAMES, both_logits, check_kl, evaluate, exact, random_models
-from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels import slices
+from prefuse.kernels.gradients import Needs
 from prefuse.kernels.kl import portable as portable_kl
 from prefuse.kernels.kl.portable import Side
-from prefuse.kernels.logprobs import portable
 from prefuse.kernels.options import HeadOptions
 
 pytest.importorskip("triton")
@@ -59,13 +59,13 @@ def on(impl, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles, and a backward in several row blocks and slices, at sizes that take no time."""
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 2 * 8 * 16 * 4)
-    from prefuse.kernels.kl import launch as triton_kl
+    monkeypatch.setattr(slices, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 2 * 8 * 16 * 4)
+    from prefuse.kernels import launch
 
-    monkeypatch.setattr(triton_kl, "SLICE", 40)
-    monkeypatch.setattr(triton_kl, "BUFFER_BYTES", 20 * 40 * 4)
-    monkeypatch.setattr(triton_kl, "CAST_BYTES", 1)
+    monkeypatch.setattr(launch, "SLICE", 40)
+    monkeypatch.setattr(launch, "BUFFER_BYTES", 20 * 40 * 4)
+    monkeypatch.setattr(launch, "CAST_BYTES", 1)
 
 
 # ---- agreement with float64 ----------------------------------------------------------------------
@@ -552,16 +552,19 @@ def _rest(m):
 
 
 @pytest.mark.parametrize("impl", FUSED)
-@pytest.mark.parametrize("needs", [(True, True, False), (True, False, False)], ids=["trainable", "frozen head"])
+@pytest.mark.parametrize(
+    "needs", [Needs(True, True, False), Needs(True, False, False)], ids=["trainable", "frozen head"]
+)
 def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monkeypatch):
     """Called beneath the operators, where a dispatch mode sees every tensor that is made."""
+    from prefuse.kernels import launch
     from prefuse.kernels.kl import launch as triton_kl
 
     n, d, v = (130, 4, 500) if impl == "torch" else (66, 4, 300)
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 16 * 32 * 4)
-    monkeypatch.setattr(triton_kl, "SLICE", 64)
-    monkeypatch.setattr(triton_kl, "BUFFER_BYTES", 16 * 64 * 4)
+    monkeypatch.setattr(slices, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(launch, "SLICE", 64)
+    monkeypatch.setattr(launch, "BUFFER_BYTES", 16 * 64 * 4)
     m = random_models(n, d, v, device=on(impl, device))
     sides = Side(m.hidden, m.weight, None, HeadOptions()), Side(m.ref_hidden, m.ref_weight, None, HeadOptions())
     module = {"torch": portable_kl, "triton": triton_kl}[impl]
@@ -577,9 +580,9 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_a_frozen_head_costs_no_product_for_its_gradient(small_tiles, device, impl, monkeypatch):
-    from prefuse.kernels.kl import launch as triton_kl
+    from prefuse.kernels import launch
 
-    module = {"torch": portable_kl, "triton": triton_kl}[impl]
+    module = {"torch": slices, "triton": launch}[impl]
     results = []
 
     def counted(product):

@@ -11,8 +11,7 @@ import torch
 import prefuse
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_head, evaluate, random_inputs
-from prefuse.kernels import slices as portable_tiles
-from prefuse.kernels.logprobs import portable
+from prefuse.kernels import slices
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IMPLS = ["torch", "reference"]
@@ -37,8 +36,8 @@ def take(options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles, and a backward in several row blocks, at sizes that take no time."""
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 2 * 8 * 16 * 4)
+    monkeypatch.setattr(slices, "TILE", {"cpu": (8, 16), "cuda": (8, 16)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 2 * 8 * 16 * 4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -11,7 +11,8 @@ import prefuse
 from largest_tensor import LargestTensor
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import NEEDS, evaluate, random_inputs
-from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels import slices
+from prefuse.kernels.gradients import Needs
 from prefuse.kernels.logprobs import portable
 from prefuse.kernels.logprobs.portable import RowGrads
 from prefuse.kernels.options import HeadOptions
@@ -61,7 +62,7 @@ def test_the_forward_passes_opcheck(mode, impl, outputs, case, device):
     )
 
 
-EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT = (True, True, True), (True, False, False), (False, True, False)
+EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT = Needs(True, True, True), Needs(True, False, False), Needs(False, True, False)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,10 +81,10 @@ EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT = (True, True, True), (True, False, False),
 )
 def test_the_backward_passes_opcheck(impl, needs, entropy, mode, case, device):
     x = op_inputs(impl, device, case)
-    _, lse, q, extra, _, stash, share = ops.linear_logprobs_forward(
+    _, lse, q, extra, _, stash, scale = ops.linear_logprobs_forward(
         x.hidden, x.weight, x.bias, x.targets, *SCALARS, "entropy", mode, impl
     )
-    stashed = (stash, share) if mode == "stash" else (None, None)
+    stashed = (stash, scale) if mode == "stash" else (None, None)
     grad = torch.randn_like(lse)
     of_entropy = (grad, extra[0]) if entropy else (None, None)
     torch.library.opcheck(
@@ -282,13 +283,14 @@ def test_the_reference_has_second_derivatives():
 @pytest.mark.parametrize("needs", [EVERYTHING, ONLY_HIDDEN])
 def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monkeypatch):
     """Called beneath the operators, where a dispatch mode sees every tensor that is made."""
+    from prefuse.kernels import launch
     from prefuse.kernels.logprobs import launch as triton_head
 
     n, d, v = (130, 3, 500) if impl == "torch" else (66, 3, 300)
-    monkeypatch.setattr(portable_tiles, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
-    monkeypatch.setattr(portable, "BUFFER_BYTES", 16 * 32 * 4)
-    monkeypatch.setattr(triton_head, "SLICE", 64)
-    monkeypatch.setattr(triton_head, "BUFFER_BYTES", 16 * 64 * 4)
+    monkeypatch.setattr(slices, "TILE", {"cpu": (16, 32), "cuda": (16, 32)})
+    monkeypatch.setattr(slices, "BUFFER_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(launch, "SLICE", 64)
+    monkeypatch.setattr(launch, "BUFFER_BYTES", 16 * 64 * 4)
     x = random_inputs(n, d, v, device=device if impl == "triton" else "cpu")
     module = {"torch": portable, "triton": triton_head}[impl]
     mode = "frozen" if needs == ONLY_HIDDEN else "lean"
@@ -296,7 +298,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     with LargestTensor() as watch:
         made = module.forward(x.hidden, x.weight, None, x.targets, options, mode=mode)
         row = RowGrads(torch.ones_like(made.lse), made.lse, made.q, None, None)
-        module.backward(x.hidden, x.weight, None, x.targets, row, options, (*needs[:2], False))
+        module.backward(x.hidden, x.weight, None, x.targets, row, options, needs._replace(bias=False))
     # The head itself, its gradient, and tiles; all logits would be n * v.
     assert watch.largest <= 4 * max(v * d, 16 * 64) < n * v
     assert math.prod(made.logps.shape) == n

@@ -7,7 +7,6 @@ in a shuffled order.
 import contextlib
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ pytest.importorskip("triton")
 import triton
 
 from aot_worker import compiling_processes
+from prefuse.kernels import checks
 from prefuse.kernels.preference import launch as triton_tail
 from prefuse.kernels.preference import tail
 from prefuse.kernels.tiles.shipped import TAIL_VARIANTS, compile_tail
@@ -702,8 +702,7 @@ def test_a_training_step_compiles_without_a_graph_break(loss, given, device, mon
     """So nothing is taken off the device on the way, either. On a GPU as it is; elsewhere a graph cannot ask whether
     the interpreter is on, so that is answered beforehand."""
     if not torch.cuda.is_available():
-        for module in ("prefuse.preference", "prefuse.kernels.logprobs.linear_logprobs"):
-            monkeypatch.setattr(sys.modules[module], "_resolve", lambda impl, x: impl)
+        monkeypatch.setattr(checks, "resolve", lambda impl, x: impl)
     arguments = batch(loss, [3, 1, 5, 2], device)
     del arguments["logps"]
     if given != "numbers":

@@ -25,8 +25,7 @@ from prefuse.kernels.tiles.table import Config, Row, choose, read, trial
 
 pytest.importorskip("triton")
 
-from prefuse.kernels.kl import launch as triton_kl
-from prefuse.kernels.logprobs import launch as triton_head
+from prefuse.kernels import launch
 from prefuse.kernels.tiles.aot import CHIPS
 from prefuse.kernels.tiles.shipped import users
 
@@ -281,7 +280,7 @@ def test_a_tile_does_not_depend_on_the_number_of_rows(monkeypatch, device):
         asked[-1].add((args, choose(*args)))
         return choose(*args)
 
-    monkeypatch.setattr(triton_head, "choose", spy)
+    monkeypatch.setattr(launch, "choose", spy)
     head = functools.partial(prefuse.linear_logprobs, impl="triton")
     for n in (1, 16, 50):
         asked.append(set())
@@ -305,7 +304,7 @@ def test_a_bounded_row_runs_from_its_bound_on_and_right(monkeypatch):
         asked[kernel, args[-2:]] = choose(kernel, *args)
         return asked[kernel, args[-2:]]
 
-    monkeypatch.setattr(triton_head, "choose", spy)
+    monkeypatch.setattr(launch, "choose", spy)
     head = functools.partial(prefuse.linear_logprobs, impl="triton")
     rows = [interpreter_row(kernel, (32, 64, 32), 24, 60) for kernel in configs.KERNELS]
     with trial(*rows):
@@ -634,8 +633,7 @@ def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
         assert len(mine) == 1
         return {SMALL_TILES[0]: 1.1, SMALL_TILES[1]: 1.0}.get(mine.pop(), 1.2)
 
-    for module in (triton_head, triton_kl):
-        monkeypatch.setattr(module, "choose", spy)
+    monkeypatch.setattr(launch, "choose", spy)
     tuned = tune.tune_kernel(kernel, head, SMALL_TILES, timer=timer)
     assert [x.out for x in tuned.entrants] == ["", "", ""]
     assert [x.ms for x in tuned.entrants] == [[1.2] * 2, [1.1] * 2, [1.0] * 2]

@@ -16,7 +16,7 @@ from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, OPTIONS, check_h
 
 pytest.importorskip("triton")
 
-from prefuse.kernels.logprobs import launch as triton_head
+from prefuse.kernels import launch
 
 head = functools.partial(prefuse.linear_logprobs, impl="triton")
 SCALARS = {name: value for name, value in EVERY_OPTION.items() if name != "bias"}
@@ -30,9 +30,9 @@ else:
 @pytest.fixture
 def small_slices(monkeypatch):
     """A backward of several vocabulary slices, not all of whole tiles, times several row blocks; casts in pieces."""
-    monkeypatch.setattr(triton_head, "SLICE", 40)
-    monkeypatch.setattr(triton_head, "BUFFER_BYTES", 20 * 40 * 4)
-    monkeypatch.setattr(triton_head, "CAST_BYTES", 1)
+    monkeypatch.setattr(launch, "SLICE", 40)
+    monkeypatch.setattr(launch, "BUFFER_BYTES", 20 * 40 * 4)
+    monkeypatch.setattr(launch, "CAST_BYTES", 1)
 
 
 # One of each; less than, exactly and one more than a tile on each axis; several with and without a rest; fewer tiles

@@ -48,7 +48,7 @@ def jobs(chips: list) -> list[tuple]:
 
 def compiled(job: tuple) -> tuple[str, dict]:
     """Its key, and what the compiler made of it. Runs where Triton's interpreter is off."""
-    from prefuse.kernels import aot, shipped
+    from prefuse.kernels.tiles import aot, shipped
     from prefuse.kernels.tiles.table import chip_name
 
     seen = []
@@ -73,7 +73,7 @@ def compiled(job: tuple) -> tuple[str, dict]:
 
 def code(made) -> str:
     """sha256 of the instructions."""
-    from prefuse.kernels import aot
+    from prefuse.kernels.tiles import aot
 
     if "cubin" in made.kernel.asm:
         lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*?;", aot._disassemble(made.kernel.asm["cubin"]), re.MULTILINE)

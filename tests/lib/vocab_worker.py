@@ -12,7 +12,7 @@ import prefuse
 import strict_interpreter
 from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import EVERY_OPTION, NEEDS, check_head, evaluate, random_inputs
-from prefuse.kernels import slices as portable_tiles
+from prefuse.kernels import slices
 
 N, D, V = 37, 24, 70
 SHARDS = {1: [70], 2: [31, 39], 3: [9, 1, 60]}  # rows of the weight on each rank
@@ -119,7 +119,7 @@ def main(rank: int, ranks: int, store: str, impl: str) -> None:
     strict_interpreter.install()  # with TRITON_INTERPRET=1, before the kernels are imported
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    portable_tiles.TILE = {"cpu": (16, 32), "cuda": (16, 32)}
+    slices.TILE = {"cpu": (16, 32), "cuda": (16, 32)}
     for check in (check_values_and_gradients, check_bits, check_losses, check_errors):
         check(impl)
         if rank == 0:

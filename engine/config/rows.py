@@ -1,0 +1,77 @@
+"""Settings of how rows are read where their columns do not say it: which column is what, verdicts, scores, mixtures."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from prefuse.engine.config.setting import EVERY, Rule, Topic, setting
+from prefuse.engine.errors import UserError
+
+NUMBER = Rule("a number", lambda value: value == value)
+
+
+@dataclass(frozen=True)
+class RowSettings(Topic):
+    title: ClassVar[str] = "Rows (docs/data.md)"
+    commands: ClassVar[tuple[str, ...]] = EVERY
+
+    # A resumed run compares its rows by their tokens, so how they were read may differ.
+    columns: str | None = setting(
+        None,
+        "Which column is what, as in prompt=question,chosen=better,rejected=worse,unused=notes. Roles: prompt, input, "
+        "system, history, messages, completion, chosen, rejected, first, second, verdict, answers, scores, label, "
+        "score, text, tools, chat_template_kwargs, unused.",
+        may_differ=True,
+    )
+    verdict_column: str | None = setting(
+        None, "Of several columns that say which of two answers is better, this one.", may_differ=True
+    )
+    verdict_first: str | None = setting(
+        None,
+        "Its values that prefer the first of the two answers, separated by commas: --verdict_first=-3,-2,-1.",
+        may_differ=True,
+    )
+    score_column: str | None = setting(
+        None, "Of several columns of scores (or keys of answers), the one that counts.", may_differ=True
+    )
+    good_from: float | None = setting(
+        None, "Answers with this score or a higher one are good (kto, sft).", rule=NUMBER, may_differ=True
+    )
+    bad_to: float | None = setting(
+        None,
+        "Answers with this score or a lower one are bad; those between are set aside and counted.",
+        rule=NUMBER,
+        may_differ=True,
+    )
+    pairs: Literal["best_worst", "all", "best_vs_random"] = setting(
+        "best_worst",
+        "Which pairs a list of scored answers gives: the best against the worst, each against each that is worse, or "
+        "the best against one of the others.",
+        may_differ=True,
+    )
+    max_skipped: float = setting(
+        0.5,
+        "The run stops where more than this share of the rows cannot be used.",
+        rule=Rule("in [0, 1]", lambda value: 0 <= value <= 1),
+        may_differ=True,
+    )
+    dataset_config: str | None = setting(
+        None, "Of a dataset with several configurations, the one to read.", may_differ=True
+    )
+    datasets: list[str] | list[dict] | None = setting(
+        None,
+        "A mixture in place of dataset_name, as in TRL: a list of {path, name, split, columns, fraction}; on the "
+        "command line a.jsonl b.jsonl, or path=a.jsonl,fraction=0.7 path=b.jsonl,fraction=0.3. Fractions are shares of "
+        "the whole, which is as large as no row twice allows.",
+        may_differ=True,
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """What `load_examples` takes of it."""
+        names = "columns", "verdict_column", "verdict_first", "score_column", "good_from", "bad_to", "pairs"
+        return {name: getattr(self, name) for name in (*names, "dataset_config", "seed")}
+
+    def check(self, command: str) -> None:
+        if self.good_from is not None and self.bad_to is not None and not self.bad_to < self.good_from:
+            raise UserError(f"bad_to {self.bad_to:g} must be below good_from {self.good_from:g}")
+        if self.datasets and self.dataset_name:
+            raise UserError("dataset_name and datasets are both given: a run reads one set or one mixture")

@@ -1,0 +1,95 @@
+"""Sides that begin with their prompt: where the prompt ends.
+
+Turns: the prompt is the turns that both sides share. Strings, in this order:
+
+1. Transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."): behind the last marker of the assistant.
+2. Behind the last line break, label ("A:") or question mark in what both sides share.
+3. Behind the last whole word that both sides share, as in "The sky is| blue." and "The sky is| green."
+
+So it is never inside a word, and inside an answer only where nothing in the text says where the answer begins;
+how often that was so is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from prefuse.engine.data.records import BadRow, Message
+
+ROLE_NAMES = r"(?:Assistant|ASSISTANT|assistant|AI|Bot|GPT|Model|Response|RESPONSE|Answer|ANSWER)"
+MARKER = re.compile(
+    rf"(?:^|\n)[ \t]*(?:\#+ *)?{ROLE_NAMES} *:"  # "Assistant:", "### Response:"
+    r"|<\|im_start\|>assistant\n|<\|assistant\|>\n?|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+    r"|<start_of_turn>model\n|\[/INST\]"
+)
+LABEL = re.compile(r"(?:^|\n)[ \t]*(?:\#+ *)?\w[\w ]{0,20}:(?=\s|$)")
+SPEAKERS = re.compile(rf"(?:^|\n)[ \t]*(?:\#+ *)?(?:{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question) *:")
+GUESSED = "prompts are what both sides share up to a whole word, for no mark says where the answer begins"
+
+
+def is_transcripts(chosen: list[object], rejected: list[object]) -> bool:
+    """Whether (nearly) all values of both columns have an assistant's marker."""
+    texts = [text for text in [*chosen, *rejected] if isinstance(text, str)]
+    marked = sum(MARKER.search(text) is not None for text in texts)
+    return bool(texts) and marked >= 0.9 * len(texts)
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected), cut behind the last marker."""
+    ends = []
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        markers = list(MARKER.finditer(text))
+        if not markers:
+            raise BadRow(f'"{side}" has no assistant\'s turn, as the transcripts of other rows have')
+        ends.append(markers[-1].end())
+    if chosen[: ends[0]] != rejected[: ends[1]]:
+        raise BadRow("chosen and rejected differ before the last turn")
+    return chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :]
+
+
+def split_strings(chosen: str, rejected: str, notes: Counter[str]) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of strings without markers."""
+    shorter = min(len(chosen), len(rejected))
+    differing = (i for i in range(shorter) if chosen[i] != rejected[i])
+    shared = next(differing, max(0, shorter - 1))  # where one is the start of the other, both keep its end
+    cut = _structural_end(chosen[:shared])
+    if cut is None:
+        cut = _last_word_end(chosen, rejected, shared)
+        notes[GUESSED] += cut > 0
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _structural_end(shared: str) -> int | None:
+    """Behind the last line break, label or question mark, white space left to the answer (line breaks aside)."""
+    ends = [match.end() for match in LABEL.finditer(shared)]
+    ends += [match.end() for match in re.finditer(r"\n+|\?(?=\s)", shared)]
+    return max(ends, default=None)
+
+
+def _last_word_end(chosen: str, rejected: str, shared: int) -> int:
+    """The end of the last word that both sides have whole, before the blank behind it."""
+    while shared and not all(text[shared : shared + 1].isspace() for text in (chosen, rejected)):
+        shared -= 1
+    return shared
+
+
+def split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The turns that both share, as in TRL's `extract_prompt`, and what follows them on each side."""
+    shorter = min(len(chosen), len(rejected))
+    differing = (i for i in range(shorter) if chosen[i] != rejected[i])
+    shared = next(differing, max(0, shorter - 1))
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def turns_of_transcript(prompt: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; a prompt without markers is one user turn."""
+    marks = list(SPEAKERS.finditer(prompt))
+    if not marks or prompt[: marks[0].start()].strip():
+        return [{"role": "user", "content": prompt}]
+    ends = [*(mark.start() for mark in marks[1:]), len(prompt)]
+    turns = []
+    for mark, end in zip(marks, ends, strict=True):
+        role = "assistant" if MARKER.fullmatch(mark.group()) else "user"
+        turns.append({"role": role, "content": prompt[mark.end() : end].strip()})
+    return turns if turns[-1]["content"] else turns[:-1]  # the open turn of the assistant

@@ -1,0 +1,96 @@
+"""The first look at a source: the columns of its first rows, and the kinds of values in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefuse.engine.data.forms.names import plain
+from prefuse.engine.data.records import DataError
+
+FIRST_ROWS = 1000
+
+
+@dataclass
+class Look:
+    """`values`: {column: what its rows hold, nulls left out}. A column that a form has taken is in `used`."""
+
+    source: str
+    rows: int
+    values: dict[str, list[Any]]
+    used: set[str] = field(default_factory=set)
+
+    def find(self, *names: str) -> str | None:
+        """The first of these names that is an unused column, as the source spells it."""
+        free = {plain(column): column for column in reversed(self.values) if column not in self.used}
+        return next((free[name] for name in names if name in free), None)
+
+    def find_all(self, *names: str) -> list[str]:
+        free = {plain(column): column for column in reversed(self.values) if column not in self.used}
+        return [free[name] for name in names if name in free]
+
+    def all_are(self, column: str | None, *kinds: type) -> bool:
+        """Whether the column has values and (nearly) all are of these types: a broken row or two do not decide."""
+        values = self.values.get(column or "", [])
+        fitting = sum(
+            isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds) for value in values
+        )
+        return bool(values) and fitting >= 0.5 * len(values)
+
+    def is_text(self, column: str | None) -> bool:
+        """Strings, or turns, or something that is meant to be one of them."""
+        return self.all_are(column, str, list, dict)
+
+    def is_numbers(self, column: str | None) -> bool:
+        return self.all_are(column, int, float)
+
+
+def first_look(source: str, rows: list[tuple[str, Any]]) -> Look:
+    values: dict[str, list[Any]] = {}
+    for _, row in rows:
+        if isinstance(row, dict):
+            for column, value in row.items():
+                known = values.setdefault(column, [])
+                if value is not None:
+                    known.append(value)
+    return Look(source, len(rows), values)
+
+
+def holds_text(value: Any, depth: int = 6) -> bool:
+    """Whether there are words in it; ids, numbers, empty lists and the like are none."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if depth and isinstance(value, dict):
+        return any(holds_text(part, depth - 1) for part in value.values())
+    if depth and isinstance(value, list):
+        return any(holds_text(part, depth - 1) for part in value)
+    return bool(value) and not isinstance(value, int | float | bool)  # bytes of an image, and what else there may be
+
+
+ROLES = (
+    "prompt", "input", "system", "history", "messages", "completion", "chosen", "rejected", "first", "second",
+    "verdict", "answers", "scores", "label", "score", "text", "tools", "chat_template_kwargs", "unused",
+)  # fmt: skip
+
+
+def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str, list[str]]:
+    """{role: columns} of "prompt=question,unused=notes" or of {"prompt": "question"}; checked."""
+    if not columns:
+        return {}
+    if isinstance(columns, str):
+        parts = [part.partition("=") for part in columns.split(",") if part.strip()]
+        pairs = [(role.strip(), column.strip()) for role, _, column in parts]
+    else:
+        pairs = [
+            (role, name) for role, value in columns.items() for name in ([value] if isinstance(value, str) else value)
+        ]
+    named: dict[str, list[str]] = {}
+    for role, column in pairs:
+        if role not in ROLES or not column:
+            raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
+        if column not in look.values:
+            raise DataError(f'{look.source}: --columns names "{column}", and its columns are {", ".join(look.values)}')
+        if role in named and role != "unused":
+            raise DataError(f"--columns names {role} twice")
+        named.setdefault(role, []).append(column)
+    return named

@@ -1,0 +1,103 @@
+"""The names that columns have in the wild, and what they mean. Names are compared as `plain` writes them."""
+
+from __future__ import annotations
+
+import re
+
+
+def plain(name: str) -> str:
+    """ "Chosen Response", "chosenResponse" and "chosen-response" are "chosen_response"."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
+    return re.sub(r"[^0-9a-z]+", "_", snake.lower()).strip("_")
+
+
+PROMPTS = (
+    "prompt", "question", "query", "instruction", "request", "brief", "problem", "user_prompt", "user_query",
+    "user_input", "user_message", "input",
+)  # fmt: skip
+CONVERSATIONS = ("messages", "conversations", "conversation", "contents", "dialog", "dialogue")
+INPUTS = ("input", "instruction_input")  # below an instruction
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
+HISTORIES = ("history", "chat_history")
+ANSWERS = ("completion", "response", "answer", "output", "reply", "generation", "model_output", "assistant")
+TOOLS = ("tools",)
+TEMPLATE_SETTINGS = ("chat_template_kwargs",)
+
+# Two sides, the better one first: a word alone, or before or behind a noun ("chosen_response", "answer_rejected").
+SIDE_WORDS = (
+    ("chosen", "rejected"), ("preferred", "non_preferred"), ("preferred", "dispreferred"), ("preferred", "rejected"),
+    ("preferred", "other"), ("accepted", "rejected"), ("winner", "loser"), ("winning", "losing"), ("win", "lose"),
+    ("good", "bad"), ("better", "worse"), ("best", "worst"), ("positive", "negative"), ("pos", "neg"), ("w", "l"),
+)  # fmt: skip
+NOUNS = (
+    "response", "answer", "output", "completion", "message", "messages", "text", "conversation", "conversations",
+    "reply", "generation", "summary", "y",
+)  # fmt: skip
+# Two answers, nobody knows which is better: the suffixes of their names.
+SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("j", "k"), ("left", "right"), ("first", "second"))
+STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "assistant", "chat", "model")
+
+VERDICTS = (
+    "label", "winner", "preference", "preferred", "choice", "chosen", "better", "better_response_id", "better_response",
+    "better_answer", "verdict", "vote", "human_preference", "overall_preference", "preferred_response", "judgment",
+    "safer_response_id", "selected",
+)  # fmt: skip
+VOTES = ("votes", "preferences", "labels", "annotations")  # verdicts of several annotators
+LABELS = (
+    "label", "kto_tag", "labels", "thumb", "thumbs", "feedback", "is_good", "good", "liked", "is_positive", "desirable",
+    "is_desirable", "accepted", "is_correct", "correct", "vote", "reaction", "upvoted",
+)  # fmt: skip
+SCORES = ("score", "rating", "overall_score", "overall_rating", "stars", "reward", "quality", "helpfulness")
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # the first counts
+ANSWER_LISTS = (
+    "completions", "responses", "answers", "candidates", "outputs", "generations", "choices", "replies",
+    "all_responses",
+)  # fmt: skip
+SCORE_LISTS = ("scores", "rewards", "ratings", "rankings", "ranks", "rank", "ranking", "score", "reward", "rating")
+BEST_INDEX = ("chosen_index", "best_index", "chosen_idx", "best", "preferred_index", "label")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
+
+# Columns that say something about a row and are no part of it. Whole names, then the ends of names.
+METADATA = {
+    "annotations", "annotator", "annotators", "author", "category", "categories", "comment", "comments", "created",
+    "correct_answers", "critique", "data_source", "dataset", "date", "difficulty", "domain", "file", "files", "hash",
+    "hash_id", "id", "idx", "incorrect_answers", "index", "info", "judge", "judgement", "justification", "lang",
+    "language", "license", "link", "meta", "metadata", "model", "models", "name_of_source", "note", "notes", "origin",
+    "path", "principle", "rater", "sha", "source", "sources", "split", "state", "status", "subject", "subset",
+    "subtopic", "tag", "tags", "task", "task_type", "time", "timestamp", "topic", "topics", "turn", "turns", "type",
+    "url", "urls", "user", "uuid", "version", "title", "key", "instruction_source", "good_natured",
+}  # fmt: skip
+METADATA_ENDS = (
+    "_id", "_ids", "_uuid", "_hash", "_model", "_models", "_model_name", "_source", "_lang", "_language", "_date",
+    "_time", "_timestamp", "_at", "_type", "_category", "_url", "_name", "_version", "_idx", "_index", "_score",
+    "_scores", "_rating", "_ratings", "_tags", "_meta", "_metadata", "_annotator", "_path",
+)  # fmt: skip
+METADATA_STARTS = ("model_", "score_", "rating_", "meta_", "metadata_", "source_", "annotator_")
+
+
+def is_metadata(column: str) -> bool:
+    name = plain(column)
+    return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS) or not name
+
+
+def side_names() -> list[tuple[str, str]]:
+    """All the names that the two sides of a pair can have, the better one first."""
+    names = [("chosen", "rejected")]
+    for good, bad in SIDE_WORDS:
+        if good != "w":
+            names.append((good, bad))
+        for noun in NOUNS:
+            names += [(f"{good}_{noun}", f"{bad}_{noun}"), (f"{noun}_{good}", f"{noun}_{bad}")]
+    return names
+
+
+def answer_names() -> list[tuple[str, str, str, str]]:
+    """(first name, second name, first suffix, second suffix) of two answers beside each other."""
+    names = []
+    for stem in STEMS:
+        for first, second in SUFFIXES:
+            names.append((f"{stem}_{first}", f"{stem}_{second}", first, second))
+            names.append((f"{stem}{first}", f"{stem}{second}", first, second))
+            if not first.isdigit():
+                names.append((f"{first}_{stem}", f"{second}_{stem}", first, second))
+    return names

@@ -1,0 +1,173 @@
+"""A prompt and a list of answers with scores or ranks: pairs by a stated rule (`--pairs`).
+
+best_worst: the best answer against the worst; best_vs_random: against one of the others; all: each answer against each
+that is worse. Of answers that tie at the top the first is the best one, of those at the bottom the last is the worst;
+two answers with one score are never a pair.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
+from prefuse.engine.data.forms.look import Look
+from prefuse.engine.data.forms.names import ANSWER_LISTS, BEST_INDEX, SCORE_LISTS, plain
+from prefuse.engine.data.forms.pairs import pair
+from prefuse.engine.data.forms.prompts import find_prompt
+from prefuse.engine.data.forms.turns import read_text
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Text
+
+TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")
+SCORE_KEYS = ("overall_score", "score", "rating", "reward", "rank", "ranking")
+Scored = tuple[Any, float]  # an answer as it stands, and how good it is: more is better
+
+
+def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
+    column = named["answers"][0] if "answers" in named else _answer_list(look)
+    if column is None:
+        return None
+    look.used.add(column)
+    scores = named["scores"][0] if "scores" in named else _score_list(look, column, options)
+    best = None if scores else look.find(*BEST_INDEX)
+    if best and not look.is_numbers(best):
+        best = None
+    look.used |= {name for name in (scores, best) if name}
+    key = None if scores or best else _score_key(look, column, options)
+    prompt = find_prompt(look, named)
+    if prompt is None:
+        return None
+    if not (scores or best or key):
+        raise DataError(
+            f'{look.source}: "{column}" is a list of answers, and nothing says which is better: no list of numbers '
+            f"beside it ({', '.join(SCORE_LISTS)}), no key of numbers in it ({', '.join(SCORE_KEYS)}). "
+            "Fix: --columns scores=NAME, or --score_column KEY"
+        )
+    notes: Counter[str] = Counter()
+
+    def read(name: str, row: Row) -> Iterable[Record]:
+        answers = row[column]
+        if not isinstance(answers, list):
+            raise BadRow(f'"{column}" must be a list of answers')
+        goodness = _goodness(answers, row, column, scores, best, key)
+        scored = [(_text_of(answer, column), good) for answer, good in zip(answers, goodness, strict=True)]
+        yield from pairs_of(name, prompt.read(row), scored, options, notes)
+
+    became = [*prompt.became, (column, "answers")]
+    if scores or best:
+        became.append((scores or best or "", "scores" if scores else "index of the best answer"))
+    elif key:
+        became[-1] = (column, f"answers, by their {key}")
+    return Form(
+        "pair", "/".join([prompt.text, column, *filter(None, (scores, best))]),
+        (prompt.text, column, *filter(None, (scores, best))), tuple(became), read, prompt.read,
+        as_turns=prompt.as_turns, optional=tuple(prompt.optional), tally=Tally(notes),
+    )  # fmt: skip
+
+
+def pairs_of(
+    name: str, prompt: Text, scored: list[Scored], options: ReadOptions, notes: Counter[str], lower: bool = False
+) -> Iterable[Record]:
+    """The pairs that a list of answers gives. Their names say which answers they are: "rows.json:3 (0 over 2)"."""
+    if len(scored) < 2:
+        raise SetAside("one answer: nothing to compare it with")
+    values = [value for _, value in scored]
+    if max(values) == min(values):
+        raise SetAside("a tie: all its answers have one score")
+    for better, worse in _chosen_pairs(values, options, name):
+        (chosen, high), (rejected, low) = scored[better], scored[worse]
+        numbers = {"chosen": float(high), "rejected": float(low)}
+        place = f"{name} ({better} over {worse})" if options.pairs == "all" else name
+        notes["pairs from lists of answers"] += 1
+        yield pair(place, prompt, chosen, rejected, notes, scores=numbers)
+    notes[f"answers in no pair (--pairs {options.pairs})"] += len(scored) - 2 if options.pairs != "all" else 0
+
+
+def _chosen_pairs(values: list[float], options: ReadOptions, name: str) -> list[tuple[int, int]]:
+    if options.pairs == "all":
+        indices = range(len(values))
+        return [(i, j) for i in indices for j in indices if values[i] > values[j]]
+    best = values.index(max(values))
+    if options.pairs == "best_vs_random":
+        worse = [i for i, value in enumerate(values) if value < values[best]]
+        return [(best, random.Random(f"{options.seed} {name}").choice(worse))]
+    return [(best, len(values) - 1 - values[::-1].index(min(values)))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which columns, and what their numbers mean
+
+
+def _answer_list(look: Look) -> str | None:
+    for column in look.find_all(*ANSWER_LISTS):
+        lists = [value for value in look.values[column] if isinstance(value, list)]
+        if look.all_are(column, list) and any(isinstance(part, str | dict) for value in lists for part in value):
+            return column
+    return None
+
+
+def _score_list(look: Look, answers: str, options: ReadOptions) -> str | None:
+    found = look.find_all(*SCORE_LISTS)
+    found = [column for column in found if look.all_are(column, list)]
+    if options.score_column:
+        return options.score_column if options.score_column in look.values else None
+    if len(found) > 1:
+        raise DataError(
+            f"{look.source}: {' and '.join(found)} may each say how good the answers are. "
+            f"Fix: --columns scores={found[0]}"
+        )
+    return found[0] if found else None
+
+
+def _score_key(look: Look, column: str, options: ReadOptions) -> str | None:
+    """The key of the answers' own numbers."""
+    objects = [
+        part for value in look.values[column] if isinstance(value, list) for part in value if isinstance(part, dict)
+    ]
+    keys = {plain(key): key for answer in reversed(objects) for key in answer}
+    for key in [options.score_column] if options.score_column else SCORE_KEYS:
+        spelled = keys.get(plain(key))
+        if spelled is not None and any(_number(answer.get(spelled)) is not None for answer in objects):
+            return spelled
+    return None
+
+
+def _goodness(
+    answers: list[Any], row: Row, column: str, scores: str | None, best: str | None, key: str | None
+) -> list[float]:
+    """One number for each answer, more is better."""
+    if best:
+        index = _number(row[best])
+        if index is None or index != int(index) or not 0 <= index < len(answers):
+            raise BadRow(f'"{best}" is {row[best]!r:.40}, no index of {len(answers)} answers')
+        return [float(i == index) for i in range(len(answers))]
+    name = scores or key or ""
+    found = row[scores] if scores else [part.get(key) if isinstance(part, dict) else None for part in answers]
+    if not isinstance(found, list) or len(found) != len(answers):
+        raise BadRow(f'"{name}" must be a list of {len(answers)} numbers, one for each answer')
+    numbers = [_number(value) for value in found]
+    if None in numbers:
+        raise BadRow(f'an answer of "{column}" has no number for "{name}"')
+    return [-number if "rank" in plain(name) else number for number in numbers]  # type: ignore[operator, misc]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if number == number and abs(number) != float("inf") else None
+
+
+def _text_of(answer: Any, column: str) -> Text:
+    """An answer as text or turns."""
+    if isinstance(answer, dict) and "role" not in answer and "from" not in answer:
+        key = next((key for key in TEXT_KEYS if answer.get(key) is not None), None)
+        if key is None:
+            raise BadRow(f'an answer of "{column}" has no text ({", ".join(TEXT_KEYS)})')
+        answer = answer[key]
+    return read_text(answer, column)

@@ -1,0 +1,125 @@
+"""Named rows -> records, as they come, with every bad row kept as a named `Skipped`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from prefuse.engine.data.forms.detect import detect_form, unused_text
+from prefuse.engine.data.forms.form import Form, ReadOptions
+from prefuse.engine.data.forms.gathered import attempt
+from prefuse.engine.data.forms.look import FIRST_ROWS, first_look, holds_text
+from prefuse.engine.data.forms.mixture import mixed_form, parts_of, sources_of
+from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, describe
+from prefuse.engine.data.sources import Source, open_source
+from prefuse.engine.data.turns import parsed, read_tools
+
+
+class Reading(NamedTuple):
+    outcomes: Iterator[Record | Skipped]  # can be gone through once; then `form.tally` is whole
+    form: Form
+    ignored: list[str]  # columns that are not used
+
+
+def read_records(
+    source: str | Sequence[Any], kind: str, split: str = "train", options: ReadOptions | None = None
+) -> Reading:
+    """The rows of a source as records (or `Skipped`), in order; the first rows say in which form they are.
+
+    `source`: a path or a hub name, or the `datasets` of a mixture (see mixture.py).
+    Raises DataError for a source that cannot be read, whose columns are not understood, or that has columns with text
+    that nothing uses.
+    """
+    options = options or ReadOptions()
+    if isinstance(source, str):
+        return read_source(open_source(source, split, options.dataset_config), kind, options)
+    readings = [read_source(part, kind, options) for part in sources_of(parts_of(source), split)]
+    ignored = list(dict.fromkeys(column for reading in readings for column in reading.ignored))
+    outcomes = itertools.chain.from_iterable(reading.outcomes for reading in readings)
+    return Reading(outcomes, mixed_form([reading.form for reading in readings]), ignored)
+
+
+def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
+    """The same for one source that is open."""
+    rows = source.rows()
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    look = first_look(source.name, first)
+    if not first:
+        raise DataError(f"{source.name} has no rows")
+    if not look.values:
+        reasons = "\n".join(f"  {name}: {_problem(row)}" for name, row in first[:5])
+        raise DataError(f"{source.name}: none of its {len(first)} rows is an object with columns:\n{reasons}")
+    form = detect_form(look, kind, options)
+    ignored = [column for column in look.values if column not in form.used]
+    checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
+    return Reading(_outcomes(checked, form, kind), form, ignored)
+
+
+def _problem(row: Any) -> str:
+    return str(row) if isinstance(row, BadRow) else f"the row is {describe(row)}, expected an object"
+
+
+def _checked(
+    rows: Iterator[tuple[str, Any]], source: Source, form: Form, kind: str, ignored: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """Counts the rows, and stops where one has text in a column that was empty or absent in the first rows."""
+    harmless = form.used | {column for column in ignored if is_metadata(column)}
+    for name, row in rows:
+        form.tally.rows += 1
+        if isinstance(row, dict) and not harmless.issuperset(row):
+            if bad := _bad_name(row):
+                yield name, bad
+                continue
+            for column in row:
+                if column in harmless or not holds_text(row[column]):
+                    continue
+                if column not in ignored and is_metadata(column):
+                    harmless.add(column)
+                elif column not in ignored or form.tally.rows > FIRST_ROWS:
+                    raise DataError(unused_text(source.name, column, form, kind, name))
+        yield name, row
+
+
+def _bad_name(row: dict[str, Any]) -> BadRow | None:
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return BadRow("the name of a column holds half a surrogate pair, not a Unicode text")
+    return None
+
+
+def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterator[Record | Skipped]:
+    if form.gather is not None and kind != "prompt":
+        yield from form.gather(rows)
+        return
+
+    has_extras = any((*form.extras, form.nested_tools))
+
+    def read(name: str, row: dict[str, Any]) -> list[Record]:
+        if kind == "prompt" and form.prompt is not None:
+            records = [Record(name, form.prompt(row), {})]
+        else:
+            records = list(form.read(name, row))
+        return [_with_extras(record, row, form) for record in records] if has_extras else records
+
+    for name, row in rows:
+        outcome = attempt(name, row, form.columns, read)
+        if isinstance(outcome, Skipped):
+            yield outcome
+        else:
+            yield from outcome
+
+
+def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
+    """What the chat template gets beside the turns; each may stand as JSON text."""
+    tools, settings = (row.get(column or "") for column in form.extras)
+    if form.nested_tools and isinstance(row.get(form.nested_tools), dict):
+        tools = row[form.nested_tools].get("tools")
+    settings = parsed(settings, f'"{form.extras[1]}"')
+    if settings is not None and not isinstance(settings, dict):
+        raise BadRow(f'"{form.extras[1]}" is {describe(settings)}, expected an object')
+    settings = {key: value for key, value in (settings or {}).items() if value is not None}
+    return replace(record, tools=read_tools(tools), template_kwargs=settings or None)

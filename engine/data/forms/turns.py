@@ -1,0 +1,94 @@
+"""Turns in every spelling -> `{"role": ..., "content": ..., ...}`.
+
+OpenAI's {role, content}, ShareGPT's {from, value}, Gemini's {role, parts}, Bedrock's content of [{text}], and rows of
+{human, assistant}. Roles are read in any case. Other keys of a turn stay: the chat template may read them, and `weight`
+and `train` say what is learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, describe
+from prefuse.engine.data.turns import CALL_ROLES, RESULT_ROLES, make_message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPELLINGS = {role: role for role in ROLES}
+SPELLINGS |= dict.fromkeys(("human", "prompter", "instruction"), "user")
+SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "ai"), "assistant")
+SPELLINGS |= {role: role for role in CALL_ROLES} | dict.fromkeys(RESULT_ROLES, "tool")
+ROLE_KEYS = ("role", "from", "speaker")
+TEXT_KEYS = ("content", "value", "parts", "text")
+
+
+def read_text(value: Any, column: str) -> Text:
+    """A string as it is, or turns; one turn may stand without its list."""
+    if isinstance(value, str):
+        check_unicode(value, column)
+        return value
+    if isinstance(value, dict | list):
+        return read_turns(value, column)
+    raise BadRow(f'"{column}" is {describe(value)}, expected a string or a list of messages')
+
+
+def read_turns(value: Any, column: str) -> list[Message]:
+    if isinstance(value, dict):
+        nested = next((value[key] for key in ("messages", "conversations", "contents") if value.get(key)), None)
+        value = [value] if nested is None else nested
+    if not isinstance(value, list):
+        raise BadRow(f'"{column}" is {describe(value)}, expected a list of messages')
+    turns: list[Message] = []
+    for turn in value:
+        exchange = _exchange(turn)
+        turns += exchange if exchange is not None else [_turn(turn, column)]
+    return turns
+
+
+def read_history(value: Any, column: str) -> list[Message]:
+    """[[question, answer], ...], or turns."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) for pair in value):
+        return read_turns(value, column)
+    turns = []
+    for pair in value:
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow(f'"{column}" holds something else than [question, answer]')
+        turns += [turn_of("user", pair[0], column), turn_of("assistant", pair[1], column)]
+    return turns
+
+
+def turn_of(role: str, text: str, column: str) -> Message:
+    check_unicode(text, column)
+    return {"role": role, "content": text}
+
+
+def _exchange(turn: Any) -> list[Message] | None:
+    """{"human": ..., "assistant": ...}: a question and its answer in one object, in this order."""
+    if not isinstance(turn, dict) or not 1 <= len(turn) <= 3 or any(turn.get(key) for key in ROLE_KEYS):
+        return None
+    roles = {key: SPELLINGS.get(key.lower()) for key in turn if key != "system"}
+    if not roles or set(roles.values()) - {"user", "assistant"} or not all(isinstance(turn[key], str) for key in turn):
+        return None
+    ordered = sorted(roles, key=lambda key: roles[key] == "assistant")
+    system = [turn_of("system", turn["system"], "system")] if turn.get("system") else []
+    return system + [turn_of(roles[key] or "", turn[key], key) for key in ordered]
+
+
+def _turn(turn: Any, column: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow(f'a turn of "{column}" is {describe(turn)}, expected {{role, content}} or {{from, value}}')
+    role_key = next((key for key in ROLE_KEYS if turn.get(key) is not None), "role")
+    text_key = next((key for key in TEXT_KEYS if turn.get(key) is not None), "content")
+    name = turn.get(role_key)
+    spelled = name.strip().lower().replace(" ", "_") if isinstance(name, str) else ""
+    role = SPELLINGS.get(spelled)
+    if role is None:
+        known = ", ".join(ROLES) + "; human, gpt, prompter, model, bot, function_call, observation and the like"
+        raise BadRow(f'unknown role {name!r:.40} in "{column}"; known: {known}')
+    rest = {key: part for key, part in turn.items() if key not in (role_key, text_key)}
+    content = turn.get(text_key)
+    message = make_message(role, content, rest, column)
+    if "content" in message:
+        check_unicode(message["content"], column)
+    elif role != "assistant" and text_key not in turn:  # a null is an empty turn, if the chat template takes it so
+        raise BadRow(f'the content of a "{role}" turn in "{column}" is {describe(content)}, expected a string')
+    return message

@@ -1,0 +1,250 @@
+"""A backward that leaves out columns of the vocabulary that hardly matter, and measures exactly what it left out.
+
+    N tokens, D hidden, V vocabulary; R rows of a block, K columns that it keeps; y a row's target, g = dL/dlogp
+    mass of a row's gradient: |g_i| q_i = sum over v != y of |g_i| p_iv
+
+Forward: the exact one, and for each block of rows a number for each column, s_v = sum of w_i exp(z_iv - z_iy), where
+w_i guesses p_iy. Backward, block by block:
+
+1. Drop the columns of the smallest s_v, up to MARGIN * tolerance of their sum; targets always stay.
+2. Gather W[kept] (K, D) and run the dense forward and backward on this smaller head: 3 K / V units of products.
+3. The smaller head's forward gives each row's kept mass, so the skipped mass m_i = q_i - kept is known exactly. A block
+   with sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
+4. The dropped columns of row i add -g_i m_i mean(W) to dhidden, with their mean weighted by s_v.
+
+The guess decides which columns are dropped, and never what is promised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefuse.kernels.cost import report, size
+from prefuse.kernels.gemm import accumulator_dtype, addmm_, operand
+from prefuse.kernels.gradients import Gradients, Needs, Sums
+from prefuse.kernels.logprobs.portable import RowGrads
+from prefuse.kernels.options import HeadOptions
+from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
+
+# The columns are chosen by a guess: this part of the tolerance, so that few blocks miss it.
+MARGIN = 0.75
+# Rows that choose their columns together, rounded to whole row tiles: fewer keep fewer columns, more share a gather.
+BLOCK_ROWS = 512
+# A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
+MOST_COLUMNS = 0.9
+MOST_BYTES = 256 << 20
+
+
+class ColumnStatistic:
+    """s (blocks, V): what each column weighs in each block of rows."""
+
+    def __init__(self, hidden: Tensor, vocab: int, guess: Tensor | None):  # (N, D), (N,) log p_y
+        n, tile, dtype = len(hidden), row_tile(hidden), accumulator_dtype(hidden.dtype)
+        self.rows = max(1, BLOCK_ROWS // tile) * tile
+        self.sums = hidden.new_zeros(-(-n // self.rows), vocab, dtype=dtype)
+        self.guess = hidden.new_ones(n, dtype=dtype) if guess is None else guess.to(dtype).exp()
+
+    def add(self, rows: slice, first: int, e: Tensor, total: Tensor) -> None:
+        """The columns from `first` on of these rows of one block: e = exp(z - z_y) (R, C), and its sum so far (R,)."""
+        # p_y = 1 / (1 + total) once the total is whole: until then an upper bound.
+        w = torch.minimum(self.guess[rows], 1.0 / (1.0 + total))
+        report("statistic", 2 * e.numel(), size(e), size(e[0]))
+        self.sums[rows.start // self.rows, first : first + e.shape[1]] += e.T.to(w.dtype) @ w
+
+
+@dataclass
+class SkippedMass:
+    """What sparse backward passes left out: filled as they run."""
+
+    skipped: float = 0.0  # sum of |g_i| m_i
+    whole: float = 0.0  # sum of |g_i| q_i
+    blocks: int = 0
+    exact_blocks: int = 0  # those that took the exact path
+    kept_columns: int = 0  # K, summed over the other blocks
+    bounds: bool = False
+    # |error of dhidden_i|_2 at most, for the kept rows of each call; |error of dweight|_F at most, all calls added up
+    dhidden_bounds: list[Tensor] = field(default_factory=list)
+    dweight_bound: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The skipped share of the gradient's mass."""
+        return self.skipped / self.whole if self.whole else 0.0
+
+
+_watchers: list[SkippedMass] = []
+
+
+@contextmanager
+def record_skipped_mass(bounds: bool = False) -> Iterator[SkippedMass]:
+    """Collects what sparse backward passes inside leave out; with `bounds`, how far off their gradients may be."""
+    record = SkippedMass(bounds=bounds)
+    _watchers.append(record)
+    try:
+        yield record
+    finally:
+        _watchers.remove(record)
+
+
+def choose_columns(statistic: Tensor, targets: Tensor, tolerance: float) -> Tensor:  # (V,), (R,) -> (V,) bool
+    """The columns to keep: all but those of the smallest statistic that together have MARGIN * tolerance of its sum."""
+    # A row far under another logit may overflow: keep what it points at, and count the others alone.
+    s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
+    order = s.argsort(stable=True)
+    cumulative = s[order].double().cumsum(0)
+    budget = MARGIN * tolerance * torch.where(s.isfinite(), s, 0.0).double().sum()
+    kept = torch.ones_like(s, dtype=torch.bool)
+    kept[order[cumulative <= budget]] = False
+    kept[targets] = True
+    return kept
+
+
+class Block(NamedTuple):
+    """Some rows of a call, every one kept, and the columns that they keep."""
+
+    rows: slice
+    columns: Tensor  # (K,)
+    mean: Tensor  # (D,) of the dropped rows of the weight
+
+
+def backward(
+    module,  # the implementation: `portable` or `launch`
+    hidden: Tensor,  # (N, D) every row kept
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    logps: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: Needs,
+    statistic: ColumnStatistic,
+    tolerance: float,
+    meter: Tensor | None = None,  # (2,) to be filled with the skipped and the whole mass
+) -> Gradients:
+    """`module.backward` up to `tolerance` of the gradient's mass; bit for bit where no block can be sparse."""
+    blocks, exact = _blocks(hidden, weight, targets, options, statistic, tolerance)
+    acc = accumulator_dtype(hidden.dtype)
+    dhidden = torch.zeros_like(hidden) if needs.hidden else None
+    sums, skipped = None, torch.zeros_like(row.q)
+    for block in blocks:
+        m, grads = _sparse_block(module, hidden, weight, bias, targets, row, logps, options, needs, block, tolerance)
+        if grads is None:
+            exact.append(block.rows)
+            continue
+        skipped[block.rows] = m
+        if needs.hidden:
+            dhidden[block.rows] = grads.hidden
+        # Allocated at the first block that is sparse: without one the exact gradients are returned as they are.
+        sums = sums or Sums.zeros(weight, bias, needs, acc)
+        for total, part in ((sums.dweight, grads.weight), (sums.dbias, grads.bias)):
+            if total is not None:
+                total[block.columns] += part  # each column once: the same bits every time
+    _record(hidden, row, skipped, blocks, exact, weight, options, needs, meter)
+    dweight, dbias = sums or (None, None)
+    if exact:
+        at = torch.cat([torch.arange(r.start, r.stop, device=hidden.device) for r in exact]).sort().values
+        grads = module.backward(hidden[at], weight, bias, targets[at], row[at], options, needs)
+        if needs.hidden:
+            dhidden[at] = grads.hidden
+        dweight, dbias = (
+            new if old is None else old.add_(new) for old, new in ((dweight, grads.weight), (dbias, grads.bias))
+        )
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    return Gradients(dhidden, dweight, None if dbias is None else dbias.to(bias.dtype))
+
+
+def _blocks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions, statistic: ColumnStatistic, tolerance: float
+) -> tuple[list[Block], list[slice]]:
+    """The blocks that may be sparse, and the rows of those that cannot."""
+    chosen, exact, masks = [], [], []
+    for i, rows in enumerate(row_blocks(len(hidden), statistic.rows)):
+        kept = choose_columns(statistic.sums[i], targets[rows], tolerance)
+        columns = kept.nonzero()[:, 0]
+        stored = len(columns) * (rows.stop - rows.start) * hidden.element_size()
+        if len(columns) > MOST_COLUMNS * len(weight) or stored > MOST_BYTES:
+            exact.append(rows)
+            continue
+        chosen.append((rows, columns))
+        masks.append(torch.where(kept, 0.0, statistic.sums[i]))
+    if not chosen:
+        return [], exact
+    dropped = torch.stack(masks)  # (blocks, V)
+    dropped /= dropped.sum(1, keepdim=True).clamp_min(torch.finfo(dropped.dtype).tiny)
+    means = dropped.new_zeros(len(chosen), hidden.shape[1])
+    for first, w, _ in SlicedHead(weight, None, options, hidden.dtype).slices():
+        addmm_(means, dropped[:, first : first + len(w)].to(w.dtype), w)
+    return [Block(*parts) for parts in zip(*zip(*chosen, strict=True), means, strict=True)], exact
+
+
+def _sparse_block(
+    module, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row: RowGrads, logps: Tensor,
+    options: HeadOptions, needs: Needs, block: Block, tolerance: float,
+) -> tuple[Tensor, Gradients | None]:  # fmt: skip
+    """(R,) each row's skipped mass, and the gradients of hidden, W[kept] and bias[kept]: None beyond the promise."""
+    rows, columns, mean = block
+    h, row, logps = hidden[rows], row[rows], logps[rows]
+    place = torch.searchsorted(columns, targets[rows])  # targets are always kept
+    w, b = weight[columns], None if bias is None else bias[columns]
+    small = module.forward(h, w, b, place, options, (), "stash")
+    # The smaller head's softmax over what it has: p_iv = its share of v * (p_iy of the whole / p_iy of the smaller).
+    ratio = (logps - small.logps).exp()
+    skipped = (row.q - small.q * ratio).clamp_min(0.0)
+    mass = row.grad.abs()
+    if not (mass * skipped).double().sum() <= tolerance * (mass * row.q).double().sum():
+        return skipped, None
+    small = module.of_whole_head(h, w, b, place, options, small, row.q, ratio)
+    sums = Sums.zeros(w, b, needs, accumulator_dtype(hidden.dtype))
+    dhidden, dweight, dbias = module.backward_stashed(
+        h, w, b, place, row, small.stash, small.scale, options, needs, sums
+    )
+    if needs.hidden:
+        correction = (row.grad * skipped * options.slope)[:, None] * mean
+        dhidden = (dhidden.to(mean.dtype) - correction).to(hidden.dtype)
+    return skipped, Gradients(dhidden, dweight, dbias)
+
+
+def _record(
+    hidden: Tensor, row: RowGrads, skipped: Tensor, blocks: list[Block], exact: list[slice], weight: Tensor,
+    options: HeadOptions, needs: Needs, meter: Tensor | None,
+) -> None:  # fmt: skip
+    """Tells `meter` and everybody who records."""
+    mass = row.grad.abs().double()
+    whole = torch.stack([(mass * skipped).sum(), (mass * row.q).sum()])
+    if meter is not None:
+        meter.copy_(whole)
+    sparse = [block for block in blocks if block.rows not in exact]
+    for record in _watchers:
+        record.skipped += float(whole[0])
+        record.whole += float(whole[1])
+        record.blocks += len(sparse) + len(exact)
+        record.exact_blocks += len(exact)
+        record.kept_columns += sum(len(block.columns) for block in sparse)
+        if record.bounds:
+            lost = mass * skipped * abs(options.slope)
+            record.dweight_bound += float((lost * hidden.double().norm(dim=1)).sum()) if needs.weight else 0.0
+            record.dhidden_bounds.append(_dhidden_bounds(lost, weight, sparse, options, hidden.dtype))
+
+
+def _dhidden_bounds(
+    lost: Tensor, weight: Tensor, sparse: list[Block], options: HeadOptions, dtype: torch.dtype
+) -> Tensor:  # (N,)
+    """|g_i| m_i max over dropped v of |W_v - mean|; under a softcap, whose slope is between 0 and 1, also |mean|."""
+    bounds = torch.zeros_like(lost)
+    w = operand(weight, dtype)
+    for block in sparse:
+        dropped = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+        dropped[block.columns] = False
+        distance = (w[dropped] - block.mean.to(w.dtype)).double().norm(dim=1)
+        farthest = float(distance.max()) if len(distance) else 0.0
+        if options.softcap is not None:
+            farthest = max(farthest, float(block.mean.double().norm()))
+        bounds[block.rows] = lost[block.rows] * farthest
+    return bounds
