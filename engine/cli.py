@@ -103,23 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, config)
     except (UserError, OSError) as error:
         if not isinstance(error, OtherRankFailed):
-            print(f"prefuse: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            _complain(f"error: {f'rank {rank}: ' if rank else ''}{error}")
         return 2
     except Stopped as stop:
         if rank == 0:
-            print(f"prefuse: {stop}", file=sys.stderr)
+            _complain(str(stop))
         return 128 + stop.signal
     except KeyboardInterrupt:  # within training it is Stopped
         after = "; if output_dir holds a checkpoint, --resume goes on from it" if command in TRAINING_COMMANDS else ""
-        print(f"prefuse: interrupted{after}", file=sys.stderr)
+        _complain(f"interrupted{after}")
         return 130
     except RuntimeError as error:
         if not _lost_peer(error):
             raise
-        print(
-            f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
-            f"{what_is_there(config.output_dir)}", file=sys.stderr,
-        )  # fmt: skip
+        _complain(
+            f"rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
+            f"{what_is_there(config.output_dir)}"
+        )
         return 75
     return 0
 
@@ -182,9 +182,28 @@ def _version() -> str:
     return f"prefuse {importlib.metadata.version('prefuse')}"
 
 
+def _complain(message: str) -> None:
+    """One line on stderr."""
+    from prefuse.engine.report.screen import complain
+
+    complain(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+class _Printable(logging.Formatter):
+    """A message may name what stands in the data: no control character of it reaches the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from prefuse.engine.report.screen import printable
+
+        return printable(super().format(record))
+
+
 def _set_up_logging() -> None:
     """Our own messages; of the libraries below only what is wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler and handler.formatter and handler.formatter._fmt == "%(message)s":
+            handler.setFormatter(_Printable("%(message)s"))
     logging.getLogger("prefuse").setLevel(logging.INFO)
 
 

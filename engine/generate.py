@@ -18,7 +18,8 @@ from prefuse.engine.data.dataset import hold_out_rows, text_options
 from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.load import check_tokens, device_of, load_model, load_tokenizer
+from prefuse.engine.model.limits import check_prompts
+from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.report.log import progress_bar, say, table
 from prefuse.engine.run.files import write_whole
 
@@ -46,6 +47,8 @@ def generate(config: Config) -> list[dict[str, str]]:
     answers = {}
     for role, path in names.items():
         lm = load_model(path, config, device)
+        rows = [prompt.row for prompt in prompts]
+        check_prompts(lm, [prompt.ids for prompt in prompts], rows, config.max_new_tokens)
         answers[role] = answer(lm, tokenizer, [prompt.ids for prompt in prompts], config)
 
     results = [
@@ -71,10 +74,6 @@ def generate(config: Config) -> list[dict[str, str]]:
 def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Config) -> list[str]:
     """The text each prompt is continued with, special tokens left out. The seed decides what is sampled."""
     torch.manual_seed(config.seed)
-    check_tokens(
-        lm, max(map(max, prompts)), max(map(len, prompts)) + config.max_new_tokens,
-        "lower max_new_tokens, or max_length, which prompts are shortened to",
-    )  # fmt: skip
     ours = _generation_config(lm, tokenizer, config)
     lm.model.generation_config = ours  # generate fills what is not set from it
     texts = []

@@ -290,10 +290,10 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 def save(run: Run, step: int, evaluate: bool) -> None:
     """A checkpoint, unless the weights are those of the last one or no use."""
     fault = fault_of_weights(run)
-    if fault is None and run.guards.skipped_in_row:
-        fault = "the last step made no update"
     if fault is not None:
-        say(f"no checkpoint after step {step}: {fault}; {what_resume_does(run)}")
+        raise Diverged(f"{fault} after step {step}")
+    if run.guards.skipped_in_row:
+        say(f"no checkpoint after step {step}, which made no update; {what_resume_does(run)}")
         return
     state = state_of(run, step, evaluate)
     with clock.part("checkpoints"):

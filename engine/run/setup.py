@@ -19,7 +19,8 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.load import check_model, check_tokens, device_of, load_model, load_tokenizer
+from prefuse.engine.model.limits import check_mismatches, check_rows
+from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
@@ -127,8 +128,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
-    if held_examples is not None:
-        check_tokens(lm, held_examples.largest_token(), len(held_examples.longest_sequence()), "lower max_length")
+    _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
@@ -154,6 +154,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
 
         saved = load_newest(home.path, lm, optimizer, ranks, agree)
+        if saved is None and home.finished:
+            raise UserError(
+                f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
+                "it (model_name_or_path) in another output_dir"
+            )
         if saved is None:
             say(f"{home.path} has no whole checkpoint: starting from the first step")
         else:
@@ -173,6 +178,15 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], Checkpoints(config.save_total_limit, ranks, newest), largest,
     )  # fmt: skip
+
+
+def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
+    """Beside what `check_model` has looked at: held-out rows, and completions after prompts of other rows."""
+    if held is not None:
+        check_rows(lm, held)
+    for rows in (examples, held):
+        if "z0" in needs_of(loss) and rows is not None:
+            check_mismatches(lm, rows, config.max_length)
 
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
