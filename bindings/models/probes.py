@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prefuse.kernels.attention.shared_prefix import compute_dtype
-from prefuse.models.trunk import UnsupportedModel, class_of
+from prefuse.models.trunk import UnsupportedModel, class_of, trunk_hidden
 from prefuse.packing import pad
 
 TOKENS = 12
@@ -109,6 +109,12 @@ def check_padding(
                 f"{class_of(causal).__name__}: the states of a row padded on the {side} differ from those of the row "
                 f"alone by {difference:.2g} of their size, so its numbers depend on its batch: {fix}"
             )
+
+
+def check_padded_trunk(model: nn.Module) -> None:
+    """`check_padding` of a model whose trunk is called without its head."""
+    with quietly(model):
+        check_padding(model, lambda ids, **inputs: trunk_hidden(model, ids, **inputs))
 
 
 # ---------------------------------------------------------------------------------------------------------
