@@ -22,8 +22,10 @@ B rows of T tokens, N completion tokens of S sequences, D hidden size, V vocabul
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,9 +34,10 @@ from torch import Tensor, nn
 
 from prefuse.kernels import linear_logprobs
 from prefuse.kernels.attention.segments import Segments
-from prefuse.models.flat import pick_predictors, within
-from prefuse.models.head import as_product, head_layer, transform_of
+from prefuse.models.flat import compare_flat, pick_predictors, within
+from prefuse.models.head import head_layer, product_of, transform_of
 from prefuse.models.inside import run_with_head
+from prefuse.models.probes import States, check_padding
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
 from prefuse.packing import Packed
 from prefuse.tokens import IGNORE, keep_tokens, learned
@@ -80,7 +83,8 @@ def sequence_logps(
             cu_seqlens; or a `prefuse.packing.Packed`, whose prompts run once for all of their completions.
         labels: (B, T) as transformers has them, not shifted: `labels[:, t]` is the token at t, or -100. Default: all
             tokens of the sequences.
-        attention_mask: (B, T) 1 for real tokens. With it, position ids are counted from the first of them.
+        attention_mask: (B, T) 1 for real tokens. Where a row begins with 0, position ids are
+            counted from its first real token.
         position_ids: (B, T) where they are to be others.
         cu_seqlens: (S + 1,) offsets of the sequences in a flat batch; attention then stays within each.
         reduction: "sum"; "mean", per token that counts (0 for a row without any); or "none": (B, T) float32, at t that
@@ -131,11 +135,11 @@ def _run(model: nn.Module, batch: _Inputs, temperature: float, impl: str) -> Ten
     transform = transform_of(causal.config.get_text_config())
 
     def logps(hidden: Tensor) -> Tensor:  # (B, T, D) -> (N,)
-        rows, weight, bias = as_product(layer, batch.pick(hidden))
+        rows, weight, bias = product_of(causal, layer, batch.pick(hidden))
         return linear_logprobs(rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl, **transform)
 
     with batch.attention(causal):
-        return run_with_head(model, causal, layer, logps, **batch.inputs(causal))[: len(batch.targets)]
+        return run_with_head(model, causal, layer, logps, batch.checks(causal), **batch.inputs(causal))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,16 +168,49 @@ class _Inputs:
         return hidden.flatten(0, 1).index_select(0, self.rows)
 
     def inputs(self, causal: nn.Module) -> dict:
-        """Arguments of the model's forward; some models have no positions to give."""
-        positions = "position_ids" in inspect.signature(causal.forward).parameters
-        inputs = {name: x for name, x in self.run.items() if name != "position_ids" or positions}
+        """Arguments of the model's forward."""
         segments = {} if self.segments is None else {"packed_segments": self.segments}
-        return inputs | segments | {"use_cache": False}
+        return _taken(causal, self.run) | segments | {"use_cache": False}
+
+    def checks(self, causal: nn.Module) -> dict[str, Callable[[States], None]]:
+        """What must hold of the model for a batch like this one."""
+        if self.segments is not None:
+            return {"flat": functools.partial(_check_flat, causal)}
+        if "attention_mask" not in self.run:
+            return {}
+        left = "position_ids" in self.run
+
+        def inputs_of(mask: Tensor) -> dict:
+            positions = {"position_ids": _positions(mask)} if left else {}
+            return _taken(causal, {"attention_mask": mask} | positions)
+
+        name = "padding on the left" if left else "padding"
+        return {name: lambda states: check_padding(causal, states, inputs_of, left=left)}
 
     def attention(self, causal: nn.Module) -> contextlib.AbstractContextManager:
         if self.segments is None:
             return contextlib.nullcontext()
         return within(causal, self.segments)
+
+
+def _taken(causal: nn.Module, inputs: dict) -> dict:
+    """Without positions where the model's forward names none."""
+    positions = "position_ids" in inspect.signature(type(causal).forward).parameters
+    return {name: x for name, x in inputs.items() if name != "position_ids" or positions}
+
+
+def _positions(attention_mask: Tensor) -> Tensor:  # (B, T) -> (B, T) from 0 at the first token
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_flat(causal: nn.Module, states: States) -> None:
+    def flat(packed: Packed) -> Tensor:  # (T, D)
+        inputs = {"position_ids": packed.position_ids}
+        inputs |= {"attention_mask": torch.ones_like(packed.input_ids, dtype=torch.bool)}
+        with within(causal, packed.segments):
+            return states(packed.input_ids, packed_segments=packed.segments, **_taken(causal, inputs))[0]
+
+    compare_flat(causal, flat, states)
 
 
 def _inputs(
@@ -191,8 +228,10 @@ def _inputs(
     if attention_mask is not None:
         real = attention_mask.bool()
         kept = kept & real & real.roll(1, dims=1)
-        first = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        run |= {"attention_mask": attention_mask, "position_ids": first if position_ids is None else position_ids}
+        run |= {"attention_mask": attention_mask}
+        if position_ids is None and not bool(real[:, 0].all()):  # padded on the right, a model counts as it does
+            position_ids = _positions(attention_mask)
+        run |= {} if position_ids is None else {"position_ids": position_ids}
     elif position_ids is not None:
         run |= {"position_ids": position_ids}
     tokens = keep_tokens(labels, kept)

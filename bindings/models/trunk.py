@@ -99,8 +99,9 @@ def check_versions(model: nn.Module) -> None:
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head, the final norm included."""
-    for trunk in (model.get_decoder(), model.base_model):
-        if trunk is not model:
+    head = model.get_output_embeddings()
+    for trunk in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if trunk is not None and trunk is not model and trunk is not head:
             return trunk
     raise UnsupportedModel(f"{type(model).__name__} has no trunk to call without the head")
 

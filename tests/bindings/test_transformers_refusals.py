@@ -40,7 +40,7 @@ class CappedLlama(transformers.LlamaForCausalLM):
 class BiasedLlama(transformers.LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits + torch.zeros(V)
+        output.logits = output.logits + torch.linspace(0, 1, V)
         return output
 
 
