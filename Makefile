@@ -10,8 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # Another Triton than constraints.txt's, beside the same torch: what the kernels are tested on with it.
 TRITON ?= 3.9.0
 OTHER_TRITON = .venv/triton-$(TRITON)
-KERNEL_TESTS ?= $(addprefix tests/test_,triton_head.py contract.py linear_logprobs.py strict_interpreter.py ops.py \
-    preference.py tiles.py aot_tool.py aot_shipped.py)
+KERNEL_TESTS ?= tests/kernels tests/bindings/test_preference.py
 
 .PHONY: help demo test test-slow test-all test-exhaustive test-triton gpu lint format clean
 

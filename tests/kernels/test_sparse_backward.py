@@ -6,6 +6,8 @@ last column of (sparse - exact) dweight adds up to sum of g_i p_iv over what was
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +286,12 @@ def test_a_second_derivative_is_refused():
     logps = prefuse.linear_logprobs(hidden, weight, targets, impl="torch", gradient_tolerance=0.1)
     with pytest.raises(RuntimeError, match=r"no second derivative.*impl=\"reference\""):
         torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+def test_the_page_that_explains_it_runs(monkeypatch):
+    monkeypatch.undo()  # with the real tiles
+    text = (Path(__file__).parents[2] / "docs" / "sparse_backward.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "docs/sparse_backward.md", "exec"), {})
