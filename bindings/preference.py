@@ -17,7 +17,8 @@ from torch import Tensor
 
 from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
 from prefuse.kernels import HeadOptions, checks
-from prefuse.kernels.logprobs.linear_logprobs import logprobs_of, prepare
+from prefuse.kernels.logprobs.call import prepare
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 from prefuse.kernels.preference.tail import METRICS, preference_tail
 from prefuse.losses.contract import NEEDS, Loss, Sequences, is_batchwise, needs_of
 from prefuse.losses.pairs import DPO, IPO

@@ -17,7 +17,8 @@ from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs import sparse
-from prefuse.kernels.logprobs.linear_logprobs import logprobs_of, prepare
+from prefuse.kernels.logprobs.call import prepare
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 
 N, D, V = 56, 16, 200
 TOLERANCES = [2**-3, 2**-6]

@@ -13,6 +13,7 @@ from aot_worker import compiling_processes
 from prefuse.kernels.tiles import table as configs
 from prefuse.kernels.tiles import tune
 from prefuse.kernels.tiles.table import Config, Row, choose, read
+from prefuse.kernels.tiles.write import line_of
 from tile_cases import GOOD, SHIPPED, interpreted, toml
 
 pytest.importorskip("triton")
@@ -258,12 +259,12 @@ def test_other_numbers_do_not_pass_for_the_same():
 
 def read_back(rows):
     """The rows, once through a line of text."""
-    return [replace(configs.rows_of(f"rows = [\n{tune.line_of(row)}\n]", "line")[0], layer=row.layer) for row in rows]
+    return [replace(configs.rows_of(f"rows = [\n{line_of(row)}\n]", "line")[0], layer=row.layer) for row in rows]
 
 
 def test_the_shipped_table_is_written_as_the_tuner_writes():
     lines = [line for line in configs.TABLE.read_text().splitlines() if line.strip().startswith("{")]
-    assert lines == [tune.line_of(row) for row in SHIPPED]
+    assert lines == [line_of(row) for row in SHIPPED]
 
 
 def test_a_row_survives_its_line_whatever_its_source_says():
@@ -281,8 +282,8 @@ def test_writing_replaces_its_own_row_and_nothing_else(tmp_path):
     bounded = replace(new, min_d=4096)
     tune.write(path, [new, bounded])
     after = path.read_text().splitlines()
-    at = before.index(tune.line_of(old))
-    assert after == [*before[:at], tune.line_of(new), tune.line_of(bounded), *before[at + 1 :]]
+    at = before.index(line_of(old))
+    assert after == [*before[:at], line_of(new), line_of(bounded), *before[at + 1 :]]
     assert [p.name for p in tmp_path.iterdir()] == ["tiles.toml"]
 
 
