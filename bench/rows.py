@@ -49,7 +49,8 @@ def drawn_case(name: str, deciles: dict[str, Sequence[int]], count: int, vocabul
 
     shares = {"prompt": 0.5, "chosen": 0.6, "rejected": 0.4}
     rows = [{kind: words(kind, share) for kind, share in shares.items()} for _ in range(count)]
-    tokenizer = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{i}": i for i in range(1, vocabulary)}))
+    ids = {"<end>": 0} | {f"w{i}": i for i in range(1, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return Case(name, rows, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"))
 

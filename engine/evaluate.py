@@ -1,16 +1,17 @@
-"""Held-out rows: loss, rewards, and how far the policy has moved from its reference.
-
-`kl_to_ref` is the exact KL(policy || reference) over the whole vocabulary, in nats per token, a mean over positions of
-the held-out completions. Not an estimate from the text's own tokens: those were not sampled from the policy, and once
-it has learnt to avoid a rejected completion such an estimate says more about that text than about the policy.
-`prefuse eval` takes every position. While training, the reference's distributions at a fixed sample of positions are
-kept (at most 64 MiB), so no second model stays in memory.
+"""`prefuse eval`: held-out rows under a model and, where the loss has one, its reference.
 
     prefuse eval --model_name_or_path run --ref_model_name_or_path base --eval_dataset test.jsonl
+    prefuse eval --model_name_or_path run --loss_type sft --eval_dataset demos.jsonl
+
+rows -> examples -> batch -> a run of each trunk -> log-probabilities, loss, rewards and the exact KL. Each model runs
+once for each batch (KTO's z0 takes another run over mismatched completions first).
+
+`kl_to_ref` is the exact KL(policy || reference) over the whole vocabulary, in nats per token, a mean over every
+position of the completions; while training it is a mean over a sample of them (engine/run/held_out.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -18,110 +19,29 @@ from torch import Tensor
 
 import prefuse
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
+from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples, collate
 from prefuse.engine.data.dataset import kind_of, read_evaluation_data
-from prefuse.engine.data.order import draw_mismatches, plan_evaluation
-from prefuse.engine.model.forward import LanguageModel, count_items, fused_loss, reference_point
+from prefuse.engine.model.forward import (
+    LanguageModel,
+    completion_states,
+    count_items,
+    logps_of_states,
+    loss_of_states,
+    token_logps,
+)
 from prefuse.engine.model.load import (
     check_model,
     check_same_vocabulary,
     device_of,
+    first_rows,
     load_model,
     load_tokenizer,
     without_padding,
 )
-from prefuse.engine.model.sharding import where_weights_are
-from prefuse.engine.report.log import add_metrics, table
+from prefuse.engine.report.log import add_metrics, progress, say, table
 from prefuse.engine.run.files import json_text, write_whole
-from prefuse.engine.run.ranks import ALONE, Ranks
-from prefuse.engine.run.reference_logps import reference_logps
-from prefuse.losses.contract import needs_of
-from prefuse.models.padding import completion_hidden
-
-KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
-KL_POSITIONS = 1024  # at most, while training
-
-
-@dataclass(frozen=True)
-class KLSample:
-    """What the reference says at a few completion positions of one batch."""
-
-    positions: Tensor  # (K,) among the batch's N completion tokens
-    ref_logprobs: Tensor  # (K, V) float32, on the CPU
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    examples: Examples
-    batches: list[list[int]]
-    ref_logps: list[Tensor] | None = None  # (E,), None for a loss without reference
-    mismatches: Examples | None = None  # for a loss that needs z0
-    mismatch_ref_logps: list[Tensor] | None = None
-    kl_samples: list[KLSample] | None = None  # one per batch
-
-
-def hold(examples: Examples, ref: LanguageModel | None, loss, config: Config, ranks: Ranks = ALONE) -> HeldOut:
-    """Everything about the held-out rows that needs the reference, computed while it is here."""
-    size = config.per_device_eval_batch_size
-    bins = examples.bins(config.token_budget(size, len(examples.sequences[0]))) if examples.padding_free else None
-    batches = plan_evaluation(examples.lengths, size, bins)
-    if ref is None:
-        return HeldOut(examples, batches)
-    own = batches[ranks.rank :: ranks.size]
-    mismatches = mismatch_logps = None
-    if "z0" in needs_of(loss):
-        mismatches = mismatched(examples, draw_mismatches(examples.prompts, config.seed, -1), config.max_length)
-        mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
-    return HeldOut(
-        examples,
-        batches,
-        reference_logps(ref, examples, own, config.reference_cache, ranks) if "reference" in needs_of(loss) else None,
-        mismatches,
-        mismatch_logps,
-        _sample_reference(ref, examples, batches),
-    )
-
-
-@torch.no_grad()
-def evaluate(
-    lm: LanguageModel, held: HeldOut, loss, ranks: Ranks = ALONE, between: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Means over all held-out rows: loss, TRL's metrics and, where there is a reference, kl_to_ref.
-
-    Each rank takes some of the batches; `between` is called before each.
-    """
-    own = list(ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True))
-    z0 = None
-    if held.mismatches is not None:
-        batches = {n: collate(held.mismatches, held.batches[n], held.mismatch_ref_logps).to(lm.device) for n, _ in own}
-        spare = [batches[n] for n, counts in own if not counts]
-        z0 = reference_point(lm, [batches[n] for n, counts in own if counts], ranks, spare)
-    totals: dict[str, Tensor] = {}
-    for number, counts in own:
-        between()
-        batch = collate(held.examples, held.batches[number], held.ref_logps).to(lm.device)
-        out = fused_loss(lm, batch, loss, num_items=1, z0=z0)
-        metrics = {"loss": torch.stack([out.loss, out.loss.new_tensor(count_items(batch, loss))]), **out.metrics}
-        if held.kl_samples is not None:  # an empty sample too: all ranks make the same calls and the same names
-            metrics["kl_to_ref"] = _kl_at(lm, batch, held.kl_samples[number])
-        add_metrics(totals, {name: value if counts else 0 * value for name, value in metrics.items()})
-    return prefuse.reduce_metrics(totals, ranks.group)
-
-
-@torch.no_grad()
-def compare(lm: LanguageModel, ref: LanguageModel, examples: Examples, config: Config) -> dict[str, float]:
-    """`prefuse eval`: the metrics of `lm` against `ref`, with kl_to_ref over every completion position."""
-    loss = config.loss()
-    held = hold(examples, ref, loss, config)
-    metrics = evaluate(lm, held, loss)
-    total = torch.zeros(2, dtype=torch.float64, device=lm.device)
-    for indices in held.batches:
-        batch = collate(examples, indices).to(lm.device)
-        hidden, ref_hidden = _hidden(lm, batch), _hidden(ref, batch)
-        rows = max(1, KL_BYTES // (4 * lm.head.weight.shape[0]))
-        for own, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
-            total += _kl_sum(lm.head.logits(own), torch.log_softmax(ref.head.logits(theirs), -1))
-    return metrics | prefuse.reduce_metrics({"kl_to_ref": total})
+from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
+from prefuse.losses.contract import Loss, needs_of
 
 
 def evaluate_command(config: Config) -> dict[str, float]:
@@ -129,56 +49,112 @@ def evaluate_command(config: Config) -> dict[str, float]:
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
-    lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
-    for model in lm, ref:
-        check_model(model, examples)
-    check_same_vocabulary(lm, ref)
-    examples = without_padding(examples, (lm, ref), config)
+    lm, ref = load_model(config.model_name_or_path, config, device), None
+    check_model(lm, examples)
+    title = f"{config.model_name_or_path}, {len(examples)} examples"
+    if config.ref_model_name_or_path is not None:
+        ref = load_model(config.ref_model_name_or_path, config, device)
+        check_model(ref, examples)
+        lm, ref = over_common_vocabulary(lm, ref, config)
+        title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
+    examples = without_padding(examples, (lm,) if ref is None else (lm, ref), config)
     metrics = compare(lm, ref, examples, config)
     if config.output_file is not None:  # before it is shown: a screen may be gone
         write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
-    title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
+    if "rewards/ties" in metrics and metrics["rewards/ties"] > 0:
+        say("rewards/ties: pairs with equal rewards; rewards/accuracies counts them as wrong, as TRL does")
+    if "kl_to_ref" in metrics:
+        say("kl_to_ref: over every learned position of the completions (while training, over a sample of them)")
     return metrics
 
 
-def _sample_reference(ref: LanguageModel, examples: Examples, batches: Sequence[list[int]]) -> list[KLSample]:
-    """Evenly spaced over all completion positions, as many as fit."""
-    vocabulary = ref.head.weight.shape[0]
-    counts = [sum(len(y) for i in indices for _, y in examples.sequences[i]) for indices in batches]
-    size = max(1, min(sum(counts), KL_POSITIONS, KL_BYTES // (4 * vocabulary)))
-    chosen = torch.linspace(0, sum(counts) - 1, size, dtype=torch.float64).long()
-    return list(_samples(ref, examples, batches, counts, chosen))
-
-
 @torch.no_grad()
-def _samples(ref, examples, batches, counts, chosen: Tensor) -> Iterator[KLSample]:
-    start = 0
-    for indices, count in zip(batches, counts, strict=True):
-        positions = chosen[(chosen >= start) & (chosen < start + count)] - start
-        start += count
-        batch = collate(examples, indices).to(ref.device)
-        yield KLSample(positions, _logprobs_at(ref, batch, positions).cpu())
+def compare(lm: LanguageModel, ref: LanguageModel | None, examples: Examples, config: Config) -> dict[str, float]:
+    """Means over `examples`: loss and TRL's metrics of `lm`, and with `ref` kl_to_ref over every position."""
+    loss = config.loss()
+    batches = evaluation_batches(examples, config)
+    z0 = None
+    if "z0" in needs_of(loss):
+        z0 = _reference_point(lm, ref, held_out_mismatches(examples, config), batches)
+    totals: dict[str, Tensor] = {}
+    for indices in progress(batches, "evaluating", len(batches)):
+        add_metrics(totals, measure(lm, ref, collate(examples, indices).to(lm.device), loss, z0))
+    means = prefuse.reduce_metrics(totals)
+    return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if loss.per == "token" else {})
 
 
-@where_weights_are
-def _logprobs_at(lm: LanguageModel, batch: Batch, positions: Tensor) -> Tensor:  # (K, V)
-    return torch.log_softmax(lm.head.logits(_hidden(lm, batch)[positions.to(lm.device)]), -1)
+def measure(
+    lm: LanguageModel, ref: LanguageModel | None, batch: Batch, loss: Loss, z0: Tensor | None
+) -> dict[str, Tensor]:
+    """{name: (2,) [sum, count]} of one batch: one run of each trunk."""
+    hidden = completion_states(lm, batch)
+    ref_hidden = None if ref is None else completion_states(ref, batch)
+    learned = batch.targets != IGNORE_INDEX
+    if loss.per == "token":
+        metrics = token_metrics(lm, hidden, batch, learned)
+    else:
+        if "reference" in needs_of(loss):
+            batch = dataclasses.replace(batch, ref_logps=logps_of_states(ref, ref_hidden, batch))
+        out = loss_of_states(lm, hidden, batch, loss, num_items=1, z0=z0)
+        metrics = {"loss": torch.stack([out.loss, out.loss.new_tensor(count_items(batch, loss))]), **out.metrics}
+        metrics |= pair_ties(loss, out.rewards)
+    if ref is not None:
+        metrics["kl_to_ref"] = kl_of_states(lm, hidden, ref, ref_hidden, learned)
+    return metrics
 
 
-@where_weights_are
-def _kl_at(lm: LanguageModel, batch: Batch, sample: KLSample) -> Tensor:  # (2,)
-    hidden = _hidden(lm, batch)[sample.positions.to(lm.device)]
-    return _kl_sum(lm.head.logits(hidden), sample.ref_logprobs.to(lm.device))
-
-
-def _kl_sum(logits: Tensor, ref_logprobs: Tensor) -> Tensor:  # (K, V), (K, V) -> (2,) [sum of KL, K]
-    # In float64: for a policy near its reference the terms nearly cancel.
-    logprobs = torch.log_softmax(logits.double(), -1)
-    kl = (logprobs.exp() * (logprobs - torch.log_softmax(ref_logprobs.double(), -1))).sum(-1)
-    return torch.stack([kl.sum(), kl.new_tensor(len(kl))])
-
-
-def _hidden(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
+def kl_of_states(
+    lm: LanguageModel,
+    hidden: Tensor,  # (N, D)
+    ref: LanguageModel,
+    ref_hidden: Tensor,  # (N, ref D)
+    mask: Tensor,  # (N,)
+) -> Tensor:  # (2,) [sum of nats, positions]
+    """The exact KL(policy || reference) at the completion positions in `mask`."""
+    ref_options = ref.head.options()
+    ref_bias = ref_options.pop("bias")
     with lm.autocast():
-        return completion_hidden(lm.model, batch.tokens)
+        kl = prefuse.linear_kl(
+            hidden, lm.head.weight, ref_hidden.to(hidden.dtype), ref.head.weight,
+            ref_bias=ref_bias, mask=mask, ref_options=ref_options, impl=lm.impl, **lm.head.options(),
+        )  # fmt: skip
+    return torch.stack([kl.double().sum(), mask.sum().double()])
+
+
+def token_metrics(lm: LanguageModel, hidden: Tensor, batch: Batch, learned: Tensor) -> dict[str, Tensor]:
+    """TRL's names for demonstrations, with sums over the `learned` tokens (N,), from one pass of the head."""
+    with lm.autocast():
+        logps, outputs = prefuse.linear_logprobs(
+            hidden, lm.head.weight, batch.targets, outputs=("entropy", "is_top1"), impl=lm.impl, **lm.head.options()
+        )
+    sums = {"loss": -logps, "mean_token_accuracy": outputs["is_top1"], "entropy": outputs["entropy"]}
+    return {
+        name: torch.stack([torch.where(learned, x.double(), 0.0).sum(), learned.sum().double()])
+        for name, x in sums.items()
+    }
+
+
+def over_common_vocabulary(
+    lm: LanguageModel, ref: LanguageModel, config: Config
+) -> tuple[LanguageModel, LanguageModel]:
+    """Both models with heads over the tokens that both have, if they differ in rows of padding alone."""
+    common = check_same_vocabulary(lm, ref, config)
+    return tuple(
+        one if one.head.weight.shape[0] == common else dataclasses.replace(one, head=first_rows(one.head, common))
+        for one in (lm, ref)
+    )
+
+
+def _reference_point(
+    lm: LanguageModel, ref: LanguageModel, mismatches: Examples, batches: list[list[int]]
+) -> Tensor:  # () >= 0
+    """KTO's z0 over all mismatched completions."""
+    logps, ref_logps, counts = [], [], []
+    for indices in batches:
+        batch = collate(mismatches, indices).to(lm.device)
+        logps.append(token_logps(lm, batch))
+        ref_logps.append(token_logps(ref, batch))
+        counts.append(batch.cu_seqlens.diff())
+    cu_seqlens = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
+    return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens)

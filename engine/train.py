@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Iterable
 from itertools import compress
 from pathlib import Path
 
@@ -25,19 +26,23 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
 from prefuse.engine.data.dataset import day_of_run
 from prefuse.engine.errors import Diverged
-from prefuse.engine.evaluate import evaluate
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
 from prefuse.engine.model.load import save_model, trained_weights
+from prefuse.engine.report.card import model_card
+from prefuse.engine.report.clock import clock, timed
+from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
 from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
+from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
+from prefuse.engine.run.plan import Share
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, Share, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import needs_of
 
@@ -46,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, command: str) -> dict[str, float]:
     """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
+    clock.restart(torch.device("cpu"))
     with StopSignals() as signals:
         home = None
         try:
@@ -69,20 +75,23 @@ def train(config: Config, command: str) -> dict[str, float]:
 def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     """Train, publish the model, and say so."""
     try:
-        metrics, done = train_loop(run, signals)
+        clock.use(run.lm.device)
+        metrics, done = train_loop(run, run.data.steps_from(run.start), signals)
         check_end(run, done, evaluated="eval_loss" in metrics)
     except Diverged as error:
         raise say_what_is_left(run, error) from None
-    publish_model(run)
+    with clock.part("checkpoints"):
+        publish_model(run, metrics)
 
     def end() -> None:
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
     run.ranks.from_main(end)
-    if run.ranks.main:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+    say_time(clock.shares())
     say(f"{done} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
+    say(next_commands(run.config, run.identity.command, holds_out=run.held is not None))
     run.ranks.wait()
     return metrics
 
@@ -97,8 +106,8 @@ def last_metrics(home: RunFolder) -> dict[str, float]:
     return {name: value for row in read_metrics(home.path / "metrics.jsonl") for name, value in row.items()}
 
 
-def train_loop(run: Run, signals: StopSignals) -> tuple[dict[str, float], int]:
-    """The last metrics, and the steps that are done."""
+def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[dict[str, float], int]:
+    """Train on `steps`, which begin after step `run.start`: the last metrics, and the steps that are done."""
     config, data, window, ranks, total = run.config, run.data, run.window, run.ranks, run.data.total_steps
     done = run.start
     last, evaluates = {}, run.evaluate_first
@@ -109,7 +118,7 @@ def train_loop(run: Run, signals: StopSignals) -> tuple[dict[str, float], int]:
                 last |= evaluate_and_log(run, done, signals)
             evaluates = False
             window.restart_clock()
-            for share in data.steps_from(run.start):
+            for share in timed(steps, "data"):
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
@@ -175,6 +184,7 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
 def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[str, Tensor]:
     """One update from the microbatches of all ranks: {name: (2,) [sum, count]}. None, and {}, if that is no number."""
     totals, suspects = accumulate(run, share, num_items)
+    clock.to("optimizer")
     norm = clip_gradients(run.lm.model, run.config.max_grad_norm).to(run.lm.device)  # from the CPU, if offloaded
     # The one wait for the device in a step: an update that must not be made cannot be taken back.
     loss = totals["loss"][0].item() / num_items
@@ -189,6 +199,7 @@ def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[
     else:
         totals = {}
     run.optimizer.zero_grad()
+    clock.to("other")
     return totals
 
 
@@ -210,13 +221,15 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
         out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
         counts = share.counts[number]
-        (out.loss if counts else 0.0 * out.loss).backward()
+        with clock.part("head"):  # until the gradient of the hidden states is there
+            (out.loss if counts else 0.0 * out.loss).backward()
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
         add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
-    sum_gradients(lm.model, ranks)
+    with clock.part("optimizer"):
+        sum_gradients(lm.model, ranks)
     own = list(compress(share.batches, share.counts))
     padded = padded_tokens(own, run.config.per_device_train_batch_size)
     saved = [padded - sum(batch.tokens.num_tokens for batch in own), padded]
@@ -240,8 +253,10 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
         if run.ranks.any(bool(signals.received)):
             signals.stop()
 
-    with run.window.clock_stopped():
-        means = evaluate(run.lm, run.held, run.loss, run.ranks, between)
+    # A policy that is its own reference, before the first step: known without running it.
+    unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
+    with run.window.clock_stopped(), clock.part("evaluation"):
+        means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     check_evaluation(step, means)
     run.guards.on_evaluation(step, means)
     metrics = {f"eval_{name}": value for name, value in means.items()}
@@ -274,17 +289,18 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 def save(run: Run, step: int, evaluate: bool) -> None:
     """A checkpoint, unless the weights are those of the last one or no use."""
     fault = fault_of_weights(run)
-    if fault is None and run.guards.skipped_in_row:
-        fault = "the last step made no update"
     if fault is not None:
-        say(f"no checkpoint after step {step}: {fault}; {what_resume_does(run)}")
+        raise Diverged(f"{fault} after step {step}")
+    if run.guards.skipped_in_row:
+        say(f"no checkpoint after step {step}, which made no update; {what_resume_does(run)}")
         return
     state = state_of(run, step, evaluate)
-    save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.identity.rows, run.ranks)
+    with clock.part("checkpoints"):
+        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.identity.rows, run.ranks)
     run.checkpoints.saved(step)
 
 
-def publish_model(run: Run) -> None:
+def publish_model(run: Run, metrics: dict[str, float]) -> None:
     """The final model straight in the run folder, each file whole or absent."""
     weights = trained_weights(run.lm, run.ranks)
 
@@ -292,6 +308,8 @@ def publish_model(run: Run) -> None:
         require_space(run.folder, model_bytes(run.lm), "the model")
         with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.", suffix=".tmp") as aside:
             save_model(run.lm, run.tokenizer, Path(aside), weights)
+            card = model_card(run.config, run.identity.command, metrics)
+            (Path(aside) / "README.md").write_text(card, encoding="utf-8")
             for path in Path(aside).iterdir():
                 path.replace(run.folder / path.name)
 

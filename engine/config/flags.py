@@ -10,7 +10,7 @@ from typing import NoReturn
 from prefuse.engine.config.setting import known
 from prefuse.engine.config.settings import FIELDS, Config, commands_of, settings_of
 from prefuse.engine.config.values import from_words, literals, options_of, unknown_setting
-from prefuse.engine.config.yaml_file import read_settings
+from prefuse.engine.config.yaml_file import is_of_a_run, read_settings
 from prefuse.engine.errors import UserError
 
 CONFIG_HELP = "YAML file with settings; flags win. It may hold settings of other commands."
@@ -34,7 +34,9 @@ def given_settings(command: str, words: list[str]) -> tuple[dict[str, object], l
     given = {name: value for name, value in file.items() if name not in unused}
     for name, flag_words in flags.items():
         given[name] = from_words(name, flag_words)
-    return given, [name for name in unused if file[name] != getattr(Config, name)]
+    # The file of a run is given to other commands on purpose: they take its rows and its loss.
+    said = [] if not files or is_of_a_run(files[0]) else unused
+    return given, [name for name in said if file[name] != getattr(Config, name)]
 
 
 def help_of(command: str, about: str) -> str:

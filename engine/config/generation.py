@@ -15,6 +15,7 @@ class GenerationSettings(Topic):
     max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
     temperature: float = setting(
         0.0,
-        "0 takes the most likely token; above it, samples from the whole distribution.",
+        "0 takes the most likely token; above it, samples from the whole distribution. Nothing else shapes the text: "
+        "no penalty, top_p or beam of the model's generation_config.json.",
         rule=Rule("0, or at least 0.001 and at most 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3),
     )

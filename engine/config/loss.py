@@ -9,6 +9,7 @@ from prefuse.engine.config.setting import Topic, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
+from prefuse.losses.unpaired import SFT
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class LossSettings(Topic):
 
     loss_type: Literal[
         "dpo", "ipo", "kto", "simpo", "orpo", "cpo", "slic", "rpo", "sigmoid", "sigmoid_norm", "hinge", "robust",
-        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft",
     ] = setting(
         "dpo",
         "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto also takes pairs, each as "
-        "one good and one bad completion; simpo, orpo, cpo and slic use no reference.",
+        "one good and one bad completion; simpo, orpo, cpo and slic use no reference. `eval` takes sft too: loss, "
+        "perplexity and accuracy of the completions' tokens.",
     )  # fmt: skip
     beta: float | None = setting(
         None,
@@ -54,34 +56,41 @@ class LossSettings(Topic):
     reference_cache: str | None = setting(
         None,
         "Folder that keeps reference log-probabilities between runs; None keeps them in memory.",
+        commands=("train",),
         may_differ=True,
     )
 
     def loss(self) -> Loss:
-        """The preference loss these settings name."""
-        return loss_from(self, self.loss_type)
+        """The loss these settings name."""
+        return SFT() if self.loss_type == "sft" else loss_from(self, self.loss_type)
 
     def check(self, command: str) -> None:
         if command not in LossSettings.commands:
             return
-        defaults = {field.name: field.default for field in dataclasses.fields(LossSettings)}
+        if command == "train" and self.loss_type == "sft":
+            raise UserError("loss_type sft is for `prefuse eval`: train on completions with `prefuse sft`")
         for name in (*LOSS_SETTINGS, "z0_scope"):
-            if getattr(self, name) != defaults[name] and self.loss_type not in loss_types_with(name):
+            if getattr(self, name) != _FIELDS[name].default and self.loss_type not in loss_types_with(name):
                 raise UserError(
                     f"{name} has a meaning only with loss_type {', '.join(loss_types_with(name))}, got loss_type "
                     f"{self.loss_type}: drop {name}"
                 )
         try:
-            self.loss()
+            loss = self.loss()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
+        if command == "eval" and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
+            raise UserError(
+                f"ref_model_name_or_path is required: rewards of {self.loss_type} are relative to a reference. Give "
+                "--ref_model_name_or_path, or --loss_type sft for loss and perplexity of the completions alone"
+            )
 
 
-FIELDS = {field.name: field.type for field in dataclasses.fields(LossSettings)}
-LOSS_TYPES = typing.get_args(FIELDS["loss_type"])
+_FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
+LOSS_TYPES = tuple(name for name in typing.get_args(_FIELDS["loss_type"].type) if name != "sft")  # of preferences
 # Setting -> field of the losses that have it.
 LOSS_SETTINGS = {
-    setting: field for name in LOSS_TYPES for field, setting in setting_names(name).items() if setting in FIELDS
+    setting: field for name in LOSS_TYPES for field, setting in setting_names(name).items() if setting in _FIELDS
 }
 
 

@@ -9,6 +9,8 @@ from prefuse.engine.config.settings import FIELDS, Config, settings_of
 from prefuse.engine.config.values import typed, unknown_setting
 from prefuse.engine.errors import UserError
 
+OF_A_RUN = "# prefuse "  # how a file begins that `write_yaml` wrote
+
 
 class _OnceLoader(yaml.SafeLoader):
     """YAML whose keys are given once. yaml itself silently takes the last one."""
@@ -46,9 +48,15 @@ def read_yaml(path: str | Path) -> Config:
     return Config(**read_settings(path))
 
 
+def is_of_a_run(path: str | Path) -> bool:
+    """Whether a run wrote the file, by `write_yaml`, and not a user."""
+    with Path(path).open(encoding="utf-8") as file:
+        return file.readline().startswith(OF_A_RUN)
+
+
 def write_yaml(config: Config, path: Path, command: str) -> None:
     """The settings of `command`, by topic. `read_yaml` is the inverse."""
-    text = f"# prefuse {command} --config {path.name}\n"
+    text = f"{OF_A_RUN}{command} --config {path.name}\n"
     for title, fields in settings_of(command).items():
         values = {name: getattr(config, name) for name in fields}
         text += f"\n# {title}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

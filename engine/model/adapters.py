@@ -147,6 +147,7 @@ def save_adapters(adapters: PeftModel, folder: Path, weights: dict[str, Tensor])
     """What `PeftModel.from_pretrained` reads. `weights`: whole, by the names in the transformers model."""
     state = {PREFIX + name: value for name, value in weights.items()}
     adapters.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template; the run writes its own
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 import prefuse
+from prefuse import PreferenceOutput
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.model.sharding import where_weights_are
+from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
-from prefuse.models.logps import Head
-from prefuse.models.padding import completion_hidden
+from prefuse.models.flat import completion_hidden
+from prefuse.models.head import Head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,18 +44,27 @@ def count_items(batch: Batch, loss: Loss) -> int:
     return batch.num_learned if loss.per == "token" else batch.num_items
 
 
-@where_weights_are
-def fused_loss(
+# Where the model is sharded, these three run inside a function that is `where_weights_are`.
+
+
+def completion_states(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
+    """The hidden states that predict the completion tokens: one run of the trunk."""
+    with clock.part("trunk"), lm.autocast():
+        return completion_hidden(lm.model, batch.tokens)
+
+
+def loss_of_states(
     lm: LanguageModel,
+    hidden: Tensor,  # (N, D)
     batch: Batch,
     loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
-):
+) -> PreferenceOutput:
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
     with lm.autocast():
         return prefuse.linear_preference_loss(
-            completion_hidden(lm.model, batch.tokens),
+            hidden,
             lm.head.weight,
             batch.targets,
             batch.cu_seqlens,
@@ -67,12 +78,27 @@ def fused_loss(
         )
 
 
+def logps_of_states(lm: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor:  # (N, D) -> (N,) float32
+    with lm.autocast():
+        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+
+
+@where_weights_are
+def fused_loss(
+    lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
+) -> PreferenceOutput:
+    """The loss of one batch; its backward begins in the head and goes on in the trunk."""
+    hidden = completion_states(lm, batch)
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: clock.to("trunk"))
+    with clock.part("head"):
+        return loss_of_states(lm, hidden, batch, loss, num_items, z0)
+
+
 @torch.no_grad()
 @where_weights_are
 def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
-    with lm.autocast():
-        hidden = completion_hidden(lm.model, batch.tokens)
-        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+    return logps_of_states(lm, completion_states(lm, batch), batch)
 
 
 @torch.no_grad()

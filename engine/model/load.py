@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -17,15 +19,19 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
+from prefuse.engine.model.limits import check_rows
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
+from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.probes import check_padded_trunk
+from prefuse.models.rope import hold_rope
+from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +64,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if mixed else getattr(torch, config.dtype)
 
 
-def load_tokenizer(path: str, settings: TextSettings | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
 
@@ -68,9 +76,10 @@ def load_tokenizer(path: str, settings: TextSettings | None = None) -> "PreTrain
     if base is None:
         _require_model_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no tokenizer in {path}: {_first_line(error)}") from None
+        trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
     refuse_foreign(tokenizer, path)
     if settings is not None:
         apply_settings(tokenizer, settings)
@@ -85,30 +94,18 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
         if trains:
             raise UserError(
-                f"{path} holds adapters, and training starts from a whole model: merge them into it first "
-                "(peft's merge_and_unload, then save_pretrained)"
+                f"{path} holds adapters, and training starts from a whole model: merge them into it first, "
+                f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
         path = base
-    _require_model_folder(path)
-    try:
-        with file_faults_as_oserror():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, config.dtype), output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a causal LM from {path}: {_first_line(error)}") from None
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise UserError(
-            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
-            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
-        )
+    model = _read_model(path, config)
+    _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
@@ -133,16 +130,42 @@ def load_model(
     return LanguageModel(model, head, device, dtype, config.impl, adapters)
 
 
-def check_model(lm: LanguageModel, examples: Examples) -> None:
-    """Before the first step: every token has a row in the head, and the fused head is the model's own."""
-    vocabulary = lm.head.weight.shape[0]
-    largest = examples.largest_token()
-    if largest >= vocabulary:
+def _read_model(path: str, config: Config) -> "PreTrainedModel":
+    """The whole causal LM of a folder or of the hub, in the settings' dtype."""
+    from transformers import AutoModelForCausalLM
+
+    _require_model_folder(path)
+    try:
+        with file_faults_as_oserror():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, config.dtype),
+                output_loading_info=True,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
         raise UserError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
-            "the model was trained with"
+            f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
+            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
-    probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
+    return model
+
+
+def check_model(lm: LanguageModel, examples: Examples) -> None:
+    """Before the first step: the model can take the rows, and the fused head is the model's own."""
+    check_rows(lm, examples)
+    longest = examples.longest_sequence()
+    for kind in dict.fromkeys(hold_rope(lm.model, len(longest))):
+        logger.info(
+            "The model's %s rotary embedding depends on the longest row of a batch; here all rows have that of the "
+            "longest, %d tokens",
+            kind,
+            len(longest),
+        )
+    probe = torch.tensor([longest[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
         # So are adapters, in float32 whatever the base has.
@@ -151,12 +174,14 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_fault(error)}") from None
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
     """`examples` for flat batches, if all models take them (each compared with itself), else as they are."""
     if config.padding_free is False:
-        return examples
+        return _with_padding(examples, models)
     for lm in models:
         try:
             with lm.autocast():
@@ -165,16 +190,49 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
             if config.padding_free:
                 raise UserError(f"{error}; set padding_free to false") from None
             logger.warning("%s. Batches are padded, and prompts run once for each completion", error)
-            return examples
+            return _with_padding(examples, models)
     return dataclasses.replace(examples, padding_free=True)
 
 
-def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel) -> None:
+def _with_padding(examples: Examples, models: Sequence[LanguageModel]) -> Examples:
+    """`examples` as they are, if padding changes no row of any of the models."""
+    for lm in models:
+        try:
+            with lm.autocast():
+                where_weights_are(lambda lm: check_padded_trunk(lm.model))(lm)
+        except UnsupportedModel as error:
+            raise UserError(str(error)) from None
+    return examples
+
+
+def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:
+    """How many tokens both models have; UserError where the same id may mean another token.
+
+    Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
+    """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    if own != theirs:
+    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    try:
+        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    except UserError:  # a folder with weights alone
+        others = None
+    if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
         raise UserError(
             f"the model has {own} tokens and the reference {theirs}: expected two models with the same tokenizer"
         )
+    if others is not None and others != tokens:
+        different = len(tokens.items() ^ others.items())
+        logger.warning(
+            "the tokenizers of model and reference differ in %d entries; rows are read with the model's own, and the "
+            "reference is asked about the same ids", different,
+        )  # fmt: skip
+    return min(own, theirs)
+
+
+def first_rows(head: Head, tokens: int) -> Head:
+    """The head over the first `tokens` tokens: without rows of padding."""
+    bias = None if head.bias is None else head.bias[:tokens]
+    return Head(head.weight[:tokens], bias, head.softcap, head.logit_scale)
 
 
 def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -196,12 +254,25 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
+def _refuse_no_numbers(model: torch.nn.Module, path: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"the weights in {path} are not finite (NaN or infinity) in {len(wrong)} tensors ({', '.join(wrong[:3])}): "
+            "expected a model that was saved whole, before it diverged"
+        )
+
+
 def _require_model_folder(path: str) -> None:
     """A path that exists must be a whole model; any other name is left to the hub."""
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")):
-            raise UserError(f"model folder {path} does not exist")
+        siblings = [str(other) for other in folder.parent.glob("*") if (other / "config.json").is_file()]
+        near = difflib.get_close_matches(path, siblings, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if path.startswith((".", "/", "~")) or path.count("/") > 1 or near:
+            raise UserError(f"model folder {path} does not exist{hint}")
+        _require_on_hub(path)
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
@@ -209,5 +280,22 @@ def _require_model_folder(path: str) -> None:
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@functools.cache  # the hub is asked once
+def _require_on_hub(name: str) -> None:
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except Exception as error:  # no network, no such repository, no right to read it, no valid name
+        raise UserError(
+            f"{name} is no folder here, and no model of the hub that can be read: {_fault(error)}"
+        ) from None
+
+
+def _fault(error: Exception) -> str:
+    """One line, with the fix where it is a flag."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if "trust_remote_code" in str(error):
+        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
+    return said

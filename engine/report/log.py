@@ -1,10 +1,12 @@
 """What a run tells: a line per log step on the screen, the same as JSON in metrics.jsonl, a summary at the end."""
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,9 +18,15 @@ import prefuse
 from prefuse.engine.report.screen import console, printable
 from prefuse.engine.run.files import json_text, write_whole
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
+
 SHOWN = (  # on the screen, as far as a run has them
     "loss",
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "kl",
     "kl_to_ref",
@@ -75,7 +83,15 @@ class Window:
         rates = {"tokens_per_second": self.tokens / seconds, "samples_per_second": self.samples / seconds}
         rates |= {f"{self.item}s_per_second": self.samples / seconds}
         if self.peak_flops is not None:
-            rates["mfu"] = self.flops / seconds / self.peak_flops
+            mfu = self.flops / seconds / self.peak_flops
+            if mfu > 1:
+                logger.warning(
+                    "mfu is left out from here on: the device did more than the %.3g operations a second that were "
+                    "measured as its peak, so that is not known", self.peak_flops,
+                )  # fmt: skip
+                self.peak_flops = None
+            else:
+                rates["mfu"] = mfu
         return prefuse.reduce_metrics(self.totals) | rates
 
     def state(self) -> dict[str, list[float]]:
@@ -129,7 +145,10 @@ def say(message: str) -> None:
 
 
 def say_metrics(step: int, total: int, metrics: dict[str, float], prefix: str = "") -> None:
-    shown = [f"{name} {metrics[prefix + name]:.4g}" for name in SHOWN if prefix + name in metrics]
+    values = {name: metrics[prefix + name] for name in SHOWN if prefix + name in metrics}
+    if not values.get("rewards/ties"):
+        values.pop("rewards/ties", None)
+    shown = [f"{name} {value:.4g}" for name, value in values.items()]
     say(f"{prefix.rstrip('_') or 'step'} {step}/{total}  " + "  ".join(shown))
 
 
@@ -139,8 +158,30 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    grid = Table(*header, title=title, show_lines=True)
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The items, and how many are done and how long the others will take: a bar on a terminal, else now and then a
+    line."""
+    began = said = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if done and now - said > SECONDS_BETWEEN_LINES and not console.is_terminal:
+                left = (now - began) / done * (total - done)
+                say(f"  {what}: {done} of {total} batches, about {duration(left)} left")
+                said = now
+            yield item
+            bar.update(task, completed=done + 1)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def table(title: str, header: list[str], rows: list[list[str]], lines: bool = True) -> None:
+    grid = Table(*header, title=title, show_lines=lines)
     for row in rows:
         grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid, soft_wrap=False)

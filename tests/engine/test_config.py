@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from prefuse.engine.cli import parse
-from prefuse.engine.config.setting import EVERY, known
+from prefuse.engine.config.setting import LOADING, known
 from prefuse.engine.config.settings import (
     FIELDS,
     LOSS_SETTINGS,
@@ -57,19 +57,20 @@ def test_every_field_is_declared_once_with_its_help():
     assert [field.name for field in declared] == list(FIELDS)
     for field in declared:
         assert known(field).about.endswith("."), field.name
-        assert set(commands_of(field.name)) <= set(EVERY), field.name
+        assert set(commands_of(field.name)) <= set(LOADING), field.name
         if known(field).only_with is not None:
             other, value = known(field).only_with
             assert isinstance(value, bool) if FIELDS[other] is bool else value in typing.get_args(FIELDS[other])
 
 
 def test_settings_by_command():
-    shown = {command: {name for names in settings_of(command).values() for name in names} for command in EVERY}
+    shown = {command: {name for names in settings_of(command).values() for name in names} for command in LOADING}
     assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
     assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
     assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
+    assert shown["merge"] == {"model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
 
 
 def test_what_a_resumed_run_may_differ_in():
@@ -84,7 +85,7 @@ def test_what_a_resumed_run_may_differ_in():
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
         "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
-        "sft_turns", "learn_after_stop", "truncation_mode", "long_completions",
+        "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
     }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path, line, value):
         ("lora_target_modules: []", r"lora_target_modules must be a list of texts or null, got \[\] \(list\)"),
         ("output_dir: 7", r"output_dir must be text, got 7 \(int\)"),
         ("bf16: maybe", r"bf16 must be true or false or null, got 'maybe' \(str\)"),
-        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, got 'ppo' \(str\)"),
+        ("loss_type: ppo", r"loss_type must be one of dpo, ipo, kto, .*discopop, .*got 'ppo' \(str\)"),
         ("[1, 2]", "must hold `name: value` lines, got a list"),
         ("beta: [", "is not valid YAML"),
         ("beta: 0.1\nseed: 1\nbeta: 0.2", "'beta' is given twice: keep one of the two.* line 3"),
@@ -261,12 +262,12 @@ def test_flags_take_the_type_of_their_field(words, name, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected a command first: prefuse sft | train | eval | generate"),
+        ("", "expected a command first: prefuse sft | train | eval | generate | merge"),
         ("--beta 1", "expected a command first"),
         ("trian", "unknown command 'trian'; did you mean train"),
         ("evaluate", "unknown command 'evaluate'; did you mean eval"),
         ("dpo", "unknown command 'dpo': the loss is a setting, prefuse train --loss_type dpo"),
-        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate"),
+        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate, merge"),
         ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
         ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
         ("train --beta x", "beta must be a number or null, got 'x'"),

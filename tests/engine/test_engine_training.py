@@ -16,7 +16,7 @@ from prefuse.engine.data.batches import collate, examples_of, mismatched
 from prefuse.engine.data.dataset import kind_of
 from prefuse.engine.data.order import draw_mismatches
 from prefuse.engine.errors import UserError
-from prefuse.engine.evaluate import compare
+from prefuse.engine.evaluate import compare, evaluate_command
 from prefuse.engine.model.forward import LanguageModel, fused_loss, reference_point
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.run.optimizer import learning_rate, make_optimizer
@@ -241,13 +241,49 @@ def test_a_second_model_can_be_the_reference(model, other_model, pairs, tmp_path
     assert "was expected" not in caplog.text  # nobody said that the first loss is ln 2 now
 
 
-def test_a_reference_with_another_vocabulary_is_refused(model, pairs, tmp_path):
-    other = save_model(tmp_path / "other", vocab_size=310)
-    config = settings(
-        model_name_or_path=model, ref_model_name_or_path=other, dataset_name=pairs, output_dir=str(tmp_path / "run")
-    )
+def test_a_reference_with_another_tokenizer_is_refused_or_named(model, pairs, tmp_path, caplog):
+    def config(name, **options):
+        other = save_model(tmp_path / name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(other)
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(other)
+        return settings(
+            model_name_or_path=model, ref_model_name_or_path=other, dataset_name=pairs, max_steps=1,
+            output_dir=str(tmp_path / f"{name}-run"),
+        )  # fmt: skip
+
     with pytest.raises(UserError, match="the model has 300 tokens and the reference 310: expected two models with"):
-        train(config, "train")
+        train(config("larger", vocab_size=310), "train")
+    train(config("same"), "train")
+    assert "the tokenizers of model and reference differ in 1 entries" in caplog.text
+
+
+def test_models_whose_heads_differ_in_padding_alone_compare_over_the_common_tokens(model, pairs, tmp_path):
+    """The reference is the model itself with ten more rows that no token has, and large logits in them."""
+    same = AutoModelForCausalLM.from_pretrained(model)
+    same.resize_token_embeddings(310, mean_resizing=False)
+    with torch.no_grad():
+        same.lm_head.weight[300:] = 5 * torch.randn(10, same.config.hidden_size)
+    padded = save_model(tmp_path / "padded", model=same)
+    report = tmp_path / "eval.json"
+    evaluate_command(
+        settings(
+            "eval", model_name_or_path=padded, ref_model_name_or_path=model, dataset_name=pairs, eval_fraction=1.0,
+            output_file=str(report),
+        )
+    )  # fmt: skip
+    metrics = json.loads(report.read_text())
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["kl_to_ref"] < 1e-9
+    assert metrics["rewards/ties"] == 1
+    out = str(tmp_path / "run")
+    train(
+        settings(
+            model_name_or_path=model, ref_model_name_or_path=padded, dataset_name=pairs, output_dir=out, max_steps=1,
+            eval_fraction=0.2,
+        ), "train",
+    )  # fmt: skip
+    assert read_log(out)[0]["eval_kl_to_ref"] < 1e-9
 
 
 def test_every_skipped_row_is_named_in_the_run_folder(model, tmp_path, capsys):
@@ -318,8 +354,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(model, pairs,
     with pytest.raises(UserError, match=r"is not finite in step 3 at rows pairs.jsonl:\d+, ") as error:
         train(config, "train")
     assert all(row in str(error.value) for row in calls[2])
-    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2"]
-    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-2").values())
+    # No later step has shown that the weights of checkpoint-2 are sound: it is set aside, and kept.
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2.diverged"]
+    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-2.diverged").values())
 
 
 def test_evaluating_a_model_against_itself_and_against_another(model, other_model, pairs):

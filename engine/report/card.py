@@ -1,0 +1,60 @@
+"""README.md of a trained model: what was done, from the run's own settings."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from prefuse.engine.config.settings import Config, settings_of
+
+NOT_IN_CARD = {"output_dir", "resume", "device", "nproc", "max_restarts", "output_file"}  # of the machine
+METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl_to_ref", "loss")
+
+
+def model_card(config: Config, command: str, metrics: Mapping[str, float]) -> str:
+    base, name = config.model_name_or_path, Path(config.output_dir).resolve().name
+    loss = "sft" if command == "sft" else config.loss_type
+    about = {
+        "base_model": base,
+        "library_name": "peft" if config.use_peft else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prefuse", loss, *(["lora"] if config.use_peft else [])],
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    rows = [
+        (setting, getattr(config, setting))
+        for fields in settings_of(command).values()
+        for setting in fields
+        if setting not in NOT_IN_CARD and getattr(config, setting) != defaults[setting]
+    ]
+    what = "LoRA adapters for" if config.use_peft else "Trained from"
+    parts = [
+        "---\n" + yaml.safe_dump(about, sort_keys=False, allow_unicode=True) + "---",
+        f"# {name}",
+        f"{what} `{base}`, by `prefuse {command}` with the loss {loss} on `{config.dataset_name}`.",
+        "## Settings\n\nThose that differ from the defaults; `config.yaml` has all.",
+        _table(("setting", "value"), rows),
+    ]
+    last = [(key, f"{metrics[key]:.4g}") for key in METRICS if key in metrics]
+    if last:
+        parts += ["## Last metrics", _table(("metric", "mean"), last)]
+    return "\n\n".join([*parts, "## Use", _usage(config)]) + "\n"
+
+
+def _usage(config: Config) -> str:
+    run, base = str(Path(config.output_dir).resolve().name), config.model_name_or_path
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if config.use_peft:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})")
+    else:
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({run!r})")
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({run!r})")
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, object]]) -> str:
+    escape = lambda value: str(value).replace("|", "\\|")  # noqa: E731
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {escape(value)} |" for name, value in rows])

@@ -1,0 +1,35 @@
+"""What the end of a run says: where its time went, and what to do with its model."""
+
+import shlex
+
+from prefuse.engine.config.settings import Config
+from prefuse.engine.report.clock import PARTS
+from prefuse.engine.report.log import duration, table
+
+
+def say_time(shares: list[tuple[str, float, float]]) -> None:
+    """Where the time of a run went, from `Clock.shares`."""
+    total = sum(seconds for _, seconds, _ in shares)
+    rows = [[name, f"{seconds:.1f}", f"{share:.1%}", PARTS[name]] for name, seconds, share in shares]
+    table(f"where {duration(total)} went", ["part", "seconds", "share", ""], rows, lines=False)
+
+
+def next_commands(config: Config, command: str, holds_out: bool) -> str:
+    """Commands that run as they stand, on the rows that the run held out or, without any, on all of them."""
+    run, base = config.output_dir, config.ref_model_name_or_path or config.model_name_or_path
+    against = f"--ref_model_name_or_path {shlex.quote(base)}"
+    given = f"--config {shlex.quote(f'{run}/config.yaml')} --model_name_or_path {shlex.quote(run)}"
+    if not holds_out:
+        given += " --eval_fraction 1.0"
+    load = f"AutoModelForCausalLM.from_pretrained({run!r})"
+    if config.use_peft:
+        load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
+    merged = ""
+    if config.use_peft:
+        merged = (
+            f"  prefuse merge --model_name_or_path {shlex.quote(run)} --output_dir {shlex.quote(run + '-merged')}\n"
+        )
+    return (
+        f"next:\n  prefuse eval {given} {'--loss_type sft' if command == 'sft' else against}\n"
+        f"  prefuse generate {given} {against}\n{merged}  in Python: {load}"
+    )
