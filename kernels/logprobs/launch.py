@@ -8,7 +8,7 @@ Forward. `target_kernel` makes the targets' logits, `fold_kernel` folds one row 
 
 and `finish_kernel` adds the segments in a fixed order: logp = -softplus(log total), q = sigmoid(log total) = 1 - p_y.
 Rows whose target lies too far under another logit are folded once more against their running maximum; a program
-without such a row returns at once, so nobody waits for the answer.
+without such a row returns at once, so the host need not read which rows they are.
 
 Backward, a vocabulary slice at a time: `dlogits_kernel` recomputes the tiles and writes dz in the operands' dtype,
 without the target's column; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's
