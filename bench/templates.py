@@ -9,6 +9,7 @@ text up to the stop token, the answer stands in it, and the stop token is last. 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -16,6 +17,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,7 +78,8 @@ def main() -> int:
     for name, results in found.items():
         print("\n".join(_lines(name, results)))
     if options.write is not None:
-        options.write.write_text(page(found), encoding="utf-8")
+        text = options.write.read_text(encoding="utf-8") if options.write.exists() else ""
+        options.write.write_text(page(text, found), encoding="utf-8")
     wrong = sum(o.word == "WRONG" for results in found.values() for row in results.values() for o in row.values())
     print(f"{wrong} rows are read wrong")
     return 1 if wrong or not found else 0
@@ -94,21 +97,51 @@ def _of_package(name: str, folder: str) -> dict[str, dict[str, Outcome]]:
 def outcomes(template: str) -> dict[str, Outcome]:
     """What becomes of one row of each kind."""
     tokenizer = tokenizer_for(template)
-    return {name: outcome(tokenizer, kind) for name, kind in KINDS.items()}
+    found = {name: outcome(tokenizer, kind) for name, kind in KINDS.items()}
+    return found | {"all turns": outcome_of_turns(tokenizer)}
 
 
-def outcome(tokenizer: Any, kind: Kind) -> Outcome:
+def outcome_of_turns(tokenizer: Any) -> Outcome:
+    """A conversation of which both answers are learned: as one example, or one for each answer."""
+    turns = [USER, ANSWER, USER | {"content": "Sure?"}, ANSWER | {"content": "Yes."}]
+    examples = read(tokenizer, {"messages": turns})
+    if isinstance(examples, str):
+        return Outcome("refused", examples)
+    rendered = []
+    for shape in SHAPES:
+        with contextlib.suppress(Exception):  # a template refuses the shapes of others
+            shaped = [shape(turn) for turn in turns]
+            rendered += [tokenizer.apply_chat_template(shaped[:end], tokenize=False) for end in (2, 4)]
+    said = ""
+    for example in examples:
+        if not any(text.startswith(tokenizer.decode(example.prompt + example.completion)) for text in rendered):
+            return Outcome("WRONG", "decode(prompt + completion) is not the rendered text")
+        flags = example.learned or [True] * len(example.completion)
+        said += tokenizer.decode([token for token, flag in zip(example.completion, flags, strict=True) if flag])
+    if [said.count(word) for word in ("42", "Yes.", "six times seven", "Sure?")] != [1, 1, 0, 0]:
+        return Outcome("WRONG", "what is learned is not the two answers")
+    return Outcome("right")
+
+
+def read(tokenizer: Any, row: dict[str, Any]) -> Any:
+    """The examples of a row, or why it is refused."""
     from prefuse.engine.data import DataError, load_examples
 
-    row = {"prompt": kind.prompt, "completion": [kind.answer]} | ({"tools": kind.tools} if kind.tools else {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         path.write_text(json.dumps([row]), encoding="utf-8")
         try:
-            dataset = load_examples(str(path), "sft", tokenizer, 1 << 20)
+            return load_examples(str(path), "sft", tokenizer, 1 << 20).examples
         except DataError as error:
-            return Outcome("refused", str(error).splitlines()[-1].partition(": ")[2])
-    (example,) = dataset.examples
+            return str(error).splitlines()[-1].partition(": ")[2]
+
+
+def outcome(tokenizer: Any, kind: Kind) -> Outcome:
+    row = {"prompt": kind.prompt, "completion": [kind.answer]} | ({"tools": kind.tools} if kind.tools else {})
+    examples = read(tokenizer, row)
+    if isinstance(examples, str):
+        return Outcome("refused", examples)
+    (example,) = examples
     checks = [check(tokenizer, kind, list(example.prompt), list(example.completion), shape) for shape in SHAPES]
     return next((found for found in checks if found.word == "right"), checks[0])
 
@@ -177,18 +210,33 @@ def tokenizer_for(template: str) -> Any:
     return fast
 
 
-def page(found: dict[str, dict[str, dict[str, Outcome]]]) -> str:
-    lines = []
+START, END = "<!-- the table: prefuse bench templates --write docs/chat_templates.md -->", "<!-- its end -->"
+
+
+def page(text: str, found: dict[str, dict[str, dict[str, Outcome]]]) -> str:
+    """The page with its table made anew."""
+    before, _, rest = text.partition(START)
+    outcomes = [o for results in found.values() for row in results.values() for o in row.values()]
+    reasons = Counter(o.why for o in outcomes if o.why)
+    numbers = {why: number for number, (why, _) in enumerate(reasons.most_common(), 1)}
+    words = Counter(o.word for o in outcomes)
+    made = (
+        f"Made with transformers {version('transformers')}: {len(outcomes)} rows, of which {words['right']} are read "
+    )
+    lines = [START, "", made + f"right, {words['refused']} refused and {words['WRONG']} read wrong.", ""]
     for name, results in found.items():
-        lines += _lines(name, results)
-    return "\n".join(lines) + "\n"
+        lines += _lines(name, results, numbers)
+    lines += ["What the numbers say, and of how many rows:", ""]
+    lines += [f"{number}. {why} ({reasons[why]})" for why, number in numbers.items()]
+    return before + "\n".join([*lines, "", END]) + rest.partition(END)[2]
 
 
-def _lines(name: str, results: dict[str, dict[str, Outcome]]) -> Iterator[str]:
+def _lines(name: str, results: dict[str, dict[str, Outcome]], numbers: dict[str, int] | None = None) -> Iterator[str]:
     yield f"## {name} {version(name)}: {len(results)} templates"
     yield ""
-    yield f"| template | {' | '.join(KINDS)} |"
-    yield "|---" * (len(KINDS) + 1) + "|"
+    yield f"| template | {' | '.join(next(iter(results.values())))} |"
+    yield "|---" * (len(next(iter(results.values()))) + 1) + "|"
     for template, row in results.items():
-        yield f"| {template} | {' | '.join(outcome.word + outcome.why[:0] for outcome in row.values())} |"
+        cells = [o.word + (f" {numbers[o.why]}" if numbers and o.why else "") for o in row.values()]
+        yield f"| {template} | {' | '.join(cells)} |"
     yield ""

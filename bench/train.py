@@ -43,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 import prefuse.engine.report.log
+import prefuse.engine.run.plan
 import prefuse.engine.run.setup
 from prefuse.attention import packed_hidden
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
@@ -109,14 +110,16 @@ def by_prefuse(given: Prepared) -> Outcome:
             num_train_epochs=arguments.num_train_epochs, seed=SEED, save_steps=0, logging_steps=1,
             max_tokens_per_batch=arguments.max_tokens_per_batch, device=arguments.device,
         )  # fmt: skip
-        with timed(prefuse.engine.run.setup, "reference_logps", arguments) as reference:
+        with timed(prefuse.engine.run.plan, "reference_logps", arguments) as reference:
             run = prefuse.engine.run.setup.prepare(validate(config, "train"), "train")
         if not given.order:
             # A step's rows in the order of the file: which of them share a microbatch is chance, as in TRL.
-            given.order += [
-                [i for step in plan for i in sorted(i for part in step for indices in part for i in indices)]
-                for plan in run.data.plans
+            steps = run.data.steps
+            taken = [
+                sorted(i for part in steps.parts(n) for indices in part for i in indices) for n in range(steps.total)
             ]
+            per_epoch = [taken[n : n + steps.per_epoch] for n in range(0, steps.total, steps.per_epoch)]
+            given.order += [[i for step in epoch for i in step] for epoch in per_epoch]
         training = Stopwatch(arguments)
         with StopSignals() as signals:
             train_loop(run, run.data.steps_from(run.start), signals)

@@ -68,6 +68,7 @@ COMMANDS = {
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
+DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
 BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
 OTHER_NAMES = {
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prefuse.bench.cli import main as bench
 
             return bench(argv[1:])
+        if argv and argv[0] == "data":
+            from prefuse.engine.curate import main as data
+
+            return data(argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about))
@@ -105,23 +110,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, config)
     except (UserError, OSError) as error:
         if not isinstance(error, OtherRankFailed):
-            print(f"prefuse: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            _complain(f"error: {f'rank {rank}: ' if rank else ''}{error}")
         return 2
     except Stopped as stop:
         if rank == 0:
-            print(f"prefuse: {stop}", file=sys.stderr)
+            _complain(str(stop))
         return 128 + stop.signal
     except KeyboardInterrupt:  # within training it is Stopped
         after = "; if output_dir holds a checkpoint, --resume goes on from it" if command in TRAINING_COMMANDS else ""
-        print(f"prefuse: interrupted{after}", file=sys.stderr)
+        _complain(f"interrupted{after}")
         return 130
     except RuntimeError as error:
         if not _lost_peer(error):
             raise
-        print(
-            f"prefuse: rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
-            f"{what_is_there(config.output_dir)}", file=sys.stderr,
-        )  # fmt: skip
+        _complain(
+            f"rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
+            f"{what_is_there(config.output_dir)}"
+        )
         return 75
     return 0
 
@@ -159,7 +164,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "data", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -172,7 +177,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"bench": BENCH}
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "bench": BENCH}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])
@@ -184,9 +189,28 @@ def _version() -> str:
     return f"prefuse {importlib.metadata.version('prefuse')}"
 
 
+def _complain(message: str) -> None:
+    """One line on stderr."""
+    from prefuse.engine.report.screen import complain
+
+    complain(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+class _Printable(logging.Formatter):
+    """A message may name what stands in the data: no control character of it reaches the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from prefuse.engine.report.screen import printable
+
+        return printable(super().format(record))
+
+
 def _set_up_logging() -> None:
     """Our own messages; of the libraries below only what is wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler and handler.formatter and handler.formatter._fmt == "%(message)s":
+            handler.setFormatter(_Printable("%(message)s"))
     logging.getLogger("prefuse").setLevel(logging.INFO)
 
 

@@ -18,7 +18,8 @@ from prefuse.engine.data.dataset import hold_out_rows, text_options
 from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt, load_prompts
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.load import check_tokens, device_of, load_model, load_tokenizer
+from prefuse.engine.model.limits import check_prompts
+from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.report.log import progress_bar, say, table
 from prefuse.engine.run.files import write_whole
 
@@ -46,6 +47,8 @@ def generate(config: Config) -> list[dict[str, str]]:
     answers = {}
     for role, path in names.items():
         lm = load_model(path, config, device)
+        rows = [prompt.row for prompt in prompts]
+        check_prompts(lm, [prompt.ids for prompt in prompts], rows, config.max_new_tokens)
         answers[role] = answer(lm, tokenizer, [prompt.ids for prompt in prompts], config)
 
     results = [
@@ -71,14 +74,10 @@ def generate(config: Config) -> list[dict[str, str]]:
 def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Config) -> list[str]:
     """The text each prompt is continued with, special tokens left out. The seed decides what is sampled."""
     torch.manual_seed(config.seed)
-    check_tokens(
-        lm, max(map(max, prompts)), max(map(len, prompts)) + config.max_new_tokens,
-        "lower max_new_tokens, or max_length, which prompts are shortened to",
-    )  # fmt: skip
     ours = _generation_config(lm, tokenizer, config)
     lm.model.generation_config = ours  # generate fills what is not set from it
     texts = []
-    size = config.per_device_eval_batch_size
+    size, stops = config.per_device_eval_batch_size, _stop_tokens(lm, tokenizer)
     with progress_bar() as bar, lm.autocast():
         task = bar.add_task("generating", total=len(prompts))
         for start in range(0, len(prompts), size):
@@ -88,7 +87,7 @@ def answer(lm: LanguageModel, tokenizer, prompts: list[list[int]], config: Confi
                 attention_mask=mask.to(lm.device),
                 generation_config=ours,
             )
-            answers = out[:, ids.shape[1] :].tolist()
+            answers = [_up_to(stops, answer) for answer in out[:, ids.shape[1] :].tolist()]
             texts += [
                 continuation(tokenizer, *both) for both in zip(prompts[start : start + size], answers, strict=True)
             ]
@@ -122,6 +121,11 @@ def _stop_tokens(lm: LanguageModel, tokenizer) -> list[int]:
     own = lm.model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
+
+
+def _up_to(stops: list[int], answer: list[int]) -> list[int]:
+    """The answer before its stop token, which may be no special token, and before the padding behind it."""
+    return answer[: next((i for i, token in enumerate(answer) if token in stops), len(answer))]
 
 
 def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask

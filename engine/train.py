@@ -40,8 +40,9 @@ from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
+from prefuse.engine.run.plan import Share
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, Share, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import needs_of
 
@@ -83,12 +84,11 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
         publish_model(run, metrics)
 
     def end() -> None:
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
     run.ranks.from_main(end)
-    if run.ranks.main:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     say_time(clock.shares())
     say(f"{done} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
     say(next_commands(run.config, run.identity.command, holds_out=run.held is not None))
@@ -289,10 +289,10 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 def save(run: Run, step: int, evaluate: bool) -> None:
     """A checkpoint, unless the weights are those of the last one or no use."""
     fault = fault_of_weights(run)
-    if fault is None and run.guards.skipped_in_row:
-        fault = "the last step made no update"
     if fault is not None:
-        say(f"no checkpoint after step {step}: {fault}; {what_resume_does(run)}")
+        raise Diverged(f"{fault} after step {step}")
+    if run.guards.skipped_in_row:
+        say(f"no checkpoint after step {step}, which made no update; {what_resume_does(run)}")
         return
     state = state_of(run, step, evaluate)
     with clock.part("checkpoints"):

@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ if not HAS_GPU:
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory(prefix="prefuse-cache-")  # nothing of a test goes to the user's
+os.environ["PREFUSE_CACHE"] = CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns in every fork
 
 # The root's kernels/ would shadow the package `kernels` of others.

@@ -34,6 +34,13 @@ class DataSettings(Topic):
         rule=at_least(1),
     )
 
+    dataset_cache: str = setting(
+        "auto",
+        "Where the tokens of rows are kept, for later runs on the same rows to start at once: a folder; auto, "
+        "prefuse/datasets in the user's cache folder (or datasets in $PREFUSE_CACHE); none.",
+        may_differ=True,
+    )
+
     def command_defaults(self, command: str) -> dict[str, object]:
         return {"eval_fraction": 0.05 if command in TRAINING else 1.0}
 

@@ -40,6 +40,12 @@ class TextSettings(Topic):
         "Which answers of a conversation are learned. Turns with weight 0, train false or loss_weight 0 never are.",
         commands=("sft",),
     )
+    multi_turn: Literal["refuse", "first", "all"] = setting(
+        "refuse",
+        "Pairs that differ before the last turn: refused, compared in the first answer that differs, or in all answers "
+        "from there on (the turns between them are not learned).",
+        commands=("train", "eval"),
+    )
     learn_after_stop: bool = setting(
         False,
         "Learn what the chat template writes behind the stop token too, as TRL does.",

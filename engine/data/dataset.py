@@ -44,6 +44,7 @@ def text_options(config: Config) -> TextOptions:
         system_prompt=system,
         date=config.template_date or first_day(Path(config.model_name_or_path)),
         eos_token=config.eos_token,
+        multi_turn=config.multi_turn,
         learn_after_stop=config.learn_after_stop,
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
@@ -67,7 +68,8 @@ def day_of_run(config: Config) -> str:
 
 def reading_of(config: Config) -> dict[str, Any]:
     """How the settings want rows to be read and to become tokens: keywords of `load_examples`."""
-    return {**config.reading(), "max_skipped": config.max_skipped, "text": text_options(config)}
+    rest = {"max_skipped": config.max_skipped, "text": text_options(config), "cache": config.dataset_cache}
+    return {**config.reading(), **rest}
 
 
 def read_examples(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
+from prefuse.engine.data.cache import cached
 from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
 from prefuse.engine.data.forms import (
     BadRow,
@@ -69,6 +70,7 @@ def load_examples(
     split: str = "train",
     text: TextOptions | None = None,
     max_skipped: float = 0.5,
+    cache: str = "auto",
     **reading: Any,
 ) -> Dataset:
     """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
@@ -77,6 +79,7 @@ def load_examples(
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
     (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
     for columns that do not say what they are.
+    `cache`: where the ids are kept for the next time ("auto", "none" or a folder; see cache.py).
     Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
     whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
@@ -84,11 +87,25 @@ def load_examples(
         raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    records, form, ignored = read_records(source, kind, split, ReadOptions(**reading))
-    source = name_of(source)
-    text = text or TextOptions()
+    options, text = ReadOptions(**reading), text or TextOptions()
     if kind != "sft":
         text = replace(text, turns="last")
+    settings = {"kind": kind, "max_length": max_length, "max_skipped": max_skipped}
+    seed = options.seed if options.pairs == "best_vs_random" else None  # nothing else is drawn
+    settings |= {"text": asdict(text), "reading": asdict(options) | {"seed": seed}}
+
+    def read() -> Dataset:
+        return _read_examples(source, kind, tokenizer, max_length, split, text, max_skipped, options)
+
+    return cached(cache, source, split, tokenizer, settings, read)
+
+
+def _read_examples(
+    source: str | Sequence[Any], kind: Kind, tokenizer: Any, max_length: int, split: str, text: TextOptions,
+    max_skipped: float, options: ReadOptions,
+) -> Dataset:  # fmt: skip
+    records, form, ignored = read_records(source, kind, split, options)
+    source = name_of(source)
     room = _room(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
     examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0

@@ -1,9 +1,9 @@
 """`max_length` bounds prompt + completion.
 
 A prompt too long is cut, at its start (behind its BOS) or at its end, and counted. A completion that leaves no room
-for a prompt is not cut, and its row is skipped; or, by `long_completions: cut`, it loses its end, stop token included,
-and its prompt has at most half of max_length. A cut never leaves half a character: byte-level and byte-fallback
-tokens hold parts of one.
+for a prompt is not cut, and its row is skipped (of a conversation, the answers that fit stay); or, by
+`long_completions: cut`, it loses its end, stop token included, and its prompt has at most half of max_length. A cut
+never leaves half a character: byte-level and byte-fallback tokens hold parts of one.
 """
 
 import re
@@ -29,6 +29,7 @@ class Room:
     long_completions: Literal["skip", "cut"] = "skip"
 
     def fit(self, record: Record) -> Record:
+        record = self._with_whole_answers(record)
         tokens, side = max(((len(ids), side) for side, ids in record.sides.items()), default=(0, ""))
         room = self.max_length - tokens
         if room < 1:
@@ -39,6 +40,18 @@ class Room:
             room = min(len(record.prompt), self.max_length // 2)
             record = self._with_shorter_sides(record, self.max_length - room)
         return replace(record, prompt=self.cut_prompt(record.prompt, room))
+
+    def _with_whole_answers(self, record: Record) -> Record:
+        """A conversation that is too long, up to the last answer that fits; as it is where none does."""
+        learned = record.learned
+        if learned is None or len(record.sides) > 1 or len(learned) <= self.max_length - len(record.prompt):
+            return record
+        fitting = range(1, self.max_length - len(record.prompt) + 1)
+        end = max((i for i in fitting if learned[i - 1] and not learned[i]), default=0)
+        if end == 0:
+            return record
+        ((side, ids),) = record.sides.items()
+        return replace(record, sides={side: ids[:end]}, learned=learned[:end])
 
     def cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         if len(prompt) <= room:

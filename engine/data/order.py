@@ -12,8 +12,6 @@ import torch
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.errors import UserError
 
-Plan = list[list[list[int]]]  # optimizer steps of microbatches of example indices
-
 
 def generator(purpose: str, seed: int, epoch: int = 0) -> torch.Generator:
     """A generator of its own for every purpose: drawing more for one never shifts another."""
@@ -51,29 +49,46 @@ def _same(prompts: Sequence[list[int]]) -> np.ndarray:  # (E,) equal for equal p
 Bins = Callable[[Sequence[int]], list[list[int]]]  # indices -> microbatches of them
 
 
+class Epoch(Sequence):
+    """The optimizer steps of one epoch, each a list of microbatches of example indices, cut when it is asked for."""
+
+    def __init__(self, order: np.ndarray, per_step: int, cut: Bins):
+        self.order, self.per_step, self.cut = order, per_step, cut
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.per_step)
+
+    def __getitem__(self, step: int) -> list[list[int]]:
+        start = range(len(self))[step] * self.per_step
+        return self.cut(self.order[start : start + self.per_step].tolist())
+
+
 def plan_epoch(
     lengths: Sequence[int], microbatch: int, accumulation: int, seed: int, epoch: int, bins: Bins | None = None
-) -> Plan:
+) -> Epoch:
     """A new order each epoch, cut into optimizer steps and those into microbatches; the last of each may be smaller.
 
     A step has `microbatch * accumulation` examples. Its microbatches are what `bins` makes of them, without it so many
     examples, longest first, which cuts padding. Either changes the update by rounding only.
     """
-    order = torch.randperm(len(lengths), generator=generator("order", seed, epoch)).tolist()
-    steps, lengths = _cut(order, microbatch * accumulation), np.asarray(lengths)
-    return [_microbatches(step, lengths, microbatch, bins) for step in steps]
+    order = torch.randperm(len(lengths), generator=generator("order", seed, epoch)).numpy()
+    return Epoch(order, microbatch * accumulation, bins or longest_first(lengths, microbatch))
 
 
 def plan_evaluation(lengths: Sequence[int], microbatch: int, bins: Bins | None = None) -> list[list[int]]:
     """All examples once, longest first."""
-    return _microbatches(range(len(lengths)), np.asarray(lengths), microbatch, bins)
+    return (bins or longest_first(lengths, microbatch))(range(len(lengths)))
 
 
-def _microbatches(indices: Sequence[int], lengths: np.ndarray, microbatch: int, bins: Bins | None) -> list[list[int]]:
-    if bins is not None:
-        return bins(indices)
-    chosen = np.asarray(indices, np.int64)
-    return _cut(chosen[np.lexsort((chosen, -lengths[chosen]))].tolist(), microbatch)
+def longest_first(lengths: Sequence[int], microbatch: int) -> Bins:
+    lengths = np.asarray(lengths)
+
+    def cut(indices: Sequence[int]) -> list[list[int]]:
+        chosen = np.asarray(indices, np.int64)
+        chosen = chosen[np.lexsort((chosen, -lengths[chosen]))].tolist()
+        return [chosen[start : start + microbatch] for start in range(0, len(chosen), microbatch)]
+
+    return cut
 
 
 def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
@@ -91,7 +106,3 @@ def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list
     start, size = (np.cumsum(sizes) - sizes)[same], sizes[same]
     draw = (uniform * (len(prompts) - size)).astype(np.int64)
     return by_prompt[np.where(draw < start, draw, draw + size)].tolist()
-
-
-def _cut(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -143,10 +143,9 @@ def number_by_first(numbers: np.ndarray) -> np.ndarray:  # (R,) -> (R,) int64
     return rank[inverse]
 
 
-def framed(parts: Sequence[Ragged]) -> Iterator[np.ndarray]:  # int64
+def framed(parts: Sequence[Ragged]) -> Iterator[np.ndarray]:  # int64, of a block of rows each
     """Each part's first row with its length before it, then each part's second row, ...: what a digest goes over."""
-    count = len(parts[0])
-    for start in range(0, count, BLOCK_ROWS):
+    for start in range(0, len(parts[0]), BLOCK_ROWS):
         block = [part[start : start + BLOCK_ROWS] for part in parts]
         lengths = np.stack([part.lengths for part in block], axis=1).ravel()
         places = np.cumsum(lengths + 1) - (lengths + 1)
@@ -155,3 +154,14 @@ def framed(parts: Sequence[Ragged]) -> Iterator[np.ndarray]:  # int64
         for number, part in enumerate(block):
             out[ranges(places[number :: len(parts)] + 1, part.lengths)] = part.joined()
         yield out
+
+
+def framed_rows(parts: Sequence[Ragged]) -> Iterator[bytes]:
+    """What `framed` says of each row."""
+    sizes = 8 * sum(part.lengths + 1 for part in parts)
+    blocks = (memoryview(block.tobytes()) for block in framed(parts))
+    for start, block in zip(range(0, len(sizes), BLOCK_ROWS), blocks, strict=True):
+        at = 0
+        for size in sizes[start : start + BLOCK_ROWS].tolist():
+            yield block[at : at + size]
+            at += size

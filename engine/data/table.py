@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prefuse.engine.data.ragged import Ragged, RaggedBuilder, Texts, as_numpy, encode, framed
+from prefuse.engine.data.ragged import Ragged, RaggedBuilder, Texts, as_numpy, encode, framed, framed_rows
 from prefuse.packing import fill
 
 Kind = Literal["pair", "labelled", "sft"]
@@ -182,8 +182,14 @@ class Examples(Sequence):
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = [part for side in range(self.sides) for part in (self.prompts, self._side(side))]
-        return self._digest(parts)
+        return self._digest(self._sequence_parts())
+
+    def rows_as_bytes(self) -> Iterator[bytes]:
+        """Each example's sequences: the length and the ids of every prompt and completion."""
+        return framed_rows(self._sequence_parts())
+
+    def _sequence_parts(self) -> list[Ragged]:
+        return [part for side in range(self.sides) for part in (self.prompts, self._side(side))]
 
     def content_fingerprint(self) -> str:
         """sha256 over the token ids, lengths and labels of all examples, in order."""

@@ -45,6 +45,7 @@ class TextOptions:
     system_prompt: str | None = None  # first turn of conversations that have none of their own
     date: str | None = None  # "2026-11-28", what templates take for today; None: today
     eos_token: str | None = None  # put behind answers that the template ends with no token
+    multi_turn: Literal["refuse", "first", "all"] = "refuse"  # pairs that differ before the last turn
     learn_after_stop: bool = False  # TRL's way: what the template writes behind the stop token is learned too
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
     long_completions: Literal["skip", "cut"] = "skip"
@@ -102,8 +103,40 @@ class Renderer:
                 return self._conversation(record, side, conversation, answers, arguments)
         text = self.template.text(prompt, generation_prompt=True, **arguments)
         self._check_prompt(prompt, text, record.tools)
-        completions = {side: self._completion(side, prompt, text, turns, arguments) for side, turns in sides.items()}
-        return [replace(record, prompt=text, sides=completions, rendered=True)]
+        texts = {side: self._side(side, prompt, text, turns, arguments) for side, turns in sides.items()}
+        return [replace(record, prompt=text, sides=texts, rendered=True)]
+
+    def _side(
+        self, side: str, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]
+    ) -> str | list[Piece]:
+        """A completion, in pieces where turns of others stand between its answers."""
+        others = [i for i, turn in enumerate(turns) if turn["role"] != "assistant"]
+        if not others or self.options.multi_turn == "first":
+            return self._completion(side, prompt, text, turns[: min(others, default=None)], arguments)
+        if self.options.multi_turn == "refuse" and self.options.turns == "last":
+            role = turns[others[0]]["role"]
+            raise BadRow(
+                f'"{side}" has a turn from "{role}", expected assistant turns only. Fix: --multi_turn first compares '
+                "the first answers that differ, --multi_turn all those behind them too"
+            )
+        conversation = [*prompt, *turns]
+        answers = [i for i in range(len(prompt), len(conversation)) if conversation[i]["role"] == "assistant"]
+        parts = [self._part(side, conversation, i, arguments) for i in answers]
+        pieces = _pieces(self.template.text(conversation, **arguments), parts)
+        if pieces is None:
+            raise BadRow(
+                f'the chat template writes answers of "{side}" otherwise once others follow. Fix: --multi_turn first'
+            )
+        return pieces
+
+    def _part(self, side: str, conversation: list[Message], i: int, arguments: dict[str, Any]) -> tuple[str, str]:
+        """The prompt before the answer at `i`, and the answer."""
+        prompt = conversation[:i]
+        if not prompt:
+            raise BadRow("the conversation begins with an answer: the prompt has no turn")
+        text = self.template.text(prompt, generation_prompt=True, **arguments)
+        self._check_prompt(prompt, text, arguments["tools"])
+        return text, self._completion(side, prompt, text, conversation[i : i + 1], arguments)
 
     def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
         """With the default system prompt."""
@@ -186,14 +219,7 @@ class Renderer:
             marked = self._by_marks(record, side, turns, answers, arguments)
             if marked is not None:
                 return [marked]
-        parts = []
-        for i in answers:
-            prompt = turns[:i]
-            if not prompt:
-                raise BadRow("the conversation begins with an answer: the prompt has no turn")
-            text = self.template.text(prompt, generation_prompt=True, **arguments)
-            self._check_prompt(prompt, text, record.tools)
-            parts.append((text, self._completion(side, prompt, text, turns[i : i + 1], arguments)))
+        parts = [self._part(side, turns, i, arguments) for i in answers]
         whole = self.template.text(turns[: answers[-1] + 1], **arguments)
         pieces = _pieces(whole, parts)
         if pieces is not None:
@@ -203,27 +229,28 @@ class Renderer:
     def _by_marks(
         self, record: Record, side: str, turns: list[Message], answers: list[int], arguments: dict[str, Any]
     ) -> Record | None:
-        """By the template's {% generation %} blocks, one for each answer; None where they are not so many."""
+        """By the template's {% generation %} blocks, one for each answer; None where they are not so many, or where the
+        text does not hold the prompts as they are when the model answers them."""
         whole, spans = self.template.marked(turns, **arguments)
         spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if len(spans) != len(spoken):
             return None
-        self._check_prompt(turns, whole, record.tools)
+        pieces: list[Piece] = []
+        prompts = [self.template.text(turns[:i], generation_prompt=True, **arguments) for i in answers]
+        at = len(prompts[0])
         learned = [span for span, i in zip(spans, spoken, strict=True) if i in answers]
-        pieces, at = [], learned[0][0]
-        for (start, end), i in zip(learned, answers, strict=True):
-            self._check_answer(
-                side, whole[:start], whole[start:end], turns[i], (turns[:i], turns[i : i + 1], arguments)
-            )
-            pieces += [(whole[at:start], False)] if at < start else []
-            kept = (
-                end
-                if self.options.learn_after_stop
-                else start + len(self.ending.trimmed(whole[start:end], self.tokens))
-            )
-            pieces.append((whole[start:kept], True))
-            at = kept
-        return replace(record, prompt=whole[: learned[0][0]], sides={side: pieces}, rendered=True)
+        for (start, end), prompt, i in zip(learned, prompts, answers, strict=True):
+            if not whole.startswith(prompt) or not at <= len(prompt) < end:
+                return None
+            answer = whole[max(start, len(prompt)) : end]
+            context = (turns[:i], turns[i : i + 1], arguments)
+            self._check_answer(side, prompt, whole[len(prompt) : end], turns[i], context)
+            pieces += [(whole[at : end - len(answer)], False)] if at < end - len(answer) else []
+            kept = answer if self.options.learn_after_stop else self.ending.trimmed(answer, self.tokens)
+            pieces.append((kept, True))
+            at = end - len(answer) + len(kept)
+        self._check_prompt(turns[: answers[-1]], prompts[-1], record.tools)
+        return replace(record, prompt=prompts[0], sides={side: pieces}, rendered=True)
 
 
 def _pieces(whole: str, parts: list[tuple[str, str]]) -> list[Piece] | None:

@@ -19,12 +19,16 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
+from prefuse.engine.model.limits import check_rows
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
+from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.probes import check_padded_trunk
+from prefuse.models.rope import hold_rope
+from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 SHARD_SIZE = "5GB"  # of a file of weights
-POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_embed")
 WEIGHT_FILES = (*SAFETENSORS, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -102,6 +105,7 @@ def load_model(
             )
         path = base
     model = _read_model(path, config)
+    _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
@@ -151,9 +155,17 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
-    """Before the first step: every token has a row in the head, and the fused head is the model's own."""
-    check_tokens(lm, examples.largest_token(), len(examples.longest_sequence()), "lower max_length")
-    probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
+    """Before the first step: the model can take the rows, and the fused head is the model's own."""
+    check_rows(lm, examples)
+    longest = examples.longest_sequence()
+    for kind in dict.fromkeys(hold_rope(lm.model, len(longest))):
+        logger.info(
+            "The model's %s rotary embedding depends on the longest row of a batch; here all rows have that of the "
+            "longest, %d tokens",
+            kind,
+            len(longest),
+        )
+    probe = torch.tensor([longest[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
         # So are adapters, in float32 whatever the base has.
@@ -162,35 +174,14 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
             where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
-
-
-def check_tokens(lm: LanguageModel, largest: int, length: int, fix: str) -> None:
-    """Every token has a row in the head, and every position one where the model has learned so many of them."""
-    vocabulary = lm.head.weight.shape[0]
-    if largest >= vocabulary:
-        raise UserError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}: expected the tokenizer that "
-            "the model was trained with"
-        )
-    positions = learned_positions(lm.model)
-    if positions is not None and length > positions:
-        raise UserError(f"the model has learned {positions} positions, and a row takes {length}: {fix}")
-
-
-def learned_positions(model: torch.nn.Module) -> int | None:
-    """How many positions the model has an embedding of; None where it computes them (rotary, ALiBi)."""
-    tables = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
-    }
-    return min((table.num_embeddings - getattr(table, "offset", 0) for table in tables.values()), default=None)
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_fault(error)}") from None
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
     """`examples` for flat batches, if all models take them (each compared with itself), else as they are."""
     if config.padding_free is False:
-        return examples
+        return _with_padding(examples, models)
     for lm in models:
         try:
             with lm.autocast():
@@ -199,8 +190,19 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
             if config.padding_free:
                 raise UserError(f"{error}; set padding_free to false") from None
             logger.warning("%s. Batches are padded, and prompts run once for each completion", error)
-            return examples
+            return _with_padding(examples, models)
     return dataclasses.replace(examples, padding_free=True)
+
+
+def _with_padding(examples: Examples, models: Sequence[LanguageModel]) -> Examples:
+    """`examples` as they are, if padding changes no row of any of the models."""
+    for lm in models:
+        try:
+            with lm.autocast():
+                where_weights_are(lambda lm: check_padded_trunk(lm.model))(lm)
+        except UnsupportedModel as error:
+            raise UserError(str(error)) from None
+    return examples
 
 
 def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:
@@ -250,6 +252,15 @@ def save_model(
             if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
                 lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _refuse_no_numbers(model: torch.nn.Module, path: str) -> None:
+    wrong = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"the weights in {path} are not finite (NaN or infinity) in {len(wrong)} tensors ({', '.join(wrong[:3])}): "
+            "expected a model that was saved whole, before it diverged"
+        )
 
 
 def _require_model_folder(path: str) -> None:

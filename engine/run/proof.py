@@ -57,10 +57,15 @@ def read_state(path: Path) -> dict:
 def fault_of_files(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return _fault_of_list(manifest) or _fault_of_hashes(path, manifest) or _fault_of_state(path, manifest)
+        return (
+            _fault_of_list(manifest)
+            or _fault_of_hashes(path, manifest)
+            or _fault_of_state(path, manifest)
+            or _fault_of_rows(path)
+        )
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except Exception as error:  # whatever is in the files
         return f"{type(error).__name__}: {error}"
 
 
@@ -144,7 +149,6 @@ def fault_of_tensors(path: Path, state: dict, lm: LanguageModel, trainable: dict
             _fault_of_weights(path, lm)
             or _fault_of_optimizer(path, state, trainable)
             or _fault_of_random(path, state["cut"][0])
-            or _fault_of_rows(path)
         )
     except Exception as error:  # whatever is in the files
         return f"{type(error).__name__}: {error}"

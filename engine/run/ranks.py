@@ -22,8 +22,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -197,34 +199,50 @@ def share(microbatches: Sequence[list[int]], tokens: Sequence[int], size: int) -
     """
     if size == 1:
         return [list(microbatches)]
-    weight = lambda indices: sum(tokens[i] for i in indices)  # noqa: E731
-    bins = list(microbatches)
-    while len(bins) % size and any(len(indices) > 1 for indices in bins):
-        largest = max((indices for indices in bins if len(indices) > 1), key=weight)
-        bins.remove(largest)
-        bins += _halves(largest, tokens)
+    tokens = np.asarray(tokens)
+    bins = _as_many_for_each(microbatches, tokens, size)
     room, extra = divmod(len(bins), size)
     parts: list[list[list[int]]] = [[] for _ in range(size)]
     lightest = [(0, rank) for rank in range(size)]
-    for indices in sorted(bins, key=lambda indices: (-weight(indices), indices)):
+    for negative, indices in sorted((-_weight(indices, tokens), indices) for indices in bins):
         load, rank = heapq.heappop(lightest)
         while len(parts[rank]) == room and not extra:
             load, rank = heapq.heappop(lightest)
         extra -= len(parts[rank]) == room
         parts[rank].append(indices)
         if len(parts[rank]) <= room:
-            heapq.heappush(lightest, (load + weight(indices), rank))
+            heapq.heappush(lightest, (load - negative, rank))
     return parts
 
 
-def _halves(indices: list[int], tokens: Sequence[int]) -> list[list[int]]:
+def _as_many_for_each(microbatches: Sequence[list[int]], tokens: np.ndarray, size: int) -> list[list[int]]:
+    """Microbatches whose number `size` divides: the largest that have more than one example are split."""
+    wanted = -(-len(microbatches) // size) * size
+    whole = [(-_weight(indices, tokens), number) for number, indices in enumerate(microbatches) if len(indices) > 1]
+    heapq.heapify(whole)
+    bins, numbers = dict(enumerate(microbatches)), count(len(microbatches))
+    while len(bins) < wanted and whole:
+        _, largest = heapq.heappop(whole)
+        for half, number in zip(_halves(bins.pop(largest), tokens), numbers, strict=False):
+            bins[number] = half
+            if len(half) > 1:
+                heapq.heappush(whole, (-_weight(half, tokens), number))
+    return list(bins.values())
+
+
+def _weight(indices: list[int], tokens: np.ndarray) -> int:
+    return int(tokens[indices].sum())
+
+
+def _halves(indices: list[int], tokens: np.ndarray) -> list[list[int]]:
     """Two parts of about the same number of tokens, neither empty, each in the order it had."""
     parts: tuple[set[int], set[int]] = (set(), set())
     loads = [0, 0]
-    for i in sorted(indices, key=lambda i: -tokens[i]):
+    weights = dict(zip(indices, tokens[indices].tolist(), strict=True))
+    for i in sorted(indices, key=lambda i: -weights[i]):
         side = int(loads[1] < loads[0])
         parts[side].add(i)
-        loads[side] += tokens[i]
+        loads[side] += weights[i]
     return [[i for i in indices if i in part] for part in parts]
 
 

@@ -7,30 +7,63 @@ with other learning rates, losses, batches or folders share them, and a LoRA run
 What the key cannot know (another version of a library, another kernel) is looked for when they are read: one batch is
 computed again. Where the two differ by more than rounding, or a file is damaged or missing, all is computed again, and
 said. The ranks write and read a part each, whatever their number; where nothing can be written the run goes on.
+
+The reference is asked about the rows that a run comes to. An entry says which rows it has; a longer run adds to it, and
+what stood in it stays as it was, to the last bit.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefuse.engine.data.batches import Examples, collate
+from prefuse.engine.data.ragged import ranges
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
 from prefuse.engine.model.forward import LanguageModel, token_logps
 from prefuse.engine.report.log import progress
-from prefuse.engine.run.files import file_faults_as_oserror, publish, sha256_of
+from prefuse.engine.run.files import aside_of, clear_dead, file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
 
 logger = logging.getLogger(__name__)
 
+KNOWN = "known.safetensors"  # which rows an entry has the numbers of, where it has not all
 CACHE_FORMAT = 2  # to be raised when the same key would mean other numbers
+
+
+class Logps(Sequence):
+    """The log-probabilities of each example's completion tokens, end to end, as far as they are known."""
+
+    def __init__(self, counts: np.ndarray):  # (E,) completion tokens of each example
+        self.counts = counts
+        self.starts = np.cumsum(counts) - counts
+        self.values = torch.zeros(int(counts.sum()))  # (N,) float32, on the CPU
+        self.known = np.zeros(len(counts), bool)  # (E,)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> Tensor:  # (completion tokens of the example,)
+        assert self.known[index], f"the reference was not asked about example {index}"
+        return self.values[self.starts[index] : self.starts[index] + self.counts[index]]
+
+    def __setitem__(self, index: int, logps: Tensor) -> None:
+        self.values[self.starts[index] : self.starts[index] + self.counts[index]] = logps
+        self.known[index] = True
+
+    def places(self, rows: np.ndarray) -> Tensor:  # (E,) bool -> (tokens of these rows,)
+        """Where in `values` the numbers of some rows are."""
+        return torch.from_numpy(ranges(self.starts[rows], self.counts[rows]))
+
+    def all_of(self, indices: Sequence[int]) -> bool:
+        return bool(self.known[indices].all())
 
 
 def reference_logps(
@@ -39,27 +72,31 @@ def reference_logps(
     batches: Iterable[Sequence[int]],
     cache: str | None = None,
     ranks: Ranks = ALONE,
-) -> list[Tensor]:  # (E,) of (completion tokens of the example,) float32, on the CPU
-    """The log-probability of each completion token of each example.
+) -> Logps:
+    """The log-probability of each completion token of each example in `batches`.
 
     Give the batches that the policy will meet them in: a trunk's last bits depend on what shares a batch, and with the
     same batches a policy equal to its reference has log-ratios of exactly 0. With several ranks each gives its own
     batches and gets the numbers of all.
     """
-    batches = list(batches)
+    batches, logps = list(batches), Logps(examples.counts)
     if cache is None:
-        return _compute(lm, examples, batches, ranks)
+        _compute(lm, examples, batches, logps, ranks)
+        return logps
     key = cache_key(lm, examples)
     entry = Path(cache) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     stored, fault = _read(entry, key, examples, ranks)
     if stored is not None:
         fault = _fault_of_one_batch(lm, examples, batches, stored, entry.name, ranks)
     if stored is not None and fault is None:
-        logger.info("reference log-probabilities of %d examples read from %s", len(examples), entry)
-        return stored
+        logps = stored
+        logger.info("reference log-probabilities of %d examples read from %s", logps.known.sum(), entry)
     if fault is not None:
         logger.warning("the reference cache %s %s: computing it again", entry, fault)
-    logps = _compute(lm, examples, batches, ranks)
+    missing = [indices for indices in batches if not logps.all_of(indices)]
+    if not ranks.any(bool(missing)):
+        return logps
+    _compute(lm, examples, missing, logps, ranks)
     try:
         _write(entry, key, logps, ranks)
     except (OSError, UserError) as error:  # they are here all the same, and took long
@@ -83,33 +120,25 @@ def cache_key(lm: LanguageModel, examples: Examples) -> dict[str, str | int]:
 
 
 def _compute(
-    lm: LanguageModel, examples: Examples, batches: Sequence[Sequence[int]], ranks: Ranks = ALONE
-) -> list[Tensor]:
-    logps: list[Tensor | None] = [None] * len(examples)
+    lm: LanguageModel, examples: Examples, batches: Sequence[Sequence[int]], logps: Logps, ranks: Ranks = ALONE
+) -> None:
+    """Into `logps` what it does not know. Numbers that it has stay, to the last bit."""
+    before = logps.known.copy()
     for indices, counts_here in progress(ranks.in_step(batches, [0]), "reference", len(batches)):
         values = _logps_of(lm, examples, indices)
-        if counts_here:
-            for index, own in zip(indices, values, strict=True):
-                logps[index] = own.clone()  # not a view that keeps the whole batch alive
-    return _for_all(logps, examples, ranks)
+        for index, own in zip(indices, values, strict=True):
+            if counts_here and not before[index]:
+                logps[index] = own
+    if ranks.size > 1:  # each example's numbers come from the one rank that has them
+        new = ranks.sum_(torch.from_numpy(logps.known & ~before).int()).numpy() > 0
+        places = logps.places(new)
+        logps.values[places] = ranks.sum_(logps.values[places])
+        logps.known |= new
 
 
 def _logps_of(lm: LanguageModel, examples: Examples, indices: Sequence[int]) -> Sequence[Tensor]:
     packed = token_logps(lm, collate(examples, indices).to(lm.device)).float().cpu()
-    return packed.split([_count(examples, i) for i in indices])
-
-
-def _count(examples: Examples, index: int) -> int:
-    return sum(len(completion) for _, completion in examples.sequences[index])
-
-
-def _for_all(logps: list[Tensor | None], examples: Examples, ranks: Ranks) -> list[Tensor]:
-    """Each example's numbers from the one rank that has them."""
-    if ranks.size == 1:
-        return logps
-    counts = [_count(examples, i) for i in range(len(examples))]
-    mine = [torch.zeros(count) if x is None else x for x, count in zip(logps, counts, strict=True)]
-    return list(ranks.sum_(torch.cat(mine)).split(counts))
+    return packed.split(examples.counts[indices].tolist())
 
 
 def _weights_hash(model: torch.nn.Module) -> str:
@@ -128,13 +157,15 @@ def _shard(number: int, count: int) -> str:
     return f"logps-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _write(entry: Path, key: dict, logps: list[Tensor], ranks: Ranks) -> None:
-    """Every rank writes as many of the numbers; the folder appears when all have."""
+def _write(entry: Path, key: dict, logps: Logps, ranks: Ranks) -> None:
+    """Every rank writes as many of the numbers that are known; the folder appears when all have."""
     from safetensors.torch import save_file
 
     def begin() -> str:
-        folder = entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:8]}.tmp")  # several runs may write at once
+        folder = aside_of(entry)
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        clear_dead(entry.parent)
         return str(folder)
 
     aside = Path(ranks.from_main(begin))
@@ -142,7 +173,8 @@ def _write(entry: Path, key: dict, logps: list[Tensor], ranks: Ranks) -> None:
 
     def write() -> str:
         with file_faults_as_oserror():
-            save_file({"logps": torch.cat(logps).tensor_split(ranks.size)[ranks.rank].clone()}, aside / name)
+            own = logps.values[logps.places(logps.known)].tensor_split(ranks.size)[ranks.rank]
+            save_file({"logps": own.clone()}, aside / name)
         return sha256_of(aside / name)
 
     try:
@@ -153,7 +185,12 @@ def _write(entry: Path, key: dict, logps: list[Tensor], ranks: Ranks) -> None:
             for shard in shards:
                 if not (aside / shard).exists():
                     raise UserError(f"{shard} was written by another rank and is not here: expected a shared folder")
-            (aside / "about.json").write_text(json.dumps({"key": key, "shards": shards}, indent=1))
+            about = {"key": key, "shards": shards}
+            if not logps.known.all():  # of a run that did not come to all rows; a longer one adds to it
+                with file_faults_as_oserror():
+                    save_file({"known": torch.from_numpy(logps.known)}, aside / KNOWN)
+                about["known"] = sha256_of(aside / KNOWN)
+            (aside / "about.json").write_text(json.dumps(about, indent=1))
             publish(aside, entry)
 
         ranks.from_main(finish)
@@ -162,47 +199,49 @@ def _write(entry: Path, key: dict, logps: list[Tensor], ranks: Ranks) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read(entry: Path, key: dict, examples: Examples, ranks: Ranks) -> tuple[list[Tensor] | None, str | None]:
+def _read(entry: Path, key: dict, examples: Examples, ranks: Ranks) -> tuple[Logps | None, str | None]:
     """The numbers, or None and what is wrong with them, if there are any. Each rank reads and checks its share of the
     shards, of which there may be more or fewer than ranks."""
     if ranks.any(not entry.exists()):
         return None, None
-    counts = [_count(examples, i) for i in range(len(examples))]
-    sizes, fault = [], ""
+    logps, fault = Logps(examples.counts), ""
     try:
         about = json.loads((entry / "about.json").read_text())
-        shards = about["shards"]
-        sizes = [len(part) for part in torch.empty(sum(counts), device="meta").tensor_split(len(shards))]
         fault = "is not what its key says" if about["key"] != key else ""
-        own = torch.zeros(sum(counts))
-        for part, name, size in list(zip(own.split(sizes), shards, sizes, strict=True))[ranks.rank :: ranks.size]:
-            part.copy_(_read_shard(entry / name, shards[name], size))
+        logps.known[:] = True
+        if "known" in about:
+            logps.known = _read_tensor(entry / KNOWN, about["known"], "known", len(logps)).numpy().copy()
+        shards, places = about["shards"], logps.places(logps.known)
+        sizes = [len(part) for part in torch.empty(len(places), device="meta").tensor_split(len(shards))]
+        for part, name, size in list(zip(places.split(sizes), shards, sizes, strict=True))[ranks.rank :: ranks.size]:
+            logps.values[part] = _read_tensor(entry / name, shards[name], "logps", size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         fault = f"is damaged ({error})"
     said = ranks.texts(fault) if ranks.size > 1 else [fault]
     if any(said):
         return None, next(text for text in said if text)
-    return list(ranks.sum_(own).split(counts)), None
+    ranks.sum_(logps.values)
+    return logps, None
 
 
-def _read_shard(path: Path, expected: str, size: int) -> Tensor:
+def _read_tensor(path: Path, expected: str, name: str, size: int) -> Tensor:  # (size,)
     from safetensors.torch import load
 
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
         raise ValueError(f"{path.name} does not have the hash that was written down")
-    logps = load(data)["logps"]
-    if logps.shape != (size,):
-        raise ValueError(f"{path.name} has {tuple(logps.shape)} numbers, expected {size}")
-    return logps
+    values = load(data)[name]
+    if values.shape != (size,):
+        raise ValueError(f"{path.name} has {tuple(values.shape)} numbers, expected {size}")
+    return values
 
 
 def _fault_of_one_batch(
-    lm: LanguageModel, examples: Examples, batches: Sequence[Sequence[int]], stored: list[Tensor], name: str,
-    ranks: Ranks,
+    lm: LanguageModel, examples: Examples, batches: Sequence[Sequence[int]], stored: Logps, name: str, ranks: Ranks,
 ) -> str | None:  # fmt: skip
     """What is wrong with the numbers as far as one batch of each rank shows, the same one every time."""
-    chosen = [batches[int(name, 16) % len(batches)]] if batches else []
+    known = [indices for indices in batches if stored.all_of(indices)]
+    chosen = [known[int(name, 16) % len(known)]] if known else []
     worst = torch.zeros(ranks.size)
     for indices, counts_here in ranks.in_step(chosen, [0]):
         got, wanted = (torch.cat(list(x)) for x in ([stored[i] for i in indices], _logps_of(lm, examples, indices)))

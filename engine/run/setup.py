@@ -4,33 +4,23 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
-from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
+from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
-from prefuse.engine.data.order import Plan, draw_mismatches, plan_epoch
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.load import (
-    check_model,
-    check_same_vocabulary,
-    check_tokens,
-    device_of,
-    load_model,
-    load_tokenizer,
-    without_padding,
-)
+from prefuse.engine.model.limits import check_mismatches, check_rows
+from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
@@ -39,7 +29,7 @@ from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
 from prefuse.engine.run.guards import Guards
 from prefuse.engine.run.health import largest_weight
-from prefuse.engine.run.held_out import HeldOut, hold
+from prefuse.engine.run.held_out import HeldOut
 from prefuse.engine.run.identity import (
     Identity,
     check_same,
@@ -50,56 +40,12 @@ from prefuse.engine.run.identity import (
     settings_of,
 )
 from prefuse.engine.run.optimizer import make_optimizer
+from prefuse.engine.run.plan import TrainingSet, meet_reference
 from prefuse.engine.run.proof import checkpoints
-from prefuse.engine.run.ranks import Ranks, join, share
-from prefuse.engine.run.reference_logps import reference_logps
+from prefuse.engine.run.ranks import Ranks, join
 from prefuse.losses.contract import Loss, needs_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Share:
-    """What this rank does of one optimizer step."""
-
-    step: int
-    batches: list[Batch]
-    mismatches: list[Batch]  # for a loss that needs z0: one for each batch
-    counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
-    rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """The rows to train on in the order of each epoch, with what the reference says about them."""
-
-    examples: Examples
-    plans: list[list[list[list[list[int]]]]]  # by epoch, step, rank and microbatch: example indices
-    total_steps: int
-    ranks: Ranks
-    ref_logps: list[Tensor] | None = None  # by example
-    mismatches: list[Examples] | None = None  # by epoch, for a loss that needs z0
-    mismatch_ref_logps: list[list[Tensor]] | None = None  # by epoch and example
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.plans[0])
-
-    def steps_from(self, start: int) -> Iterator[Share]:
-        """This rank's share of every optimizer step from `start` on."""
-        for step in range(start, self.total_steps):
-            epoch, index = divmod(step, self.steps_per_epoch)
-            parts = self.plans[epoch][index]
-            own, most = parts[self.ranks.rank], max(map(len, parts))
-            counts = [number < len(own) for number in range(most)]
-            own = own + next(part for part in parts if part)[:1] * (most - len(own))
-            batches = [collate(self.examples, indices, self.ref_logps) for indices in own]
-            mismatches = []
-            if self.mismatches is not None:
-                other, logps = self.mismatches[epoch], self.mismatch_ref_logps[epoch]
-                mismatches = [collate(other, indices, logps) for indices in own]
-            rows = [[[self.examples.rows[i] for i in indices] for indices in part] for part in parts]
-            yield Share(step, batches, mismatches, counts, rows)
 
 
 @dataclass(frozen=True)
@@ -170,31 +116,22 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
             "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
         )  # fmt: skip
-
-    def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path, config)
-        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
-
-    with clock.part("data"):
-        tokenizer, examples, held_examples, skipped = ranks.together(read)
-    _check_same_rows(examples, held_examples, ranks)
-    ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
+    tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
-    if held_examples is not None:
-        check_tokens(lm, held_examples.largest_token(), len(held_examples.longest_sequence()), "lower max_length")
+    _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
     model = checksums(base_state(lm.model), ranks)
     with adapters_off(lm.model), clock.part("reference"):
-        data, held = _meet_reference(lm, examples, held_examples, loss, config, ranks)
+        data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
         command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
-        libraries(),
+        libraries(), data.reference,
     )  # fmt: skip
 
     peak = peak_flops(lm)
@@ -203,15 +140,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     largest = largest_weight(lm, ranks)
     state = {"step": 0, "lines": 0, "evaluate": True}
     if home.state != "set-up":
-        changes: list[str] = []
-
-        def agree(saved: Saved) -> None:
-            changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
-
-        saved = load_newest(home.path, lm, optimizer, ranks, agree)
-        if saved is None:
-            say(f"{home.path} has no whole checkpoint: starting from the first step")
-        else:
+        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks)
+        if saved is not None:
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
     newest = state["step"] or None
@@ -230,12 +160,56 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     )  # fmt: skip
 
 
+def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
+    """Beside what `check_model` has looked at: held-out rows, and completions after prompts of other rows."""
+    if held is not None:
+        check_rows(lm, held)
+    for rows in (examples, held):
+        if "z0" in needs_of(loss) and rows is not None:
+            check_mismatches(lm, rows, config.max_length)
+
+
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
     """Bytes for the model and for as many checkpoints as will stand side by side, but for those that do already."""
     count = data.total_steps // config.save_steps if config.save_steps else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
+
+
+def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tuple[object, Examples, Examples | None]:
+    """The tokenizer, the rows to train on and the rows held out; the skipped ones are named in the run folder."""
+
+    def read() -> tuple:
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
+        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
+
+    with clock.part("data"):
+        tokenizer, examples, held_examples, skipped = ranks.together(read)
+    _check_same_rows(examples, held_examples, ranks)
+    ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
+    return tokenizer, examples, held_examples
+
+
+def _load_newest(
+    home: RunFolder, lm: LanguageModel, optimizer: torch.optim.Optimizer, identity: Identity, examples: Examples,
+    ranks: Ranks,
+) -> tuple[Saved | None, list[str]]:  # fmt: skip
+    """The newest whole checkpoint, loaded, and what has changed since; None where the run begins again."""
+    changes: list[str] = []
+
+    def agree(saved: Saved) -> None:
+        changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
+
+    saved = load_newest(home.path, lm, optimizer, ranks, agree)
+    if saved is None and home.finished:
+        raise UserError(
+            f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
+            "it (model_name_or_path) in another output_dir"
+        )
+    if saved is None:
+        say(f"{home.path} has no whole checkpoint: starting from the first step")
+    return saved, changes
 
 
 def _go_on(
@@ -286,45 +260,3 @@ def _check_same_rows(examples: Examples, held: Examples | None, ranks: Ranks) ->
                 f"rank {rank} read other rows than rank 0: the data changed while it was read, or the nodes have "
                 "different copies of it; expected the same files everywhere"
             )
-
-
-def _meet_reference(
-    lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks
-) -> tuple[TrainingSet, HeldOut | None]:
-    """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
-    is gone afterwards."""
-    ref = lm
-    if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
-        ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
-        check_model(ref, examples)
-        check_same_vocabulary(lm, ref, config)
-    examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
-    held = held and dataclasses.replace(held, padding_free=examples.padding_free)
-
-    cut, bins = (config.per_device_train_batch_size, config.gradient_accumulation_steps * ranks.size), None
-    if examples.padding_free and config.z0_scope == "step":  # else a microbatch is what it says, so many examples
-        bins = examples.bins(config.token_budget(config.per_device_train_batch_size, len(examples.sequences[0])))
-
-    def plan(epoch: int) -> list:
-        steps: Plan = plan_epoch(examples.lengths, *cut, config.seed, epoch, bins)
-        return [share(microbatches, examples.lengths, ranks.size) for microbatches in steps]
-
-    plans = [plan(0)]
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(plans[0]))
-    plans += [plan(epoch) for epoch in range(1, math.ceil(total / len(plans[0])))]
-
-    if "reference" not in needs_of(loss):
-        return TrainingSet(examples, plans, total, ranks), held and hold(held, None, loss, config, ranks)
-    say(f"reference log-probabilities of {len(examples)} examples ...")
-    own = [[indices for step in plan for indices in step[ranks.rank]] for plan in plans]  # as the policy will meet them
-    logps = reference_logps(ref, examples, own[0], config.reference_cache, ranks)
-    mismatches = mismatch_logps = None
-    if "z0" in needs_of(loss):
-        draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(len(plans))]
-        mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
-        mismatch_logps = [
-            reference_logps(ref, other, order, config.reference_cache, ranks)
-            for other, order in zip(mismatches, own, strict=True)
-        ]
-    data = TrainingSet(examples, plans, total, ranks, logps, mismatches, mismatch_logps)
-    return data, held and hold(held, ref, loss, config, ranks)

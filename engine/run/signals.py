@@ -21,8 +21,9 @@ LAUNCHER = "PREFUSE_LAUNCHER"  # the process that `--nproc` has started this one
 POLL_SECONDS = 1.0  # between two looks whether the launcher is there
 
 
-class Stopped(Exception):
-    """The run was asked to stop by a signal, here or on another rank, and may be resumed."""
+class Stopped(BaseException):
+    """The run was asked to stop by a signal, here or on another rank, and may be resumed. No library's `except
+    Exception` takes it for an error of its own."""
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message or f"stopped by {signal.Signals(number).name}")

@@ -85,7 +85,7 @@ def test_what_a_resumed_run_may_differ_in():
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
         "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
-        "sft_turns", "learn_after_stop", "truncation_mode", "long_completions",
+        "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
     }  # fmt: skip
 
 

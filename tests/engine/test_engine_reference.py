@@ -91,6 +91,42 @@ def test_numbers_from_other_batches_are_the_same_to_rounding_and_taken(setup, pa
     assert not caplog.records
 
 
+def test_rows_that_no_batch_has_are_not_asked_about_and_come_when_they_are_wanted(setup, passes, caplog):
+    lm, examples, cache = setup
+    caplog.set_level("INFO", logger="prefuse")
+    part = reference_logps(lm, examples, ORDER[:1], str(cache))
+    assert passes == [[examples.rows[i] for i in ORDER[0]]]
+    with pytest.raises(AssertionError, match="was not asked about example 1"):
+        part[1]
+    first = {i: part[i].clone() for i in ORDER[0]}
+    passes.clear()
+    again = reference_logps(lm, examples, ORDER[:1], str(cache))
+    assert len(passes) == 1  # the one that is compared
+    assert "reference log-probabilities of 4 examples read from" in caplog.text
+    passes.clear()
+    # Other batches: what is known stays, to the last bit, though another batch would give it other last bits.
+    whole = reference_logps(lm, examples, [[0, 1], [2, 3, 4], [5, 7], [6, 8, 9, 10, 11]], str(cache))
+    assert [len(rows) for rows in passes] == [2, 2, 3, 5]  # one to compare, [5, 7]; then all others
+    assert all(torch.equal(x[i], first[i]) for i in ORDER[0] for x in (again, whole))
+    passes.clear()
+    assert same(reference_logps(lm, examples, ORDER, str(cache)), whole)
+    assert len(passes) == 1
+    assert len(list(cache.iterdir())) == 1
+    assert not list(cache.glob("*/known*"))
+    assert "computing it again" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([1 ^ data[-1]])])
+def test_which_rows_are_known_is_checked_too(damage, setup, caplog):
+    lm, examples, cache = setup
+    computed = reference_logps(lm, examples, ORDER[:1], str(cache))
+    (known,) = cache.glob("*/known.safetensors")
+    known.write_bytes(damage(known.read_bytes()))
+    again = reference_logps(lm, examples, ORDER[:1], str(cache))
+    assert "known.safetensors does not have the hash" in caplog.text
+    assert all(torch.equal(again[i], computed[i]) for i in ORDER[0])
+
+
 def rewrite(entry, change):
     """Another set of numbers, with the hashes to it: nothing but the reference itself can tell."""
     path = entry / SHARD
@@ -218,10 +254,9 @@ def test_any_number_of_ranks_reads_what_another_number_wrote(writers, readers, c
         (entry / "about.json").write_text(json.dumps({"key": {}, "shards": shards}))
         total = 0
         for rank in range(readers):
-            alone = OneOfMany(rank, readers)
-            part, fault = reference._read(entry, {}, examples, alone)
+            part, fault = reference._read(entry, {}, examples, OneOfMany(rank, readers))
             assert fault is None
-            total = total + torch.cat(part)
+            total = total + part.values
         assert torch.equal(total, torch.cat(logps))
 
 
@@ -269,7 +304,7 @@ CHANGES = {
 def test_runs_of_one_reference_and_the_same_rows_share_it(name, tmp_path, monkeypatch, caplog):
     base = {
         "model_name_or_path": save_model(tmp_path / "m"), "dataset_name": write_rows(tmp_path / "p.jsonl", PAIRS),
-        "reference_cache": str(tmp_path / "cache"), "max_steps": 2, "loss_type": "dpo",
+        "reference_cache": str(tmp_path / "cache"), "max_steps": 3, "loss_type": "dpo",
     }  # fmt: skip
     train(settings(**base, output_dir=str(tmp_path / "one")), "train")
     entries = {path.name for path in (tmp_path / "cache").iterdir()}
@@ -314,3 +349,28 @@ def test_a_run_with_a_full_cache_equals_one_with_an_empty_cache(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 5
     assert all(torch.equal(weights(tmp_path / "one")[k], v) for k, v in weights(tmp_path / "two").items())
     assert read_log(tmp_path / "one")[0] == read_log(tmp_path / "two")[0]
+
+
+def test_a_short_run_asks_about_its_own_rows_and_a_longer_one_goes_on_from_there(tmp_path, passes):
+    base = {
+        "model_name_or_path": save_model(tmp_path / "m"), "dataset_name": write_rows(tmp_path / "p.jsonl", PAIRS),
+        "loss_type": "kto", "per_device_train_batch_size": 3, "padding_free": False,
+    }  # fmt: skip
+
+    def run(name, cache, steps):
+        passes.clear()
+        folder = tmp_path / name
+        train(settings(**base, output_dir=str(folder), reference_cache=str(tmp_path / cache), max_steps=steps), "train")
+        return sum(map(len, passes)), weights(folder)
+
+    count, _ = run("short", "grows", 2)
+    assert count == 2 * 2 * 3  # two steps of three rows, and as many mismatches
+    count, grown = run("long", "grows", 9)  # 24 rows in 8 steps, then one step of a second epoch
+    compared = 2 * 3
+    assert count == compared + (24 - 6) + (24 - 6) + 3
+    count, fresh = run("fresh", "new", 9)
+    assert count == 24 + 24 + 3
+    assert all(torch.equal(grown[name], fresh[name]) for name in fresh)
+    count, repeated = run("repeated", "grows", 9)
+    assert count == 3 * 3
+    assert all(torch.equal(repeated[name], fresh[name]) for name in fresh)

@@ -14,7 +14,7 @@ from prefuse import SFT
 from prefuse.engine.data import Demonstration, Labelled, Pair, examples, load_examples
 from prefuse.engine.data import ragged as ragged_module
 from prefuse.engine.data.batches import IGNORE_INDEX, collate, examples_of
-from prefuse.engine.data.ragged import Ragged, Texts, framed
+from prefuse.engine.data.ragged import Ragged, Texts, framed, framed_rows
 from prefuse.engine.data.table import Examples
 from prefuse.engine.model.forward import count_items
 from prefuse.losses.likelihood import CPO
@@ -64,9 +64,12 @@ def test_frames_are_each_row_behind_its_length(count, parts, block):
     lists = [[[part, row] * (row % 3) for row in range(count)] for part in range(parts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ragged_module, "BLOCK_ROWS", block)
-        got = b"".join(frame.tobytes() for frame in framed([Ragged.of(rows) for rows in lists]))
-    rows = [rows[i] for i in range(count) for rows in lists]
-    assert got == b"".join(array("q", [len(row), *row]).tobytes() for row in rows)
+        got = [frame.tobytes() for frame in framed([Ragged.of(rows) for rows in lists])]
+        by_row = [bytes(row) for row in framed_rows([Ragged.of(rows) for rows in lists])]
+        assert len(got) == -(-count // block)
+    expected = [b"".join(array("q", [len(rows[i]), *rows[i]]).tobytes() for rows in lists) for i in range(count)]
+    assert b"".join(got) == b"".join(expected)
+    assert by_row == expected
 
 
 def test_texts_of_any_kind():

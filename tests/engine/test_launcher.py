@@ -126,3 +126,127 @@ def test_nproc_on_the_command_line_trains_and_restarts(files, tmp_path):
     assert "rank 1 of 2 was killed by SIGKILL" in done.stderr
     assert "resuming after step 2" in done.stdout
     assert (out / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Told to stop, orphaned, or put together wrongly
+
+
+def test_one_rank_that_was_told_to_stop_is_no_death(monkeypatch, tmp_path, capsys):
+    """It ends by itself, as all do, with 128 and the signal's number."""
+    program = "import sys; sys.exit(143)"
+    assert launched(monkeypatch, tmp_path, program, max_restarts=3) == 143
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_checkpoint_the_launcher_promises_none(monkeypatch, tmp_path, capsys):
+    assert launched(monkeypatch, tmp_path, "import os; os.kill(os.getpid(), 9)") == 137
+    assert "there is no checkpoint yet: --resume starts from the first step" in capsys.readouterr().err
+
+
+def test_meeting_places_of_killed_launchers_are_cleared(monkeypatch, tmp_path):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, living = tmp_path / f"{launch.MEETING}4194399-x", tmp_path / f"{launch.MEETING}{os.getpid()}-x"
+    dead.mkdir()
+    living.mkdir()
+    launch._clear_meeting_places()
+    assert not dead.exists()
+    assert living.exists()
+
+
+RANK = """
+import sys, time
+from prefuse.engine.run import signals
+signals.POLL_SECONDS = 0.1
+print("ready", flush=True)
+try:
+    with signals.StopSignals() as stop, stop.postponed():
+        for _ in range(300):
+            time.sleep(0.1)
+            if stop.received: stop.stop()
+except signals.Stopped as end:
+    open(sys.argv[1], "w").write(str(end))
+"""
+STARTS_A_RANK = """
+import os, subprocess, sys, time
+environment = os.environ | {"PREFUSE_LAUNCHER": str(os.getpid())}
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1], sys.argv[2]], env=environment, stdout=subprocess.PIPE, start_new_session=True
+)
+child.stdout.readline()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_whose_launcher_is_killed_stops(tmp_path):
+    words = [sys.executable, "-c", STARTS_A_RANK, RANK, str(tmp_path / "said")]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_for(tmp_path / "said")
+    time.sleep(0.1)
+    assert (tmp_path / "said").read_text() == "stopped because its launcher is gone"
+
+
+def test_a_hangup_is_a_signal_to_stop_unless_it_is_ignored():
+    from prefuse.engine.run.signals import Stopped, StopSignals
+
+    def hang_up():
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+
+    with pytest.raises(Stopped, match="stopped by SIGHUP"):
+        hang_up()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("environment", "nproc", "message"),
+    [
+        ({"RANK": "1"}, 1, "WORLD_SIZE is missing; the environment has RANK=1"),
+        ({"WORLD_SIZE": "2"}, 1, "RANK is missing; the environment has WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, 1, "WORLD_SIZE must be a whole number, got 'x'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, 1, "RANK must be a whole number, got '-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 1, "a rank must be below the number of ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, 1, "a rank must be below the number of ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "5"}, 1, "a rank must be below the number of ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 1, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h"}, 1, "MASTER_PORT missing"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            2,
+            r"--nproc 2 starts processes by itself, .* drop --nproc under torchrun",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 2, "--nproc 2 starts processes by itself"),
+    ],
+)
+def test_a_launchers_environment_must_be_whole_and_agree_with_the_flags(environment, nproc, message, monkeypatch):
+    from prefuse.engine.errors import UserError
+    from prefuse.engine.run.ranks import launched as ranks_of
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PREFUSE_RENDEZVOUS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        ranks_of(nproc)
+
+
+def test_the_command_line_says_so_in_one_line(files, tmp_path, monkeypatch, capsys):
+    from prefuse.engine import cli
+
+    monkeypatch.setenv("RANK", "one")
+    assert cli.main([str(x) for x in command(files, tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("prefuse: error: RANK must be a whole number, got 'one'")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from prefuse.engine import cli
-from prefuse.engine.model import load
+from prefuse.engine.model import limits
 from tiny_run import PAIRS, save_model, write_rows
 
 CODE = """
@@ -128,8 +128,8 @@ def test_learned_positions(files):
         vocab_size=300, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
         max_position_embeddings=20,
     )  # fmt: skip
-    assert load.learned_positions(transformers.OPTForCausalLM(config)) == 20
-    assert load.learned_positions(transformers.AutoModelForCausalLM.from_pretrained(files["model"])) is None
+    assert limits.position_limit(transformers.OPTForCausalLM(config)) == 20
+    assert limits.position_limit(transformers.AutoModelForCausalLM.from_pretrained(files["model"])) is None
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

@@ -26,6 +26,7 @@ class ReadOptions:
     bad_to: float | None = None  # scores up to here are bad answers; those between are set aside
     pairs: Literal["best_worst", "all", "best_vs_random"] = "best_worst"  # which pairs a list of answers gives
     seed: int = 0  # of best_vs_random
+    keep_scores: bool = False  # scores stay scores, and no threshold is asked for
     dataset_config: str | None = None  # of a dataset with several configurations, the one to read
 
 
@@ -82,7 +83,7 @@ def make_record(row: str, prompt: Text, sides: dict[str, Text], *, label: bool |
             raise BadRow(f'"{side}" is empty')
         if not (turns[-1].get("tool_calls") if turns else False) and not _words(text).strip():
             raise BadRow(f'"{side}" is empty: nothing but blanks')
-        for turn in turns:
+        for turn in turns[:1] + turns[-1:]:  # between them: see the setting multi_turn
             if turn["role"] != "assistant":
                 raise BadRow(f'"{side}" has a turn from "{turn["role"]}", expected assistant turns only')
     if prompt == []:

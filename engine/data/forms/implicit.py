@@ -24,6 +24,7 @@ MARKER = re.compile(
     r"|<start_of_turn>model\n|\[/INST\]"
 )
 LABEL = re.compile(r"(?:^|\n)[ \t]*(?:\#+ *)?\w[\w ]{0,20}:(?=\s|$)")
+SPEAKERS = re.compile(rf"(?:^|\n)[ \t]*(?:\#+ *)?(?:{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question) *:")
 GUESSED = "prompts are what both sides share up to a whole word, for no mark says where the answer begins"
 
 
@@ -79,3 +80,16 @@ def split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Me
     differing = (i for i in range(shorter) if chosen[i] != rejected[i])
     shared = next(differing, max(0, shorter - 1))
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def turns_of_transcript(prompt: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; a prompt without markers is one user turn."""
+    marks = list(SPEAKERS.finditer(prompt))
+    if not marks or prompt[: marks[0].start()].strip():
+        return [{"role": "user", "content": prompt}]
+    ends = [*(mark.start() for mark in marks[1:]), len(prompt)]
+    turns = []
+    for mark, end in zip(marks, ends, strict=True):
+        role = "assistant" if MARKER.fullmatch(mark.group()) else "user"
+        turns.append({"role": role, "content": prompt[mark.end() : end].strip()})
+    return turns if turns[-1]["content"] else turns[:-1]  # the open turn of the assistant

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from prefuse.engine.data.forms.demonstrations import Conversation, find_answers
+from prefuse.engine.data.forms.demonstrations import Answers, find_answers
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import LABELS, SCORES
@@ -63,13 +63,22 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
             raise SetAside(f'no value in "{column}"')
         if value is None:
             raise BadRow(f'"{column}" is {row[column]!r:.40}, {describe(row[column])}; expected a number')
+        if options.keep_scores:
+            yield answers.read(name, row, scores={"completion": value})
+            return
         if good is None and bad is None:
             raise DataError(_ask_for_thresholds(look, column))
         if not ((good is not None and value >= good) or (bad is not None and value <= bad)):
             raise SetAside(f'its "{column}" is between good and bad ({_thresholds(options)})')
         yield answers.read(name, row, label=good is not None and value >= good, scores={"completion": value})
 
-    return _form("scored", answers, (column, f"label, {_thresholds(options)}"), read, notes)
+    return _form(
+        "scored",
+        answers,
+        (column, "score" if options.keep_scores else f"label, {_thresholds(options)}"),
+        read,
+        notes,
+    )
 
 
 def score_column(look: Look, named: dict[str, list[str]], options: ReadOptions) -> str | None:
@@ -108,7 +117,7 @@ def _ask_for_thresholds(look: Look, column: str) -> str:
     )
 
 
-def _form(kind: str, answers: Conversation, role: tuple[str, str], read: Any, notes: Counter[str]) -> Form:
+def _form(kind: str, answers: Answers, role: tuple[str, str], read: Any, notes: Counter[str]) -> Form:
     return Form(
         kind, "/".join([*answers.columns, role[0]]), tuple(answers.columns), (*answers.became, role), read,
         answers.prompt, as_turns=answers.as_turns, optional=(*answers.optional, role[0]), tally=Tally(notes),

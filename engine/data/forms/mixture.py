@@ -37,6 +37,10 @@ class Part:
     columns: list[str] | None = None
     fraction: float | None = None
 
+    @property
+    def place(self) -> str:
+        return f"{self.path}/{self.data_dir}" if self.data_dir else self.path
+
 
 def parts_of(datasets: Any) -> list[Part]:
     """Of dicts, of paths, or of "path=a.jsonl,fraction=0.7"; checked."""
@@ -74,8 +78,7 @@ def sources_of(parts: list[Part], split: str) -> list[Source]:
     """Each part's rows, cut to its share."""
     sources = []
     for part in parts:
-        path = f"{part.path}/{part.data_dir}" if part.data_dir else part.path
-        source = open_source(path, part.split or split, part.name)
+        source = open_source(part.place, part.split or split, part.name)
         sources.append(_of_columns(source, part.columns) if part.columns else source)
     if parts[0].fraction is None:
         return sources

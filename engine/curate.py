@@ -1,0 +1,343 @@
+"""`prefuse data`: look at rows, convert them, filter them, split them. No model in it; a tokenizer at most.
+
+    prefuse data inspect rows.jsonl
+    prefuse data convert rows.jsonl pairs.jsonl --to pairs
+    prefuse data filter pairs.jsonl kept.jsonl --drop_duplicates
+    prefuse data split kept.jsonl folder --eval_fraction 0.1
+
+filter and split write rows as they stand in their source; convert writes them under TRL's names. What a row loses is
+counted and said.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prefuse.engine.config.rows import RowSettings
+from prefuse.engine.config.setting import known
+from prefuse.engine.config.values import from_words, literals
+from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read_records
+from prefuse.engine.data.forms.read import Reading
+from prefuse.engine.data.records import DataError
+from prefuse.engine.data.sources import open_source
+from prefuse.engine.data.stats import Stats, characters, digest, identity_of, measure, verdict_of
+from prefuse.engine.data.write import TARGETS, check_output, rows_of, with_turns, write_rows
+from prefuse.engine.errors import UserError
+from prefuse.engine.report.log import say
+
+PARTS = {  # of the examples of each kind
+    "pair": ("prompt", "chosen", "rejected"),
+    "labelled": ("prompt", "completion"),
+    "sft": ("prompt", "completion"),
+}
+KINDS = ("auto", "pair", "labelled", "scored", "sft", "prompt")
+
+
+def main(words: Sequence[str]) -> int:
+    args = _parser().parse_args(list(words))
+    args.options = _options(args)
+    args.run(args)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The four commands
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Counts, forms, lengths, duplicates, contradictions, balance; with a tokenizer also what its template does."""
+    from prefuse.engine.report.data_page import plot_stats, show_stats
+
+    reading, kind = _read(args.source, args)
+    stats = measure(reading.outcomes, characters)
+    unit = "characters"
+    _say_form(args.source, reading, kind)
+    if args.tokenizer:
+        _measure_tokens(args, kind, stats)
+        unit = "tokens"
+    show_stats(stats, reading.form.tally.rows, unit)
+    if args.picture:
+        plot_stats(stats, unit, Path(args.picture))
+        say(f"{args.picture}: the lengths as a picture")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Rows of any form as pairs, labelled answers, scored answers or demonstrations."""
+    path = Path(args.output)
+    check_output(path)
+    reading, _ = _read(args.source, args, TARGETS[args.to])
+    skipped: Counter[str] = Counter()
+    count = write_rows(path, _converted(reading, args, skipped))
+    _say_form(args.source, reading, TARGETS[args.to])
+    if reading.ignored:
+        say(f"  columns not kept: {', '.join(reading.ignored)}")
+    _say_written(path, count, reading, skipped)
+
+
+def filter_rows(args: argparse.Namespace) -> None:
+    """Rows that pass every rule, as they stand in their source."""
+    path = Path(args.output)
+    check_output(path)
+    verdicts = _verdicts(args) if args.drop_contradictions else {}
+    reading, kind = _read(args.source, args)
+    _refuse_gathered(reading)
+    dropped: Counter[str] = Counter()
+    kept = _kept(reading, args, verdicts, dropped)
+    count = write_rows(path, (row for name, row in open_source(args.source, args.split).rows() if name in kept))
+    _say_form(args.source, reading, kind)
+    _say_written(path, count, reading, dropped)
+
+
+def split_rows(args: argparse.Namespace) -> None:
+    """Two files in a folder, train and test; the rows of one prompt stay together."""
+    folder = Path(args.output)
+    paths = {name: folder / f"{name}{args.suffix}" for name in ("train", "test")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths.values():
+        check_output(path)
+    reading, kind = _read(args.source, args)
+    _refuse_gathered(reading)
+    skipped: Counter[str] = Counter()
+    sides = _sides(reading, args, skipped)
+    counts = {}
+    for name, path in paths.items():
+        rows = open_source(args.source, args.split).rows()
+        counts[name] = write_rows(path, (row for place, row in rows if sides.get(place) == name))
+    _say_form(args.source, reading, kind)
+    say(f"{folder}: {counts['train']} rows to train on, {counts['test']} to test on, no prompt in both")
+    _say_written(None, sum(counts.values()), reading, skipped)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def _read(source: str, args: argparse.Namespace, kind: str | None = None) -> tuple[Reading, str]:
+    """The rows as the kind that is asked for; "auto" is the first kind that fits."""
+    kind = kind or getattr(args, "kind", "auto")
+    if kind != "auto":
+        return read_records(source, kind, args.split, _for_kind(args.options, kind)), kind
+    refused: list[DataError] = []
+    for kind in KINDS[1:]:
+        try:
+            return read_records(source, kind, args.split, _for_kind(args.options, kind)), kind
+        except DataError as error:
+            if "a column is missing" not in str(error):
+                raise
+            refused.append(error)
+    raise refused[0]
+
+
+def _for_kind(options: ReadOptions, kind: str) -> ReadOptions:
+    if kind == "scored" and options.good_from is None and options.bad_to is None:
+        return dataclasses.replace(options, keep_scores=True, pairs="all")
+    return options
+
+
+def _converted(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    written: set[bytes] = set()
+    for record in _records(reading, skipped):
+        try:
+            rows = list(rows_of(with_turns(record) if args.as_turns else record, args.to))
+        except BadRow as problem:
+            skipped[str(problem)] += 1
+            continue
+        for row in rows:
+            if args.to == "scored":  # an answer stands in several pairs
+                identity = digest(row)
+                if identity in written:
+                    continue
+                written.add(identity)
+            yield row
+
+
+def _records(reading: Reading, skipped: Counter[str]) -> Iterator[Record]:
+    for outcome in reading.outcomes:
+        if isinstance(outcome, Skipped):
+            skipped[outcome.reason] += 1
+        else:
+            yield outcome
+
+
+def _place(record: Record) -> str:
+    """The row that a record comes from: "rows.json:3 (0 over 2)" is of rows.json:3."""
+    return record.row.partition(" (")[0]
+
+
+def _refuse_gathered(reading: Reading) -> None:
+    if reading.form.gather is not None:
+        raise UserError(f"a pair of {reading.form} comes from several rows: run `prefuse data convert` first")
+
+
+def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any], dropped: Counter[str]) -> set[str]:
+    """The rows of which every record passes."""
+    kept, failed, seen = set(), set(), set()
+    for record in _records(reading, dropped):
+        reason = _fails(record, args, verdicts)
+        identity = identity_of(record)
+        if reason is None and args.drop_duplicates and identity in seen:
+            reason = "an earlier row equals it"
+        seen.add(identity)
+        if reason is not None and _place(record) not in failed:
+            dropped[reason] += 1
+            failed.add(_place(record))
+        kept.add(_place(record))
+    return kept - failed
+
+
+def _fails(record: Record, args: argparse.Namespace, verdicts: dict[bytes, Any]) -> str | None:
+    """Why a record does not pass, if it does not."""
+    lengths = {side: characters(text) for side, text in record.sides.items()}
+    if args.max_prompt_characters is not None and characters(record.prompt) > args.max_prompt_characters:
+        return f"its prompt has more than {args.max_prompt_characters} characters"
+    if args.min_characters is not None and min(lengths.values()) < args.min_characters:
+        return f"an answer has fewer than {args.min_characters} characters"
+    if args.max_characters is not None and max(lengths.values()) > args.max_characters:
+        return f"an answer has more than {args.max_characters} characters"
+    if args.max_length_ratio is not None and max(lengths.values()) > args.max_length_ratio * min(lengths.values()):
+        return f"one answer is more than {args.max_length_ratio:g} times as long as the other"
+    if args.min_score_gap is not None:
+        scores = record.scores or {}
+        if len(scores) < 2:
+            return "it has no two scores"
+        if scores["chosen"] - scores["rejected"] < args.min_score_gap:
+            return f"the scores differ by less than {args.min_score_gap:g}"
+    if len(record.sides) == 2 and len(set(map(digest, record.sides.values()))) == 1:
+        return "both sides are equal"
+    if verdicts.get(verdict_of(record)[0], 0) is None:
+        return "another row says the opposite"
+    return None
+
+
+def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
+    """{what is judged: the judgement, or None where two rows differ}."""
+    found: dict[bytes, Any] = {}
+    for record in _records(_read(args.source, args)[0], Counter()):
+        case, verdict = verdict_of(record)
+        if verdict is not None:
+            found[case] = verdict if found.get(case, verdict) == verdict else None
+    return found
+
+
+def _sides(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> dict[str, str]:
+    """{row: "train" or "test"}, by the digest of its prompt and the seed."""
+    prompts = {_place(record): digest(record.prompt) for record in _records(reading, skipped)}
+    distinct = sorted(set(prompts.values()), key=lambda prompt: hashlib.sha256(b"%d " % args.seed + prompt).digest())
+    held = max(1, round(args.eval_fraction * len(distinct)))
+    if held >= len(distinct):
+        raise UserError(f"{args.source} has {len(distinct)} distinct prompt(s): too few to hold out {held} of them")
+    test = set(distinct[:held])
+    return {place: "test" if prompt in test else "train" for place, prompt in prompts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def _say_form(source: str, reading: Reading, kind: str) -> None:
+    form = reading.form
+    say(f"{source}: {form.tally.rows} rows of {form}, read as {kind}")
+    if " -> " in form.roles:
+        say(f"  columns: {form.roles}")
+    for note in form.tally.lines:
+        say(f"  {note}")
+    if reading.ignored:
+        say(f"  columns not used: {', '.join(reading.ignored)}")
+
+
+def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[str]) -> None:
+    if path is not None:
+        say(f"{path}: {count} rows written")
+    for reason, rows in left.most_common():
+        say(f"  {rows} not: {reason}")
+
+
+def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
+    """Lengths in tokens, and the rows that the chat template or max_length refuse, as a run would have them."""
+    from transformers import AutoTokenizer
+
+    from prefuse.engine.data.examples import load_examples
+
+    if kind not in PARTS:
+        raise UserError(f"rows read as {kind} have no tokens yet: give --kind {', '.join(PARTS)}, or drop --tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.tokenizer}: no tokenizer there: {error}") from None
+    options = {name: value for name, value in vars(args.options).items() if name != "keep_scores"}
+    data = load_examples(args.source, kind, tokenizer, args.max_length, split=args.split, max_skipped=1.0, **options)
+    stats.records = data.rows - len(data.skipped)
+    stats.count_skipped(data.skipped)
+    stats.lengths = {part: array("q", (len(getattr(row, part)) for row in data.examples)) for part in PARTS[kind]}
+    if data.prompts_cut:
+        say(f"  prompts cut at their start to fit {args.max_length} tokens: {data.prompts_cut}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('prefuse ')}: {message}")
+
+
+ROW_FIELDS = [field for field in dataclasses.fields(RowSettings) if field.name not in ("datasets", "max_skipped")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance", allow_abbrev=False)
+    one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
+    one.add_argument("--max_length", type=int, default=1024, help="with --tokenizer: most tokens of a row")
+    one.add_argument("--picture", help="a PNG of the lengths")
+    one.set_defaults(run=inspect)
+    two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft", allow_abbrev=False)
+    two.add_argument("--to", choices=tuple(TARGETS), required=True, help="what the rows become")
+    two.add_argument("--as_turns", action="store_true", help="strings, transcripts among them, become turns")
+    two.set_defaults(run=convert)
+    three = verbs.add_parser("filter", help="rows that pass rules", allow_abbrev=False)
+    three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    three.add_argument("--min_score_gap", type=float, help="least difference of the scores of chosen and rejected")
+    three.add_argument("--min_characters", type=int, help="of each answer")
+    three.add_argument("--max_characters", type=int, help="of each answer")
+    three.add_argument("--max_prompt_characters", type=int, help="of the prompt")
+    three.add_argument("--max_length_ratio", type=float, help="of the longer answer of a pair to the shorter one")
+    three.add_argument("--drop_duplicates", action="store_true", help="keep the first of equal rows")
+    three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
+    three.set_defaults(run=filter_rows)
+    four = verbs.add_parser("split", help="train and test files, by prompt", allow_abbrev=False)
+    four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    four.add_argument("--eval_fraction", type=float, default=0.1, help="share of the prompts to test on (0.1)")
+    four.add_argument("--seed", type=int, default=42, help="decides which (42)")
+    four.add_argument("--suffix", default=".jsonl", help="of the two files: .jsonl, .jsonl.gz or .parquet (.jsonl)")
+    four.set_defaults(run=split_rows)
+    for verb, output in ((one, None), (two, "the new file"), (three, "the new file"), (four, "the new folder")):
+        _add_rows(verb, output)
+    return parser
+
+
+def _add_rows(verb: argparse.ArgumentParser, output: str | None) -> None:
+    verb.add_argument("source", help="a file, a folder or a hub name")
+    if output:
+        verb.add_argument("output", help=output + " (.jsonl, .jsonl.gz, .parquet)" * output.endswith("file"))
+    verb.add_argument("--split", default="train", help="of a source with splits (train)")
+    for field in ROW_FIELDS:
+        verb.add_argument(
+            f"--{field.name}", choices=literals(field.name) or None, help=known(field).about.replace("%", "%%")
+        )
+
+
+def _options(args: argparse.Namespace) -> ReadOptions:
+    given = {field.name: getattr(args, field.name) for field in ROW_FIELDS}
+    values = {name: from_words(name, [value]) for name, value in given.items() if value is not None}
+    settings = RowSettings(**values)
+    options = {name: getattr(settings, name) for name in given}
+    return ReadOptions(**options, seed=getattr(args, "seed", 0))

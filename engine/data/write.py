@@ -1,0 +1,101 @@
+"""Records -> rows under TRL's names, and rows -> a JSONL or Parquet file that appears whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefuse.engine.data.forms.implicit import turns_of_transcript
+from prefuse.engine.data.records import BadRow, Record, SetAside
+from prefuse.engine.errors import UserError
+
+Row = dict[str, Any]
+TARGETS = {"pairs": "pair", "labelled": "labelled", "scored": "scored", "sft": "sft"}  # what rows become: their kind
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def rows_of(record: Record, target: str) -> Iterator[Row]:
+    """The rows that a record becomes: one, or two where a pair is taken apart."""
+    extras = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
+    extras = {name: value for name, value in extras.items() if value}
+    scores = record.scores or {}
+    if len(record.sides) == 2 and target != "sft" and record.sides["chosen"] == record.sides["rejected"]:
+        raise BadRow("both sides are equal")
+    if target == "pairs":
+        numbers = {f"score_{side}": value for side, value in scores.items()}
+        sure = {} if record.weight is None else {"weight": record.weight}
+        yield {"prompt": record.prompt, **record.sides, **numbers, **sure, **extras}
+    elif target == "labelled":
+        for side, text in record.sides.items():
+            label = record.label if side == "completion" else side == "chosen"
+            yield {"prompt": record.prompt, "completion": text, "label": label, **extras}
+    elif target == "scored":
+        if not scores:
+            raise SetAside("it has no scores")
+        for side, text in record.sides.items():
+            yield {"prompt": record.prompt, "completion": text, "score": scores[side], **extras}
+    else:
+        if record.label is False:
+            raise SetAside("its label is false: no demonstration")
+        text = record.sides.get("chosen", record.sides.get("completion"))
+        if isinstance(record.prompt, list):
+            yield {"messages": record.prompt + text, **extras}
+        else:
+            yield {"prompt": record.prompt, "completion": text, **extras}
+
+
+def with_turns(record: Record) -> Record:
+    """Strings as turns: transcripts are cut at their markers, any other prompt is one user turn."""
+    if not isinstance(record.prompt, str):
+        return record
+    sides = {side: [{"role": "assistant", "content": text.strip()}] for side, text in record.sides.items()}
+    return replace(record, prompt=turns_of_transcript(record.prompt), sides=sides)
+
+
+def check_output(path: Path) -> None:
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if path.exists():
+        raise UserError(f"{path} exists: give another name, or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path} is in a folder that does not exist: make it first")
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """How many were written. The file appears when all are."""
+    aside = path.with_name("." + path.name + ".tmp")
+    try:
+        count = _write_parquet(aside, rows) if path.suffix == ".parquet" else _write_lines(aside, rows)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return count
+
+
+def _write_lines(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    opened = gzip.open if path.name.endswith(".gz.tmp") else open
+    with opened(path, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
+    """By `datasets`, which writes objects that differ from row to row as JSON text. All rows stand in memory."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = {column: [row.get(column) for row in rows] for column in columns}
+    try:
+        datasets.Dataset.from_dict(table, on_mixed_types="use_json").to_parquet(path)
+    except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueErrors and TypeErrors
+        raise UserError(f"these rows do not fit into Parquet ({error}); write .jsonl instead") from error
+    return len(rows)

@@ -1,0 +1,138 @@
+"""The steps of a run: which rows each takes, who works on them, and what the reference says about these rows.
+
+A step is cut into microbatches when it is asked for, and the reference is asked about rows of planned steps alone: a
+short run on a long file starts as soon as one on a short file.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from prefuse.engine.config.settings import Config
+from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
+from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
+from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.load import check_model, check_same_vocabulary, load_model, without_padding
+from prefuse.engine.report.log import say
+from prefuse.engine.run.held_out import HeldOut, hold
+from prefuse.engine.run.identity import checksums
+from prefuse.engine.run.ranks import Ranks, share
+from prefuse.engine.run.reference_logps import Logps, reference_logps
+from prefuse.losses.contract import Loss, needs_of
+
+Parts = list[list[list[int]]]  # of one step, by rank and microbatch: example indices
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank does of one optimizer step."""
+
+    step: int
+    batches: list[Batch]
+    mismatches: list[Batch]  # for a loss that needs z0: one for each batch
+    counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
+    rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
+
+
+class Steps:
+    """The optimizer steps of a run, of all its epochs; each is cut and shared among the ranks when it is asked for."""
+
+    def __init__(self, examples: Examples, config: Config, ranks: Ranks):
+        self.lengths, self.size, self.seed = examples.lengths, ranks.size, config.seed
+        self.cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps * ranks.size)
+        self.bins = None
+        if examples.padding_free and config.z0_scope == "step":  # else a microbatch is what it says, so many examples
+            self.bins = examples.bins(config.token_budget(config.per_device_train_batch_size, examples.sides))
+        self.per_epoch = math.ceil(len(examples) / math.prod(self.cut))
+        self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.per_epoch)
+        self.epochs = math.ceil(self.total / self.per_epoch)
+        self._epoch = lru_cache(maxsize=1)(self._plan)
+
+    def _plan(self, epoch: int) -> Epoch:
+        return plan_epoch(self.lengths, *self.cut, self.seed, epoch, self.bins)
+
+    def parts(self, step: int) -> Parts:
+        epoch, index = divmod(step, self.per_epoch)
+        return share(self._epoch(epoch)[index], self.lengths, self.size)
+
+    def microbatches_of(self, rank: int, epoch: int) -> list[list[int]]:
+        """Of all steps of an epoch that are planned, those that `rank` works on, in order."""
+        start = epoch * self.per_epoch
+        steps = range(start, min(start + self.per_epoch, self.total))
+        return [indices for step in steps for indices in self.parts(step)[rank]]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The rows to train on in the order of each epoch, with what the reference says about them."""
+
+    examples: Examples
+    steps: Steps
+    ranks: Ranks
+    ref_logps: Logps | None = None  # of the rows of planned steps
+    mismatches: list[Examples] | None = None  # for a loss that needs z0, by epoch
+    mismatch_ref_logps: list[Logps] | None = None  # by epoch, of the rows of its planned steps
+    reference: dict[str, int] | None = None  # checksums of a second model's tensors
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps.total
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps.per_epoch
+
+    def steps_from(self, start: int) -> Iterator[Share]:
+        """This rank's share of every optimizer step from `start` on."""
+        for step in range(start, self.total_steps):
+            parts = self.steps.parts(step)
+            own, most = parts[self.ranks.rank], max(map(len, parts))
+            counts = [number < len(own) for number in range(most)]
+            own = own + next(part for part in parts if part)[:1] * (most - len(own))
+            batches = [collate(self.examples, indices, self.ref_logps) for indices in own]
+            mismatches = []
+            if self.mismatches is not None:
+                epoch = step // self.steps_per_epoch
+                other, logps = self.mismatches[epoch], self.mismatch_ref_logps[epoch]
+                mismatches = [collate(other, indices, logps) for indices in own]
+            rows = [[[self.examples.rows[i] for i in indices] for indices in part] for part in parts]
+            yield Share(step, batches, mismatches, counts, rows)
+
+
+def meet_reference(
+    lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks
+) -> tuple[TrainingSet, HeldOut | None]:
+    """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
+    is gone afterwards."""
+    ref, second = lm, None
+    if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
+        ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
+        check_model(ref, examples)
+        check_same_vocabulary(lm, ref, config)
+        second = checksums(ref.model.state_dict(), ranks)
+    examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
+    held = held and dataclasses.replace(held, padding_free=examples.padding_free)
+    steps = Steps(examples, config, ranks)
+    if "reference" not in needs_of(loss):
+        return TrainingSet(examples, steps, ranks), held and hold(held, None, loss, config, ranks)
+
+    say(f"reference log-probabilities of {_planned(steps, len(examples))} examples ...")
+    first = steps.microbatches_of(ranks.rank, 0)  # as the policy will meet them
+    logps = reference_logps(ref, examples, first, config.reference_cache, ranks)
+    mismatches = mismatch_logps = None
+    if "z0" in needs_of(loss):
+        draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
+        mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
+        mismatch_logps = [
+            reference_logps(ref, other, steps.microbatches_of(ranks.rank, epoch), config.reference_cache, ranks)
+            for epoch, other in enumerate(mismatches)
+        ]
+    data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps, second)
+    return data, held and hold(held, ref, loss, config, ranks)
+
+
+def _planned(steps: Steps, count: int) -> int:
+    """How many of the examples some step takes."""
+    return min(count, steps.total * math.prod(steps.cut))
