@@ -11,7 +11,10 @@ from tiny_tokenizer import CHATML, tiny_tokenizer
 from tokenizer_kinds import MADE, REAL, made, real
 
 KINDS = [kind for kind in MADE if kind not in ("WordPiece", "unigram")] + [*REAL, "tekken"]
-SCRIPTS = ("ท้องฟ้าสีอะไร", "ሰማዩ ምን አይነት ቀለም", "आकाश का रंग", "🙂🙃🙂", "天空是什么颜色", "naïve café")
+SCRIPTS = {
+    "Thai": "ท้องฟ้าสีอะไร", "Amharic": "ሰማዩ ምን አይነት ቀለም", "Hindi": "आकाश का रंग", "emoji": "🙂🙃🙂",
+    "Chinese": "天空是什么颜色", "French": "naïve café",
+}  # fmt: skip
 
 
 def load(tmp_path, rows, kind, max_length, tokenizer=None, **options):
@@ -27,7 +30,7 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", SCRIPTS)
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_cut_at_any_token_leaves_whole_characters(tokenizers, kind, text):
     tokenizer = tokenizers(kind)
     parts, ids = character_parts(tokenizer), tokenizer(text, add_special_tokens=False).input_ids
