@@ -385,12 +385,10 @@ def _check_signature(name: str, original: object) -> None:
     mine = globals()[name]
     if isinstance(original, type):
         pairs = [(original.__init__, mine.__init__), (original.forward, mine.forward)]
-        skipped = 1  # self
     else:
         pairs = [(original.__self__.forward, mine)]  # the bound `apply` of an autograd function
-        skipped = 1  # ctx
     for theirs, own in pairs:
-        first = list(inspect.signature(theirs).parameters.values())[skipped:]
+        first = list(inspect.signature(theirs).parameters.values())[1:]  # without self, or ctx
         second = list(inspect.signature(own).parameters.values())[0 if own is mine else 1 :]
         known = [(p.name, p.default) for p in second]
         for number, parameter in enumerate(first):

@@ -19,8 +19,7 @@ from torch import Tensor
 from prefuse.engine.data.fit import cut_prompt
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.table import Example, Examples, Tokens
-from prefuse.models.padding import Padded, padded
-from prefuse.packing import Packed, pack
+from prefuse.packing import Packed, Padded, pack, padded
 
 IGNORE_INDEX = -100  # the target of a completion token that is not learned
 
