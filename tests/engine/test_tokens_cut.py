@@ -107,3 +107,20 @@ def test_the_mask_of_a_conversation_is_cut_with_it(tmp_path):
     assert len(cut.prompt) + len(cut.completion) <= length
     assert cut.completion == whole.completion[: len(cut.completion)]
     assert (cut.learned or [True] * len(cut.completion)) == whole.learned[: len(cut.completion)]
+
+
+def test_a_prompt_with_another_rows_completion_is_cut_between_characters(tmp_path):
+    import numpy as np
+
+    from prefuse.engine.data.batches import examples_of, mismatched
+
+    tokenizer = tiny_tokenizer()
+    rows = [
+        {"prompt": "สีอะไร", "completion": "x", "label": True},
+        {"prompt": "q", "completion": "abcdefgh", "label": False},
+    ]
+    examples = load(tmp_path, rows, "labelled", 20, tokenizer).examples
+    examples = examples_of(examples, tokenizer.bos_token_id, character_parts(tokenizer))
+    for length in range(11, 20):
+        prompt = mismatched(examples, np.array([1, 0]), length).prompts[0]
+        assert "\ufffd" not in tokenizer.decode(prompt)
