@@ -5,7 +5,7 @@
     prefuse bench architectures --checks engine lora        # two steps of `prefuse train`: seconds for each type
 
 Each type is examined in a process of its own with a time limit, so that no failure ends the sweep. It prints one line a
-type: right, refused with the reason, or WRONG; and a sweep over all types, without --checks, writes docs/architectures.md.
+type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes docs/architectures.md.
 The exit status is 1 if anything is WRONG.
 """
 
