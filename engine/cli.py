@@ -53,6 +53,12 @@ def _generate(config: Config) -> None:
     generate(config)
 
 
+def _merge(config: Config) -> None:
+    from prefuse.engine.merge import merge
+
+    merge(config)
+
+
 # A new command: its line here, and its name among the `commands` of its settings (engine/config/). A name of two words
 # is a command with a subcommand, such as "data inspect".
 COMMANDS = {
@@ -60,6 +66,7 @@ COMMANDS = {
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
     "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
+    "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
 DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."

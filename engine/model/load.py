@@ -100,8 +100,8 @@ def load_model(
     if base is not None:
         if trains:
             raise UserError(
-                f"{path} holds adapters, and training starts from a whole model: merge them into it first "
-                "(peft's merge_and_unload, then save_pretrained)"
+                f"{path} holds adapters, and training starts from a whole model: merge them into it first, "
+                f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
         path = base
     model = _read_model(path, config)

@@ -24,7 +24,12 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({run!r})"
     if config.use_peft:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
+    merged = ""
+    if config.use_peft:
+        merged = (
+            f"  prefuse merge --model_name_or_path {shlex.quote(run)} --output_dir {shlex.quote(run + '-merged')}\n"
+        )
     return (
         f"next:\n  prefuse eval {given} {'--loss_type sft' if command == 'sft' else against}\n"
-        f"  prefuse generate {given} {against}\n  in Python: {load}"
+        f"  prefuse generate {given} {against}\n{merged}  in Python: {load}"
     )

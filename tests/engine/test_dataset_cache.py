@@ -12,7 +12,7 @@ import pytest
 from prefuse.engine.data import cache, examples, load_examples
 from prefuse.engine.data.templates import TextOptions
 from tiny_run import PAIRS, save_model, settings, write_rows
-from tiny_tokenizer import CHATML, tiny_tokenizer
+from tiny_tokenizer import CHATML, LINES, tiny_tokenizer
 
 BAD = {"prompt": 7, "chosen": "a", "rejected": "b"}
 TALKS = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "it is blue"}]}] * 3
@@ -91,7 +91,7 @@ OTHERS = {
     "same size": lambda given, patch: write_rows(
         given["path"], [PAIRS[0] | {"chosen": PAIRS[0]["chosen"][::-1]}, *PAIRS[1:], BAD]
     ),
-    "tokenizer": lambda given, patch: given.update(tokenizer=tiny_tokenizer(lines=("grass", "blue grass"))),
+    "tokenizer": lambda given, patch: given.update(tokenizer=tiny_tokenizer(lines=(*LINES, "hello you, hello you"))),
     "special tokens": lambda given, patch: given.update(tokenizer=tiny_tokenizer(adds=())),
     "template": lambda given, patch: given.update(tokenizer=tiny_tokenizer(chat_template=CHATML)),
     "kind": lambda given, patch: given.update(kind="labelled"),

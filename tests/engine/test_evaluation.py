@@ -16,6 +16,7 @@ from prefuse.engine.model import forward
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.report import log
 from prefuse.engine.report.clock import PARTS, Clock
+from prefuse.engine.report.plots import _curve
 from prefuse.engine.run import held_out
 from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.train import train
@@ -125,6 +126,14 @@ def test_a_tie_is_shown_as_one(files):
     rewards = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 0.5])
     assert held_out.pair_ties(prefuse.DPO(), rewards)["rewards/ties"].tolist() == [2, 3]
     assert held_out.pair_ties(prefuse.KTO(), rewards) == {}
+
+
+def test_the_curve_of_accuracies_counts_a_tie_as_half():
+    rows = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0, "eval_loss": None}]
+    rows += [{"step": 1, "rewards/accuracies": 0.25}, {"step": 2, "eval_rewards/accuracies": 0.75}]
+    assert _curve(rows, "rewards/accuracies", "eval_") == [(0, 0.5), (2, 0.75)]
+    assert _curve(rows, "rewards/accuracies", "") == [(1, 0.25)]
+    assert _curve(rows, "loss", "eval_") == []
 
 
 def test_demonstrations_have_loss_perplexity_and_accuracy(files, capsys, tmp_path):

@@ -13,11 +13,12 @@ FIRST_ROWS = 1000
 
 @dataclass
 class Look:
-    """`values`: {column: what its rows hold, nulls left out}. A column that a form has taken is in `used`."""
+    """`values`: {column: what its rows hold, nulls left out}; `first`: those rows. A form's columns are in `used`."""
 
     source: str
     rows: int
     values: dict[str, list[Any]]
+    first: list[dict[str, Any]]
     used: set[str] = field(default_factory=set)
 
     def find(self, *names: str) -> str | None:
@@ -53,7 +54,7 @@ def first_look(source: str, rows: list[tuple[str, Any]]) -> Look:
                 known = values.setdefault(column, [])
                 if value is not None:
                     known.append(value)
-    return Look(source, len(rows), values)
+    return Look(source, len(rows), values, [row for _, row in rows if isinstance(row, dict)])
 
 
 def holds_text(value: Any, depth: int = 6) -> bool:

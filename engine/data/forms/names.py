@@ -35,7 +35,7 @@ NOUNS = (
 )  # fmt: skip
 # Two answers, nobody knows which is better: the suffixes of their names.
 SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("j", "k"), ("left", "right"), ("first", "second"))
-STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "assistant", "chat", "model")
+STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "human_ref", "assistant", "chat", "model")
 
 VERDICTS = (
     "label", "winner", "preference", "preferred", "choice", "chosen", "better", "better_response_id", "better_response",
