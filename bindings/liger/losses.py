@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
-from pathlib import Path
 
 from torch import Tensor, nn
 
+from prefuse.liger.callers import say_if_trl_never_calls
 from prefuse.liger.cross_entropy import CrossEntropyOutput, LigerFusedLinearCrossEntropyLoss
 from prefuse.liger.functions import (
     DPO_LOSS_TYPES,
@@ -359,21 +358,7 @@ def patch() -> None:
             if namespace.get(name) is original:
                 _swapped.append((module, name, original))
                 setattr(module, name, ours[name])
-    _say_if_trl_never_calls()
-
-
-def _say_if_trl_never_calls() -> None:
-    """TRL's trainers called Liger's losses up to 1.12; later ones have `use_liger_kernel` and another way."""
-    trl = sys.modules.get("trl")
-    if trl is None or not getattr(trl, "__file__", None):
-        return
-    trainers = Path(trl.__file__).parent / "trainer"
-    if not any("LigerFusedLinear" in file.read_text(encoding="utf-8") for file in trainers.glob("*_trainer.py")):
-        warnings.warn(
-            f"TRL {trl.__version__} never calls liger_kernel's preference losses, so prefuse.liger.patch() changes "
-            "nothing in its trainers: use prefuse.trl",
-            stacklevel=3,
-        )
+    say_if_trl_never_calls()
 
 
 def unpatch() -> None:
