@@ -2,10 +2,10 @@
 
     prefuse bench architectures                             # all of them: some minutes of CPU time
     prefuse bench architectures --only llama mixtral
-    prefuse bench architectures --checks logps loss
+    prefuse bench architectures --checks engine lora        # two steps of `prefuse train`: seconds for each type
 
 Each type is examined in a process of its own with a time limit, so that no failure ends the sweep. It prints one line a
-type: right, refused with the reason, or WRONG; and a sweep over all types and checks writes docs/architectures.md.
+type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes docs/architectures.md.
 The exit status is 1 if anything is WRONG.
 """
 
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "architectures.md"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, as in config.json")
-    parser.add_argument("--checks", nargs="+", metavar="CHECK", help="some of the checks")
+    parser.add_argument("--checks", nargs="+", metavar="CHECK", help="some of the checks, or engine, lora")
     parser.add_argument("--seconds", type=int, default=300, help="for each type")
     parser.add_argument("--results", type=Path, help="a .jsonl that keeps results; types in it are not run again")
     options = parser.parse_args()
@@ -35,13 +35,13 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     import torch
 
-    from prefuse.bench.architecture_checks import CHECKS, examine
+    from prefuse.bench.architecture_checks import CHECKS, RUNS, examine
     from prefuse.bench.tiny_models import causal_types
 
     torch.set_num_threads(1)
     checks = options.checks or list(CHECKS)
     types = causal_types()
-    unknown = [name for name in options.only or () if name not in types] + [c for c in checks if c not in CHECKS]
+    unknown = [name for name in options.only or () if name not in types] + [c for c in checks if c not in CHECKS | RUNS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     examine("llama", checks)  # imports once, before the processes fork, what each of them needs

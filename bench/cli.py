@@ -13,6 +13,7 @@ VERBS = {
     "evaluation": "CPU seconds and memory of `prefuse eval` beside the evaluation of TRL's DPOTrainer.",
     "gpu": "Check and time the Triton kernels on this machine's GPU, beside peers.",
     "head": "Time and memory of the portable head on this CPU, beside peers and its own matrix products.",
+    "loading": "CPU seconds and memory of reading pairs into token ids, beside datasets.map.",
     "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
     "model": "Time and memory of a whole model's step, with its own logits and without them.",
     "packing": "Pairs per second in flat batches with shared prompts, beside padded ones.",

@@ -71,6 +71,7 @@ SIZES = {
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), 8),
     **dict.fromkeys(("original_max_position_embeddings",), 64),
     **dict.fromkeys(("query_pre_attn_scalar",), 8),
+    **dict.fromkeys(("encoder_hash_byte_group_vocab",), 50),
     **dict.fromkeys(("scale_emb",), 2),
     **dict.fromkeys(("dim_model_base",), 16),
     **dict.fromkeys(("hc_mult", "hc_count"), 2),

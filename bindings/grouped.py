@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prefuse.kernels.gradients import Gradients
+from prefuse.kernels.logprobs.call import HeadCall, fits, refuse_double_backward
 from prefuse.kernels.logprobs.grouped import GroupedHead, group_rows
-from prefuse.kernels.logprobs.linear_logprobs import HeadCall, fits, refuse_double_backward
 
 
 class ItemGroup(NamedTuple):

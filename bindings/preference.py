@@ -18,7 +18,8 @@ from torch import Tensor
 from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
 from prefuse.kernels import HeadOptions, checks
 from prefuse.kernels.gradients import Gradients
-from prefuse.kernels.logprobs.linear_logprobs import HeadCall, logprobs_of, prepare
+from prefuse.kernels.logprobs.call import HeadCall, prepare
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 from prefuse.kernels.preference.tail import METRICS, preference_tail
 from prefuse.loss_inputs import (
     LossInputs,

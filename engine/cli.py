@@ -70,6 +70,7 @@ COMMANDS = {
 }
 DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
+PLOT = "Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`."
 BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
 OTHER_NAMES = {
     "benchmark": "bench",
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prefuse.bench.cli import main as bench
 
             return bench(argv[1:])
+        if argv and argv[0] == "plot":
+            from prefuse.engine.plot import main as plot
+
+            return plot(argv[1:])
         if argv and argv[0] == "data":
             from prefuse.engine.curate import main as data
 
@@ -164,7 +169,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "data", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "data", "plot", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -177,7 +182,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "bench": BENCH}
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "plot": PLOT, "bench": BENCH}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])

@@ -28,6 +28,8 @@ from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import loss_from
 from prefuse.models.flat import check_packing, completion_hidden
 from prefuse.models.head import check_head, head_of
+from prefuse.models.probes import check_padded_trunk
+from prefuse.models.rope import batch_dependent_ropes
 from prefuse.models.trunk import UnsupportedModel
 from prefuse.packing import Packed, Padded
 from prefuse.preference import WORKSPACE
@@ -157,6 +159,7 @@ class FusedTrainer:
         self._collate = Collator(given["args"].max_length, flat=padding_free)
         self._workspace = WORKSPACE if workspace is None else workspace
         self._cache = ReferenceCache()
+        self._rope_follows_batch = False  # then a row's reference numbers hold in its own batch alone
         self._window = {"train": MicrobatchMetrics(), "eval": MicrobatchMetrics()}
         self._checked: list[nn.Module] = []
         return given | {"data_collator": self._collate}
@@ -229,6 +232,9 @@ class FusedTrainer:
                 check_head(base, probe)
             if self._collate.flat:
                 self._check_flat(base)
+            if not self._collate.flat:
+                check_padded_trunk(base)
+        self._rope_follows_batch |= any(True for _ in batch_dependent_ropes(base))
         return model
 
     def _check_flat(self, base: nn.Module) -> None:
@@ -270,12 +276,15 @@ class FusedTrainer:
 
     def _reference(self, rows: Sequence[TokenizedRow], tokens: Packed | Padded) -> Tensor:  # (N,)
         """The reference's log-probabilities, from the cache where all rows are in it."""
-        kept = self._cache.get(rows)
+        kept = None if self._rope_follows_batch else self._cache.get(rows)
         if kept is not None:
             return kept.to(tokens.targets.device)
         if self.precompute_ref_logps and not self._reference_at_hand:
+            why = "a row came whose reference log-probabilities were not precomputed"
+            if self._rope_follows_batch:
+                why = "the model's rotary embedding depends on the longest row of a batch, so its numbers are not kept"
             raise RuntimeError(
-                "a row came whose reference log-probabilities were not precomputed, and the reference is gone: "
+                f"{why}, and the reference is gone: "
                 "give its data set to the trainer at construction, or an explicit ref_model"
             )
         logps = self._reference_pass(tokens)

@@ -49,7 +49,8 @@ class TokenizedRow:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(completion) for completion in self.completions]
+        """How many tokens of each completion count: without a prompt nothing predicts the first one."""
+        return [len(completion) - (not self.prompt) for completion in self.completions]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.batch([self._row(example) for example in examples])
-        tokens = [sum(len(row.prompt) + n for n in row.lengths) for row in batch.rows]
+        tokens = [sum(len(row.prompt) + len(side) for side in row.completions) for row in batch.rows]
         # (The count comes first: Trainer reads the number of rows off the first tensor.)
         return {"num_tokens": torch.tensor(tokens), "input_ids": batch.tokens.input_ids, "batch": batch}
 
@@ -90,6 +91,8 @@ class Collator:
         return Microbatch(rows, self.tokens([(row.prompt, row.completions) for row in rows]), preferred, labels)
 
     def tokens(self, groups: Sequence[Group]) -> Packed | Padded:
+        """As TRL has them; a completion without a prompt is predicted from its own first token."""
+        groups = [group for prompt, sides in groups for group in _with_prompt(prompt, sides)]
         if self.flat:
             return pack(share_prompts(groups))
         return padded([(list(prompt), list(side)) for prompt, sides in groups for side in sides])
@@ -111,6 +114,10 @@ class Collator:
                 f"{self.max_length}: raise max_length, or shorten the prompt"
             )
         return list(completion[:room])
+
+
+def _with_prompt(prompt: Sequence[int], sides: Sequence[Sequence[int]]) -> list[Group]:
+    return [(prompt, sides)] if len(prompt) else [(side[:1], [side[1:]]) for side in sides]
 
 
 def _prompts_together(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:

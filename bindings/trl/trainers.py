@@ -183,7 +183,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
     def _check_reference_stays(self, given: dict[str, Any], config: trl.KTOConfig) -> None:
         stays = given.get("ref_model") is not None or given.get("peft_config") is not None
         stays = stays or has_adapters(given["model"])
-        if config.precompute_ref_log_probs and self._draws_z0 and not stays:
+        if config.precompute_ref_log_probs and self._draws_z0 and self._uses_reference and not stays:
             raise ValueError(
                 "precompute_ref_log_probs=True lets the reference go, but mismatched completions are drawn anew in "
                 'every step: set it to False, give ref_model or peft_config, or sampling="trl"'
@@ -222,11 +222,13 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         for start in range(0, len(mismatched), size):
             batch = self._collate.batch(mismatched[start : start + size]).to(device)
             rows, tokens = batch.rows, batch.tokens
-            ref_logps.append(self._reference(rows, tokens) if keep else self._reference_pass(tokens))
+            if self._uses_reference:
+                ref_logps.append(self._reference(rows, tokens) if keep else self._reference_pass(tokens))
             logps.append(self._quiet(self.model, tokens))
             counts += [row.lengths[0] for row in rows]
         cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-        return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens, group=self._group)
+        reference = torch.cat(ref_logps) if self._uses_reference else None
+        return prefuse.kto_reference_point(torch.cat(logps), reference, cu_seqlens, group=self._group)
 
     def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, Tensor | float | None]:
         ref_logps = self._reference(batch.rows, batch.tokens) if self._uses_reference else None

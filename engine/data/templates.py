@@ -17,7 +17,7 @@ from typing import Any, Literal
 from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
 from prefuse.engine.data.endings import control_tokens, ending_of
 from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
-from prefuse.engine.data.forms import BadRow, Record, Skipped
+from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.turns import Message
 

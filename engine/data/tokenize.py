@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from prefuse.engine.data.encode import Encoder
-from prefuse.engine.data.forms import BadRow, Record, Skipped
 from prefuse.engine.data.outcomes import each
+from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.templates import Piece
 
 LONGEST_TAIL = 500  # characters before a piece that its encoding may look at
@@ -24,7 +24,8 @@ def tokenize(texts: list[Record | Skipped], tokenizer: Any) -> list[Record | Ski
     """Every text as token ids, special tokens included."""
     bare = _encode(texts, Encoder(tokenizer))
     before = _tokens_before_text(texts, bare, tokenizer)
-    return each(bare, lambda record: _finish(record, tokenizer, before))
+    eos = tokenizer.eos_token_id  # looked up in the vocabulary at every call
+    return each(bare, lambda record: _finish(record, tokenizer, before, eos))
 
 
 def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | Skipped]:
@@ -72,9 +73,9 @@ def _tokens_before_text(texts: list[Record | Skipped], bare: list[Record | Skipp
     return []
 
 
-def _finish(record: Record, tokenizer: Any, before: list[int]) -> Record:
+def _finish(record: Record, tokenizer: Any, before: list[int], eos: int | None) -> Record:
     """Adds the special tokens that strings lack and checks that nothing is empty."""
-    prompt, sides, eos = record.prompt, record.sides, tokenizer.eos_token_id
+    prompt, sides = record.prompt, record.sides
     if not record.rendered:
         if prompt[: len(before)] != before:  # a text may begin with them itself
             prompt = before + prompt

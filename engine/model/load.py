@@ -116,6 +116,7 @@ def load_model(
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
     if trains:
+        _say_without_router_loss(model)
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
@@ -152,6 +153,14 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
             f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
         )
     return model
+
+
+def _say_without_router_loss(model: "PreTrainedModel") -> None:
+    if getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
+        logger.info(
+            "%s is a mixture of experts: its router's balance loss is no part of this training (TRL adds it)",
+            type(model).__name__,
+        )
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:

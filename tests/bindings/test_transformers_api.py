@@ -195,7 +195,7 @@ def test_only_tokens_that_count_reach_the_head(monkeypatch):
         seen.append((len(hidden), targets.tolist()))
         return plain(hidden, weight, targets, **options)
 
-    monkeypatch.setattr(prefuse, "linear_logprobs", spy)
+    monkeypatch.setattr("prefuse.models.logps.linear_logprobs", spy)
     for make in BATCHES.values():
         sequence_logps(build(), **make())
     count = [row[max(prompt, 1) :] for row, prompt in zip(ROWS, PROMPTS, strict=True)]

@@ -118,6 +118,16 @@ def test_a_run_does_not_evaluate_what_it_knows(files, tmp_path, trunk_runs, caps
     assert "rewards/accuracies 0  rewards/ties 1" in shown
 
 
+def test_a_policy_with_another_reference_is_evaluated_before_the_first_step(files, tmp_path):
+    names = {"model_name_or_path": files["model"], "ref_model_name_or_path": files["other"]}
+    out = str(tmp_path / "run")
+    train(settings(**names, dataset_name=files["pairs"], output_dir=out, eval_fraction=0.2, max_steps=1), "train")
+    first = read_log(out)[0]
+    assert first["step"] == 0
+    assert first["eval_kl_to_ref"] > 0.01
+    assert first["eval_rewards/margins"] != 0
+
+
 def test_a_tie_is_shown_as_one(files):
     config, examples, lm, ref = loaded(files, "pair")
     assert compare(lm, lm, examples, config)["rewards/ties"] == 1

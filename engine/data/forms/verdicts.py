@@ -18,7 +18,7 @@ from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
 from prefuse.engine.data.forms.turns import read_text
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, describe
 
 TIES = {"tie", "both", "both_good", "bothgood", "neither", "both_bad", "bothbad", "tie_bothbad", "tie_both_bad", "none",
         "equal", "draw", "same", "no_preference", "unclear", "unsure"}  # fmt: skip
@@ -231,7 +231,7 @@ def _key(value: Any) -> Any:
             return plain(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return float(value) if isinstance(value, int | float) else str(type(value))
+    return float(value) if isinstance(value, int | float) else describe(value)
 
 
 def _table_of_words(answers: Answers) -> dict[Any, float]:
