@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "accuracy": "How far a sequence's log-ratio is from float64, by length, beside peers.",
+    "architectures": "Every causal LM of transformers, tiny, through all that is done with a model; writes a page.",
     "evaluation": "CPU seconds and memory of `prefuse eval` beside the evaluation of TRL's DPOTrainer.",
     "gpu": "Check and time the Triton kernels on this machine's GPU, beside peers.",
     "head": "Time and memory of the portable head on this CPU, beside peers and its own matrix products.",
@@ -19,6 +20,7 @@ VERBS = {
     "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",
     "seam": "Time and memory of a DPO step of TRL's trainer, with its own head and with prefuse's.",
     "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
+    "templates": "Every chat template of trl and axolotl through the reader of rows, checked against transformers.",
     "train": "Pairs per second of a whole DPO run beside TRL's, and whether both learn the same.",
 }
 
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     verb, rest = (argv[0], list(argv[1:])) if argv else ("--help", [])
     if verb in ("-h", "--help"):
         print("usage: prefuse bench VERB [options]    (prefuse bench VERB --help lists them)\n")
-        print("\n".join(f"  {name:<11} {about}" for name, about in VERBS.items()))
+        print("\n".join(f"  {name:<13} {about}" for name, about in VERBS.items()))
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)

@@ -1,11 +1,14 @@
 """Preference optimization of language models, fused before the logits exist."""
 
+from prefuse.following import FollowingReference
 from prefuse.kernels import linear_kl, linear_logprobs
 from prefuse.kl import kl_estimate
+from prefuse.losses.dpo_family import FDPO, LDDPO, MODPO, ODPO, BetaDPO
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
 from prefuse.losses.names import loss_named
 from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
-from prefuse.losses.unpaired import KTO, SFT
+from prefuse.losses.row_weights import objective_margins, wpo_weights
+from prefuse.losses.unpaired import KTO, MOKTO, SFT, UNA, ConditionalSFT, PPOClip, kto_weights
 from prefuse.preference import (
     Mismatched,
     PreferenceOutput,
@@ -24,29 +27,42 @@ __all__ = [
     "CPO",
     "DPO",
     "EXO",
+    "FDPO",
     "IPO",
     "KTO",
+    "LDDPO",
+    "MODPO",
+    "MOKTO",
     "NCA",
+    "ODPO",
     "ORPO",
     "RPO",
     "SFT",
     "SPPO",
+    "UNA",
+    "BetaDPO",
     "ChosenNLL",
+    "ConditionalSFT",
     "DPONorm",
     "DiscoPOP",
+    "FollowingReference",
     "Hinge",
     "Mismatched",
     "Mixture",
+    "PPOClip",
     "PreferenceOutput",
     "RobustDPO",
     "SLiC",
     "SimPO",
     "kl_estimate",
     "kto_reference_point",
+    "kto_weights",
     "linear_kl",
     "linear_logprobs",
     "linear_preference_loss",
     "loss_named",
+    "objective_margins",
     "preference_loss",
     "reduce_metrics",
+    "wpo_weights",
 ]

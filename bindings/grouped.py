@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from prefuse.kernels.gradients import Gradients
+from prefuse.kernels.logprobs.call import HeadCall, fits, refuse_double_backward
 from prefuse.kernels.logprobs.grouped import GroupedHead, group_rows
-from prefuse.kernels.logprobs.linear_logprobs import HeadCall, fits, refuse_double_backward
 
 
-class Group(NamedTuple):
+class ItemGroup(NamedTuple):
     """Whole pairs (or, for unpaired losses, sequences) that stand next to each other."""
 
     sequences: slice
     tokens: slice
 
 
-def split_in_groups(call: HeadCall, workspace: int, cu_seqlens: Tensor, per_item: int) -> list[Group]:
+def split_in_groups(call: HeadCall, workspace: int, cu_seqlens: Tensor, per_item: int) -> list[ItemGroup]:
     """Groups whose weights fit `workspace` one at a time; none where all fit at once, or another mode is cheaper.
 
     Reads `cu_seqlens` on the host, which on a GPU waits for it.
@@ -35,7 +35,7 @@ def split_in_groups(call: HeadCall, workspace: int, cu_seqlens: Tensor, per_item
     return whole_items(cu_seqlens.tolist(), per_item, rows)
 
 
-def whole_items(cu_seqlens: list[int], per_item: int, rows: int) -> list[Group]:
+def whole_items(cu_seqlens: list[int], per_item: int, rows: int) -> list[ItemGroup]:
     """Items of `per_item` sequences, as many to a group as `rows` tokens hold; none where one alone has more."""
     ends = cu_seqlens[::per_item]
     if any(last - first > rows for first, last in pairwise(ends)):
@@ -43,13 +43,13 @@ def whole_items(cu_seqlens: list[int], per_item: int, rows: int) -> list[Group]:
     groups, first = [], 0
     for i in range(1, len(ends)):
         if i + 1 == len(ends) or ends[i + 1] - ends[first] > rows:
-            groups.append(Group(slice(first * per_item, i * per_item), slice(ends[first], ends[i])))
+            groups.append(ItemGroup(slice(first * per_item, i * per_item), slice(ends[first], ends[i])))
             first = i
     return groups
 
 
 def gradients_in_forward(
-    groups: list[Group],
+    groups: list[ItemGroup],
     call: HeadCall,
     loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
 ) -> tuple[Tensor, Gradients]:

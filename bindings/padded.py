@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefuse.kernels import linear_logprobs
 from prefuse.losses.contract import Loss, Sequences, needs_of
 from prefuse.losses.pairs import DPO
-from prefuse.models.head import IGNORE
+from prefuse.tokens import IGNORE, keep_tokens, learned
 
 
 class PackedRows(NamedTuple):
@@ -42,10 +42,8 @@ def pack_rows(hidden: Tensor, labels: Tensor) -> PackedRows:  # (B, T, D), (B, T
             f"expected hidden (B, T, D) and labels (B, T), got {tuple(hidden.shape)} and {tuple(labels.shape)}; labels "
             "are shifted inside, so give them as long as hidden"
         )
-    keep = nn.functional.pad(labels[:, 1:] != IGNORE, (1, 0))
-    places = keep.flatten().nonzero()[:, 0]
-    cu_seqlens = nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return PackedRows(hidden.flatten(0, 1).index_select(0, places - 1), labels.flatten()[places], cu_seqlens)
+    tokens = keep_tokens(labels, learned(labels))
+    return PackedRows(hidden.flatten(0, 1).index_select(0, tokens.predictors), tokens.targets, tokens.cu_seqlens)
 
 
 def batch_logps(

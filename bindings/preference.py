@@ -8,8 +8,8 @@ reference has log-ratio exactly 0, and a 1000-token log-ratio keeps its last dig
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -17,27 +17,31 @@ from torch import Tensor
 
 from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
 from prefuse.kernels import HeadOptions, checks
-from prefuse.kernels.logprobs.linear_logprobs import logprobs_of, prepare
+from prefuse.kernels.gradients import Gradients
+from prefuse.kernels.logprobs.call import HeadCall, prepare
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 from prefuse.kernels.preference.tail import METRICS, preference_tail
-from prefuse.losses.contract import NEEDS, Loss, Sequences, is_batchwise, needs_of
+from prefuse.loss_inputs import (
+    LossInputs,
+    Mismatched,
+    check_devices,
+    check_loss_inputs,
+    check_packed,
+    sequences_per_item,
+)
+from prefuse.losses.contract import Loss, Sequences, Tokens, is_batchwise
 from prefuse.losses.pairs import DPO, IPO
 from prefuse.losses.unpaired import KTO
 
 # What `linear_preference_loss` may keep from the forward to the backward, unless told otherwise.
 WORKSPACE = 1 << 30
-# Losses that the tail kernel knows, by its names: exactly these, for a subclass may have another equation.
-TAILS = {DPO: "dpo", IPO: "ipo", KTO: "kto"}
-
-
-class Mismatched(NamedTuple):
-    """Completions paired with another row's prompt: as a `z0`, what it is to be computed from (`kto_reference_point`).
-
-    For a batch that is an optimizer step by itself. When microbatches or ranks share one, call `kto_reference_point`.
-    """
-
-    logps: Tensor  # (N',) of the policy
-    ref_logps: Tensor  # (N',) or (K,)
-    cu_seqlens: Tensor  # (K + 1,)
+# Losses that the tail kernel knows: its name for each, and the fields that it takes. Exactly these classes, for a
+# subclass may have another equation.
+TAILS: dict[type, tuple[str, tuple[str, ...]]] = {
+    DPO: ("dpo", ("beta", "label_smoothing")),
+    IPO: ("ipo", ("beta", "average")),
+    KTO: ("kto", ("beta", "desirable_weight", "undesirable_weight")),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def preference_loss(
     z0: Tensor | float | Mismatched | None = None,  # ()
     num_items: int | Tensor | None = None,
     *,
+    weights: Tensor | None = None,  # (P,) for pairs, else (S,)
+    margins: Tensor | None = None,  # (P,) for pairs, else (S,)
+    scores: Tensor | None = None,  # (S,)
     impl: str = "auto",
 ) -> PreferenceOutput:
     """Equals, for `DPO` with pairs (0, 1), (2, 3), ...::
@@ -77,17 +84,22 @@ def preference_loss(
         z0: KTO's reference point in nats: from `kto_reference_point`, a number, or a `Mismatched` to compute it from.
         num_items: what the sum is divided by: pairs, sequences or tokens, by the loss. Default: those of this call;
             give the global count when microbatches or ranks share one optimizer step.
-        impl: "triton" (DPO, IPO and KTO in one launch each way; their subclasses and other losses run in torch),
-            "torch", "reference" (here the same) or "auto": "triton" where it can run, else "torch".
+        weights: what the loss of each item is multiplied by, for any loss (`wpo_weights` makes some). The divisor stays
+            the number of items.
+        margins, scores: a number for each item, or for each sequence, for losses whose `needs` name them.
+        impl: "triton" (DPO, IPO and KTO without `weights`, in one launch each way; KTO's ablations, subclasses and all
+            other losses run in torch), "torch", "reference" (here the same) or "auto": "triton" where it can run, else
+            "torch".
 
     Raises:
         TypeError, ValueError: shapes that do not fit, an odd number of sequences for a loss over pairs, a missing or
-            superfluous reference, labels or z0.
+            superfluous reference, or other inputs that the loss needs or does not take.
         RuntimeError: an `impl` that cannot run here.
     """
-    _check_packed(logps, cu_seqlens)
+    check_packed(logps, cu_seqlens)
     counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items, impl)
+    given = LossInputs(labels, z0, weights, margins, scores)
+    return _preference_loss(logps, ref_logps, cu_seqlens, counts, loss, given, num_items, impl)
 
 
 def linear_preference_loss(
@@ -101,6 +113,9 @@ def linear_preference_loss(
     z0: Tensor | float | Mismatched | None = None,  # ()
     num_items: int | Tensor | None = None,
     *,
+    weights: Tensor | None = None,  # (P,) for pairs, else (S,)
+    margins: Tensor | None = None,  # (P,) for pairs, else (S,)
+    scores: Tensor | None = None,  # (S,)
     workspace: int | None = None,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
@@ -127,13 +142,25 @@ def linear_preference_loss(
     skipped share into `metrics["head/skipped_mass"]`, which is [0, 0] before.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
-    workspace = WORKSPACE if workspace is None else workspace
+    given = LossInputs(labels, z0, weights, margins, scores)
     call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
+    workspace = WORKSPACE if workspace is None else workspace
+    out, gradients = _linear_preference_loss(call, cu_seqlens, ref_logps, loss, given, num_items, workspace, impl)
+    if gradients is None:
+        return out
+    return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
+
+
+def _linear_preference_loss(
+    call: HeadCall, cu_seqlens: Tensor, ref_logps: Tensor | None, loss: Loss, given: LossInputs,
+    num_items: int | Tensor | None, workspace: int, impl: str,
+) -> tuple[PreferenceOutput, Gradients | None]:  # fmt: skip
+    """The loss, and its gradients where they are made in the forward."""
     targets = call.targets
-    _check_packed(targets, cu_seqlens)
-    kept = targets != ignore_index
+    check_packed(targets, cu_seqlens)
+    kept = targets != call.options.ignore_index
     counts = _sequence_sums(kept.double(), cu_seqlens).long()
-    _check_loss(loss, len(counts), ref_logps, labels, z0)
+    check_loss_inputs(loss, len(counts), ref_logps, given)
     per_token = ref_logps is not None and _is_per_token(ref_logps, targets, counts)
     if per_token:
         ref_logps = torch.where(kept, ref_logps, 0.0)
@@ -142,28 +169,27 @@ def linear_preference_loss(
     def loss_of(logps: Tensor, sequences: slice = slice(None), tokens: slice = slice(None)) -> PreferenceOutput:
         ref = None if ref_logps is None else ref_logps[tokens if per_token else sequences]
         cu = cu_seqlens if sequences == slice(None) else cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
-        desirable = None if labels is None else labels[sequences]
-        return _preference_loss(logps, ref, cu, counts[sequences], loss, desirable, z0, num_items, impl)
+        part = given.of(sequences, sequences_per_item(loss))
+        return _preference_loss(logps, ref, cu, counts[sequences], loss, part, num_items, impl, kept[tokens])
 
-    if gradient_tolerance > 0.0:
-        meter = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+    if call.gradient_tolerance > 0.0:
+        meter = torch.zeros(2, dtype=torch.float64, device=call.hidden.device)
         out = loss_of(logprobs_of(call, guess=ref_logps if per_token else None, meter=meter))
-        return replace(out, metrics={**out.metrics, "head/skipped_mass": meter})
-    # (Ranks that share a head must agree on the groups, but each knows the size of its own part only.)
-    whole = vocab_group or is_batchwise(loss)
-    groups = [] if whole else split_in_groups(call, workspace, cu_seqlens, 2 if loss.per == "pair" else 1)
+        return replace(out, metrics={**out.metrics, "head/skipped_mass": meter}), None
+    # Ranks that share a head must agree on the groups, but each knows the size of its own part only.
+    whole = call.vocab_group or is_batchwise(loss)
+    groups = [] if whole else split_in_groups(call, workspace, cu_seqlens, sequences_per_item(loss))
     if not groups:
-        return loss_of(logprobs_of(call, workspace))
-    if isinstance(z0, Mismatched):  # of all groups
-        z0 = kto_reference_point(*z0)
+        return loss_of(logprobs_of(call, workspace)), None
+    if isinstance(given.z0, Mismatched):  # it is the mean over all groups
+        given = replace(given, z0=kto_reference_point(*given.z0))
     logps, gradients = gradients_in_forward(groups, call, lambda *group: loss_of(*group).loss)
-    out = loss_of(logps)
-    return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
+    return loss_of(logps), gradients
 
 
 def kto_reference_point(
     kl_logps: Tensor,  # (N,)
-    kl_ref_logps: Tensor,  # (N,) or (S,)
+    kl_ref_logps: Tensor | None,  # (N,) or (S,)
     cu_seqlens: Tensor,  # (S + 1,)
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -173,19 +199,23 @@ def kto_reference_point(
 
     Args:
         kl_logps, kl_ref_logps: log-probabilities of the mismatched completions, as in `preference_loss`. Give those
-            of a whole optimizer step at once, so that accumulation does not change the update.
+            of a whole optimizer step at once, so that accumulation does not change the update. Without a reference
+            (None, for `KTO(reference_free=True)`) z0 is the mean of log pi(y'_s | x_s): below 0, and not clamped.
         cu_seqlens: (S + 1,) int32 offsets of the mismatched completions.
         group: ranks that share the optimizer step; sum and count are reduced over them.
 
     Returns:
-        () float64 >= 0, detached: the paper lets no gradient through z0. With no sequence at all, 0.
+        () float64, >= 0 where there is a reference, detached: the paper lets no gradient through z0. With no sequence
+        at all, 0.
     """
-    _check_packed(kl_logps, cu_seqlens)
-    ratios = _log_ratios(kl_logps.detach(), kl_ref_logps.detach(), cu_seqlens)
+    check_packed(kl_logps, cu_seqlens)
+    kl_ref_logps = None if kl_ref_logps is None else kl_ref_logps.detach()
+    ratios = _log_ratios(kl_logps.detach(), kl_ref_logps, cu_seqlens)
     total = torch.stack([ratios.sum(), torch.full_like(ratios.sum(), len(ratios))])
     if group is not None:
         dist.all_reduce(total, group=group)
-    return (total[0] / total[1].clamp_min(1.0)).clamp_min(0.0)
+    mean = total[0] / total[1].clamp_min(1.0)
+    return mean if kl_ref_logps is None else mean.clamp_min(0.0)
 
 
 def reduce_metrics(metrics: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -199,7 +229,13 @@ def reduce_metrics(metrics: dict[str, Tensor], group: dist.ProcessGroup | None =
     packed = torch.stack([value.double() for value in metrics.values()])  # (names, 2)
     if group is not None:
         dist.all_reduce(packed, group=group)
-    means = {name: total / count for name, (total, count) in zip(metrics, packed.tolist(), strict=True) if count}
+    return means_of(dict(zip(metrics, packed.tolist(), strict=True)))
+
+
+def means_of(metrics: dict[str, Sequence[float]]) -> dict[str, float]:
+    """{name: [sum, count]} -> {name: mean}, without those that nobody counted, and with a margin where both sides have
+    a reward."""
+    means = {name: total / count for name, (total, count) in metrics.items() if count}
     if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
@@ -209,33 +245,33 @@ def _preference_loss(
     logps: Tensor,  # (N,)
     ref_logps: Tensor | None,
     cu_seqlens: Tensor,
-    counts: Tensor,  # (S,) tokens that count
+    counts: Tensor,  # (S,) tokens that are not ignored
     loss: Loss,
-    labels: Tensor | None,
-    z0: Tensor | float | Mismatched | None,
+    given: LossInputs,
     num_items: int | Tensor | None,
     impl: str = "auto",
+    kept: Tensor | None = None,  # (N,) bool
 ) -> PreferenceOutput:
     checks.check_impl(impl)
-    _check_loss(loss, len(counts), ref_logps, labels, z0)
-    _check_devices(logps, {"ref_logps": ref_logps, "cu_seqlens": cu_seqlens, "labels": labels})
-    if isinstance(z0, Mismatched):
-        _check_devices(logps, {f"z0.{name}": x for name, x in z0._asdict().items()})
+    check_loss_inputs(loss, len(counts), ref_logps, given)
+    check_devices(logps, {"ref_logps": ref_logps, "cu_seqlens": cu_seqlens, **given.tensors()})
     if isinstance(num_items, int) and num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}")
     num_items = _items(loss, counts) if num_items is None else num_items
     ref_logps = None if ref_logps is None else ref_logps.detach()
-    if checks.resolve(impl, logps) == "triton" and type(loss) in TAILS:
-        return _tail(logps, ref_logps, cu_seqlens, counts, loss, labels, z0, num_items)
+    if checks.resolve(impl, logps) == "triton" and _on_device(loss, given):
+        return _tail(logps, ref_logps, cu_seqlens, counts, loss, given, num_items)
 
     ratios = _log_ratios(logps, ref_logps, cu_seqlens)
-    if isinstance(z0, Mismatched):
-        z0 = kto_reference_point(*z0)
-    elif z0 is not None:
-        z0 = torch.as_tensor(z0, dtype=torch.float64, device=logps.device).detach()
     sums = ratios if ref_logps is None else _sequence_sums(logps, cu_seqlens)
-    seq = Sequences(ratios, counts.clamp_min(1).double(), labels, z0, sums)
+    by_token = ref_logps is not None and _is_per_token(ref_logps, logps, counts)
+    seq = Sequences(
+        ratios, counts.clamp_min(1).double(), given.labels, _z0(given.z0, logps.device), sums,
+        given.double("margins"), given.double("scores"),
+        Tokens(logps, ref_logps if by_token else None, cu_seqlens, kept),
+    )  # fmt: skip
     losses = loss.losses(seq)
+    losses = losses if given.weights is None else losses * given.double("weights")
     total = (losses.sum() / num_items).float()
 
     with torch.no_grad():
@@ -244,11 +280,25 @@ def _preference_loss(
     return PreferenceOutput(total, losses.detach().float(), sums.detach(), rewards.detach().float(), metrics)
 
 
+def _z0(z0: Tensor | float | Mismatched | None, device: torch.device) -> Tensor | None:  # ()
+    if isinstance(z0, Mismatched):
+        return kto_reference_point(*z0)
+    return None if z0 is None else torch.as_tensor(z0, dtype=torch.float64, device=device).detach()
+
+
 def _items(loss: Loss, counts: Tensor) -> int | Tensor:
     """What the loss is a mean over, in this call: tokens, pairs or sequences."""
     if loss.per == "token":
         return counts.sum().clamp_min(1)
-    return max(len(counts) // (2 if loss.per == "pair" else 1), 1)
+    return max(len(counts) // sequences_per_item(loss), 1)
+
+
+def _on_device(loss: Loss, given: LossInputs) -> bool:
+    """Whether the tail kernel computes this loss: its class is known there, and nothing is set that is not."""
+    if type(loss) not in TAILS or given.weights is not None:
+        return False
+    _, known = TAILS[type(loss)]
+    return all(f.name in known or getattr(loss, f.name) == f.default for f in fields(loss))
 
 
 def _tail(
@@ -257,20 +307,20 @@ def _tail(
     cu_seqlens: Tensor,
     counts: Tensor,
     loss: DPO | IPO | KTO,
-    labels: Tensor | None,
-    z0: Tensor | float | Mismatched | None,
+    given: LossInputs,
     num_items: int | Tensor,
 ) -> PreferenceOutput:
     """`_preference_loss` in one launch each way."""
-    name, kl_per_token = TAILS[type(loss)], False
+    (name, known), z0, kl_per_token = TAILS[type(loss)], given.z0, False
     if isinstance(z0, Mismatched):
         z0 = Mismatched(z0.logps.detach(), z0.ref_logps.detach(), z0.cu_seqlens)
         kl_per_token = _is_per_token(z0.ref_logps, z0.logps, z0.cu_seqlens[1:])
     elif isinstance(z0, Tensor):
         z0 = z0.detach()
     per_token = _is_per_token(ref_logps, logps, counts)
+    numbers = {field: getattr(loss, field) for field in known}
     out = preference_tail(
-        name, logps, ref_logps, cu_seqlens, counts, labels, z0, num_items, per_token, kl_per_token, **asdict(loss)
+        name, logps, ref_logps, cu_seqlens, counts, given.labels, z0, num_items, per_token, kl_per_token, **numbers
     )
     metrics = dict(zip(METRICS[name], out.metrics.unbind(), strict=True))
     return PreferenceOutput(out.loss, out.losses, out.logps, out.rewards, metrics)
@@ -333,53 +383,3 @@ def _sides(loss: Loss, seq: Sequences) -> tuple[Tensor, Tensor]:
     else:
         chosen = seq.labels
     return chosen, ~chosen
-
-
-def _check_packed(logps: Tensor, cu_seqlens: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens must be a tensor (S + 1,) of offsets, beginning with 0")
-    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
-        raise TypeError(f"cu_seqlens must hold integers (int32), got {cu_seqlens.dtype}")
-    if logps.dim() != 1:
-        raise ValueError(
-            f"expected logps (N,), the completion tokens of all sequences end to end, got {tuple(logps.shape)}"
-        )
-    if (
-        torch.compiler.is_compiling() or cu_seqlens.is_cuda
-    ):  # a look at the values would break the graph, or wait for them
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != len(logps) or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to N = {len(logps)}, got {cu_seqlens.tolist()[:8]} ... {last}")
-
-
-def _check_devices(logps: Tensor, others: dict[str, Tensor | None]) -> None:
-    for name, x in others.items():
-        if x is not None and x.device != logps.device:
-            raise TypeError(f"{name} is on {x.device} but logps is on {logps.device}; move one of them")
-
-
-def _check_loss(loss: Loss, sequences: int, ref_logps, labels, z0) -> None:
-    name, needs = type(loss).__name__, needs_of(loss)
-    if loss.per == "pair" and sequences % 2:
-        raise ValueError(f"{name} takes pairs (chosen, rejected adjacent), got an odd number of sequences: {sequences}")
-    if "reference" in needs and ref_logps is None:
-        raise ValueError(f"{name} needs ref_logps; for a uniform reference pass zeros ({sequences},) in float64")
-    if "reference" not in needs and ref_logps is not None:
-        raise ValueError(f"{name} uses no reference, so ref_logps must be None")
-    others = {"labels": labels, "z0": z0}
-    for need, given in others.items():
-        if need in needs and given is None:
-            raise ValueError(f"{name} needs {' and '.join(NEEDS[other] for other in others if other in needs)}")
-        if need not in needs and given is not None:
-            raise ValueError(f"{name} takes no {need}: leave it out, or give a loss whose needs name it (KTO)")
-    if isinstance(z0, Mismatched):
-        _check_packed(z0.logps, z0.cu_seqlens)
-    if isinstance(z0, Tensor) and z0.dim():
-        raise ValueError(f"z0 must be one number for all sequences, shape (), got {tuple(z0.shape)}")
-    if labels is None:
-        return
-    if labels.dtype != torch.bool:
-        raise TypeError(f"labels must be bool, got {labels.dtype}")
-    if labels.shape != (sequences,):
-        raise ValueError(f"expected labels ({sequences},), one per sequence, got {tuple(labels.shape)}")

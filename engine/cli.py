@@ -53,6 +53,12 @@ def _generate(config: Config) -> None:
     generate(config)
 
 
+def _merge(config: Config) -> None:
+    from prefuse.engine.merge import merge
+
+    merge(config)
+
+
 # A new command: its line here, and its name among the `commands` of its settings (engine/config/). A name of two words
 # is a command with a subcommand, such as "data inspect".
 COMMANDS = {
@@ -60,9 +66,11 @@ COMMANDS = {
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
     "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
+    "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
 DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
+PLOT = "Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`."
 BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
 OTHER_NAMES = {
     "benchmark": "bench",
@@ -87,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prefuse.bench.cli import main as bench
 
             return bench(argv[1:])
+        if argv and argv[0] == "plot":
+            from prefuse.engine.plot import main as plot
+
+            return plot(argv[1:])
         if argv and argv[0] == "data":
             from prefuse.engine.curate import main as data
 
@@ -157,7 +169,7 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "data", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = did_you_mean(first, [*COMMANDS, "data", "plot", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -170,7 +182,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "bench": BENCH}
+    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "plot": PLOT, "bench": BENCH}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])

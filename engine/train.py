@@ -84,12 +84,11 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
         publish_model(run, metrics)
 
     def end() -> None:
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
     run.ranks.from_main(end)
-    if run.ranks.main:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     say_time(clock.shares())
     say(f"{done} steps on {len(run.data.examples)} examples; model and curves.png are in {run.folder}")
     say(next_commands(run.config, run.identity.command, holds_out=run.held is not None))

@@ -1,7 +1,7 @@
 """The oracle: `linear_logprobs` and `linear_kl` written from their definitions, materializing every logit, in float64.
 
 Shares no code with the other implementations, so that an error here and an error there are two errors.
-Slow and hungry on purpose: `8 * N * V` bytes for the logits and as much again for what autograd keeps.
+Slow on purpose: it takes `8 * N * V` bytes for the logits and as much again for what autograd keeps.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _logits(
     logit_scale: float,
     temperature: float,
 ) -> Tensor:  # (N, V) float64
-    # Rows that do not count leave the graph here, so that whatever they hold (NaN included) cannot reach a gradient.
+    # Rows that are not kept leave the graph here, so that whatever they hold (NaN included) cannot reach a gradient.
     hidden = torch.where(keep[:, None], hidden, 0.0)
     logits = hidden.double() @ weight.to(hidden.dtype).double().T
     if bias is not None:

@@ -2,8 +2,8 @@
 
     N tokens; V vocabulary in all, rank r holding V_r rows of the weight, in the order of the ranks
 
-Every rank has the same hidden states and targets. Forward: the owners tell the targets' logits, then every rank's sums
-over its own columns are gathered; nothing else travels, and never a logit that is not a target's. Backward: one
+Every rank has the same hidden states and targets. Forward: the ranks that hold the targets share
+their logits, then every rank's sums over its own columns are gathered; nothing else is sent. Backward: one
 all-reduce of dhidden. Sums are gathered and added in the order of the ranks, for what an all-reduce rounds may depend
 on where in the buffer a number stands, and a token's log-probability must not depend on its neighbours.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Whole:
-    """The head is all here."""
+    """This rank holds the whole head."""
 
     sharded = False
 
@@ -46,7 +46,7 @@ class Whole:
 
 
 class Shard(Whole):
-    """Part of it is here: `place` says from which column on, and how large the vocabulary is."""
+    """This rank holds a part of the head: `place` has its first column, and the size of the vocabulary."""
 
     sharded = True
 
@@ -64,9 +64,9 @@ class Shard(Whole):
         return self.add_(torch.where(mine, x, 0.0))  # one term is not 0: exact in any order
 
     def gather(self, parts: Tensor) -> Tensor:
-        made = [torch.empty_like(parts) for _ in range(self.group.size())]
-        dist.all_gather(made, parts.contiguous(), group=self.group)
-        return torch.stack(made)
+        gathered = [torch.empty_like(parts) for _ in range(self.group.size())]
+        dist.all_gather(gathered, parts.contiguous(), group=self.group)
+        return torch.stack(gathered)
 
     def add_(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.group)

@@ -313,3 +313,83 @@ def kl(z: Tensor, ref_z: Tensor) -> Tensor:  # (N, V) twice -> (N,)
     possible = log_p.detach() > -math.inf
     log_p, log_r = torch.where(possible, log_p, -math.inf), torch.where(possible, log_r, 0.0)
     return (log_p.exp() * (torch.where(possible, log_p, 0.0) - log_r)).sum(-1)
+
+
+# ---- losses that see tokens, labels, scores or margins -------------------------------------------
+
+# A completion is a list of (log pi, log pi_ref), one for each token. Plain floats: their sizes are ordinary.
+
+Completion = list[tuple[float, float]]
+
+
+def log_ratio(completion: Completion) -> float:
+    return math.fsum(logp - ref for logp, ref in completion)
+
+
+def f_dpo(chosen: Completion, rejected: Completion, beta: float, divergence: str, alpha: float, e: float) -> float:
+    """Wang et al. 2023 (f-DPO), eq. 8, with the derivatives of its table 1 in u = pi / pi_ref."""
+
+    def derivative(completion: Completion) -> float:
+        u = math.exp(log_ratio(completion))
+        return {
+            "reverse_kl": math.log(u),
+            "forward_kl": 1 - 1 / u,
+            "js_divergence": math.log(2 * u / (1 + u)),
+            "alpha_divergence": math.log(u) if alpha == 1 else (u ** (alpha - 1) - 1) / (alpha - 1),
+        }[divergence]
+
+    x = beta * (derivative(chosen) - derivative(rejected))
+    return (1 - e) * softplus(-x) + e * softplus(x)
+
+
+def ld_dpo(chosen: Completion, rejected: Completion, beta: float, alpha: float, e: float) -> float:
+    """Liu et al. 2024 (LD-DPO), eq. 9: log pi of the public length, and alpha times the rest."""
+    public = min(len(chosen), len(rejected))
+    first, second = (log_ratio(y[:public]) + alpha * log_ratio(y[public:]) for y in (chosen, rejected))
+    return dpo(first, second, beta, e)
+
+
+def beta_dpo(pairs: list[tuple[Completion, Completion]], beta: float, alpha: float, baseline: float) -> list[float]:
+    """Wu et al. 2024 (beta-DPO), eq. 7, of a whole batch."""
+    gaps = [log_ratio(chosen) - log_ratio(rejected) for chosen, rejected in pairs]
+    strength = (1 + alpha * (math.fsum(beta * gap for gap in gaps) / len(gaps) - baseline)) * beta
+    return [softplus(-max(strength, beta / 100) * gap) for gap in gaps]
+
+
+def odpo(chosen: Completion, rejected: Completion, beta: float, margin: float, scale: float) -> float:
+    """Amini et al. 2024 (ODPO), eq. 8."""
+    return softplus(-(beta * log_ratio(chosen) - beta * log_ratio(rejected) - scale * margin))
+
+
+def modpo(chosen: Completion, rejected: Completion, beta: float, margin: float, weight: float) -> float:
+    """Zhou et al. 2023 (MODPO), eq. 9."""
+    return softplus(-1 / weight * (beta * log_ratio(chosen) - beta * log_ratio(rejected) - margin))
+
+
+def kto_ablation(y: Completion, good: bool, z0: float, beta: float, weights: tuple[float, float], value: str) -> float:
+    """Ethayarajh et al. 2024, section 4.3: other value functions in eq. 8, without constants that no policy changes."""
+    sign, weight = (1, weights[0]) if good else (-1, weights[1])
+    x = sign * beta * (log_ratio(y) - z0)
+    return weight * {"logistic": 1 - sigmoid(x), "concave": softplus(-x), "linear": -x}[value]
+
+
+def ppo_clip(y: Completion, good: bool, clip: float) -> float:
+    """Ethayarajh et al. 2024, section 3.2: offline PPO with an advantage of +1 or -1 at every token."""
+    advantage, total = (1.0 if good else -1.0), 0.0
+    for logp, ref in y:
+        q = math.exp(logp - ref)
+        total += min(q * advantage, min(max(q, 1 - clip), 1 + clip) * advantage)
+    return -total / max(len(y), 1)
+
+
+def una(y: Completion, target: float, beta: float, distance: str) -> float:
+    """Wang et al. 2024 (UNA): the implicit reward's probability against the explicit one."""
+    x = beta * log_ratio(y)
+    if distance == "mse":
+        return (sigmoid(x) - target) ** 2
+    return target * softplus(-x) + (1 - target) * softplus(x)
+
+
+def wpo_weight(chosen: list[tuple[float, float]], rejected: list[tuple[float, float]]) -> float:
+    """Zhou et al. 2024 (WPO), eq. 2 and 5; a token is (log pi, log sum over v of pi(v)^2)."""
+    return math.prod(math.exp(math.fsum(a - b for a, b in y) / max(len(y), 1)) for y in (chosen, rejected))

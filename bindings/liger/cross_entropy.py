@@ -5,6 +5,7 @@ N tokens, H hidden size, V vocabulary; z the logits, never stored.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,17 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             accuracy = is_right.sum() / tokens
         if not (self.return_z_loss or self.return_token_accuracy):
             return loss
-        return CrossEntropyOutput(
+        return _output_class()(
             loss=loss,
             z_loss=z_loss.detach() if self.return_z_loss else None,
             token_accuracy=accuracy if self.return_token_accuracy else None,
         )
+
+
+def _output_class() -> type:
+    """Liger's own class once it is imported, for those who ask by `isinstance`."""
+    theirs = sys.modules.get("liger_kernel.transformers.functional")
+    return getattr(theirs, "CrossEntropyOutput", CrossEntropyOutput)
 
 
 def _spread(x: Tensor, rows: Tensor, length: int) -> Tensor:

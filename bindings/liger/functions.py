@@ -10,14 +10,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefuse.kernels import HeadOptions, linear_logprobs
+from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
+from prefuse.liger.rows import KeptRows, keep_rows, logit_sums, reference_logps, rows_of
 from prefuse.losses.contract import Defaults, Loss, Need, Sequences, is_batchwise, needs_of
 from prefuse.losses.likelihood import CPO, ORPO, ChosenNLL, Mixture, SimPO
 from prefuse.losses.names import fields_of, loss_named
@@ -79,96 +79,6 @@ class _RowwiseKTO(KTO):
         return super().rewards(_of_means(seq) if self.average else seq)
 
 
-# ---- from rows with padding to packed tokens -----------------------------------------------------
-
-
-class _Packed(NamedTuple):
-    rows: Tensor  # (N,) where the tokens that count stand among B * T positions
-    targets: Tensor  # (N,)
-    counts: Tensor  # (B,) in the order of the sequences
-    cu_seqlens: Tensor  # (B + 1,)
-    order: Tensor  # (B,) the row of each sequence
-
-
-def _pack(_input: Tensor, target: Tensor, ignore_index: int, paired: bool) -> _Packed:
-    """The tokens that count, end to end; for a paired loss, rows that are a pair become neighbours."""
-    if _input.dim() != 3 or target.shape != _input.shape[:2]:
-        raise ValueError(
-            f"expected _input (B, T, H) and target (B, T), got {tuple(_input.shape)} and {tuple(target.shape)}"
-        )
-    batch, length = target.shape
-    order = torch.arange(batch, device=target.device)
-    if paired:
-        if batch % 2:
-            raise ValueError(
-                f"expected as many chosen rows as rejected ones, got {batch} rows: stack the chosen half, then the "
-                "rejected half"
-            )
-        order = order.view(2, -1).T.flatten()
-    kept = target[order] != ignore_index
-    positions = order[:, None] * length + torch.arange(length, device=target.device)
-    rows, counts = positions[kept], kept.sum(1)
-    cu_seqlens = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    return _Packed(rows, target.flatten()[rows], counts, cu_seqlens, order)
-
-
-def _rows_of(x: Tensor, rows: Tensor) -> Tensor:  # (B, T, H), (N,) -> (N, H)
-    return x.flatten(0, 1).index_select(0, rows)
-
-
-def _reference(
-    packed: _Packed,
-    target: Tensor,  # (B, T)
-    use_ref_model: bool,
-    ref_input: Tensor | None,  # (B, T, H')
-    ref_weight: Tensor | None,  # (V, H')
-    ref_bias: Tensor | None,  # (V,)
-    ref_logps: Tensor | None,  # (B,) or (B, T)
-) -> Tensor:  # (N,) or (B,)
-    """The reference's log-probabilities, as `preference_loss` takes them; zeros for none, a uniform reference."""
-    if ref_logps is not None:
-        if ref_input is not None:
-            raise ValueError("got ref_logps and ref_input: give the reference once, as one of them")
-        if ref_logps.shape == target.shape:
-            return ref_logps.flatten()[packed.rows]
-        if ref_logps.shape == target.shape[:1]:
-            return ref_logps[packed.order].double()
-        raise ValueError(
-            f"expected ref_logps {(len(target),)}, sums over tokens, or {tuple(target.shape)}, "
-            f"got {tuple(ref_logps.shape)}"
-        )
-    if ref_input is None:
-        if use_ref_model:
-            raise ValueError(
-                "use_ref_model is true, but there is no reference: give ref_input and ref_weight, or ref_logps; for a "
-                "uniform reference set use_ref_model=False"
-            )
-        return torch.zeros(len(target), dtype=torch.float64, device=target.device)
-    if ref_weight is None:
-        raise ValueError("ref_input needs ref_weight, the reference's head")
-    if ref_input.shape[:-1] != target.shape:
-        raise ValueError(f"expected ref_input {(*target.shape, '...')}, got {tuple(ref_input.shape)}")
-    with torch.no_grad():
-        return linear_logprobs(_rows_of(ref_input, packed.rows), ref_weight, packed.targets, bias=ref_bias)
-
-
-@torch.no_grad()
-def _logit_sums(
-    _input: Tensor,  # (B, T, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    sides: tuple[Tensor, Tensor],  # (B,) bool each
-) -> list[Tensor]:  # () float32 each
-    """The sum of all logits of some rows, prompt and padding too, as Liger logs it: without making the logits.
-
-    sum over i, v of z_iv = (sum over i of h_i) @ (sum over v of w_v) + rows sum over v of b_v
-    """
-    columns = weight.sum(0, dtype=torch.float64)
-    offset = 0.0 if bias is None else bias.sum(dtype=torch.float64)
-    by_row = _input.sum(1, dtype=torch.float64) @ columns + _input.shape[1] * offset  # (B,)
-    return [(by_row * side).sum().float() for side in sides]
-
-
 # ---- paired losses -------------------------------------------------------------------------------
 
 
@@ -187,9 +97,9 @@ def _paired(
     **reference,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, and what Liger returns beside it for every paired loss."""
-    packed = _pack(_input, target, ignore_index, paired=True)
+    packed = keep_rows(_input, target, ignore_index, paired=True)
     pairs = max(len(target) // 2, 1)
-    ref_logps = _reference(packed, target, **reference) if "reference" in needs_of(loss) else None
+    ref_logps = reference_logps(packed, target, **reference) if "reference" in needs_of(loss) else None
     loss = _Averaged(loss) if average else loss
 
     # The mean over the chosen tokens of the batch: its divisor is known before any log-probability.
@@ -198,7 +108,7 @@ def _paired(
         loss = Mixture((loss, ChosenNLL(tokens.clamp_min(1).double() / pairs)), (1.0, alpha))
     arguments = (packed.targets, packed.cu_seqlens, ref_logps, loss)
     if alpha is None or nll_target is None:
-        out = linear_preference_loss(_rows_of(_input, packed.rows), weight, *arguments, bias=bias, workspace=workspace)
+        out = linear_preference_loss(rows_of(_input, packed.rows), weight, *arguments, bias=bias, workspace=workspace)
         total, nll = out.loss, -out.logps[0::2].sum() / tokens.clamp_min(1)
     else:
         out, nll = _with_other_nll(
@@ -208,7 +118,7 @@ def _paired(
 
     logps = out.logps / packed.counts.clamp_min(1) if average else out.logps
     chosen = torch.arange(len(target), device=target.device) < len(target) // 2
-    sums = _logit_sums(_input, weight, bias, (chosen, ~chosen))
+    sums = logit_sums(_input, weight, bias, (chosen, ~chosen))
     logits = [x / (pairs * max(target.shape[1], 1) * len(weight)) for x in sums]
     nll = nll.detach().float() if alpha is not None else torch.zeros_like(total)
     return total, (logps[0::2].float(), logps[1::2].float(), *logits, nll, out.rewards[0::2], out.rewards[1::2])
@@ -216,7 +126,7 @@ def _paired(
 
 def _with_other_nll(
     _input: Tensor, weight: Tensor, target: Tensor, nll_target: Tensor, bias: Tensor | None, ignore_index: int,
-    packed: _Packed, ref_logps: Tensor | None, loss: Loss, workspace: int | None,
+    packed: KeptRows, ref_logps: Tensor | None, loss: Loss, workspace: int | None,
 ) -> tuple[PreferenceOutput, Tensor]:  # fmt: skip
     """The preference loss and the negative log-likelihood of other targets of the chosen rows, in one pass.
 
@@ -231,7 +141,7 @@ def _with_other_nll(
     rows = torch.cat([packed.rows, more])
     targets = torch.cat([packed.targets, nll_target.flatten()[more]])
     workspace = WORKSPACE if workspace is None else workspace
-    logps = logprobs_within(workspace, _rows_of(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
+    logps = logprobs_within(workspace, rows_of(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
     own, others = logps.split([len(packed.rows), len(more)])
     out = preference_loss(own, ref_logps, packed.cu_seqlens, loss)
     twice = torch.where(shared.flatten()[packed.rows], own, 0.0)
@@ -404,20 +314,20 @@ def liger_fused_linear_kto(
     """
     if preference_labels is None:
         raise ValueError("expected preference_labels (B,) bool, true for the desirable rows, got None")
-    packed = _pack(_input, target, ignore_index, paired=False)
-    ref = _reference(packed, target, use_ref_model, ref_input, ref_weight, ref_bias, ref_logps)
+    packed = keep_rows(_input, target, ignore_index, paired=False)
+    ref = reference_logps(packed, target, use_ref_model, ref_input, ref_weight, ref_bias, ref_logps)
     z0, by_row = _reference_point(kl, target)
     loss = KTO(beta)
     if by_row is not None or average_log_prob:
         loss = _RowwiseKTO(beta, kl=by_row, average=average_log_prob)
     out = linear_preference_loss(
-        _rows_of(_input, packed.rows), weight, packed.targets, packed.cu_seqlens, ref, loss, preference_labels, z0,
+        rows_of(_input, packed.rows), weight, packed.targets, packed.cu_seqlens, ref, loss, preference_labels, z0,
         bias=bias, workspace=workspace,
     )  # fmt: skip
     logps = out.logps / packed.counts.clamp_min(1) if average_log_prob else out.logps
     sides = (preference_labels, ~preference_labels)
     sums = [(x * side).sum().float() for x in (logps, out.rewards) for side in sides]
-    return out.loss, (*sums[:2], *_logit_sums(_input, weight, bias, sides), *sums[2:])
+    return out.loss, (*sums[:2], *logit_sums(_input, weight, bias, sides), *sums[2:])
 
 
 def _reference_point(kl: Tensor | float | None, target: Tensor) -> tuple[Tensor | float, Tensor | None]:

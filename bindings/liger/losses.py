@@ -10,8 +10,8 @@ trainer that imports from there; nothing else here needs liger_kernel. What diff
 * every `loss_type` of TRL's DPOTrainer works, "ipo" too, and `label_smoothing` makes "sigmoid" conservative DPO;
 * a completion without tokens has log-probability 0, a mean over no tokens is 0, and no loss is NaN for it;
 * `kl` is one number or one for each row; an odd number of rows is an error for a paired loss;
-* an option that its loss does not have is an error; `compiled` and `chunk_size` mean nothing, and `workspace=` says how
-  many bytes may be kept for the backward (1 GiB; 0 keeps a tile and multiplies by the head once more).
+* an option that its loss does not have is an error; `compiled` and `chunk_size` mean nothing; `workspace=` bytes may be
+  kept for the backward (1 GiB; 0 keeps a tile and multiplies by the head once more).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 
 from torch import Tensor, nn
 
+from prefuse.liger.callers import say_if_trl_never_calls
 from prefuse.liger.cross_entropy import CrossEntropyOutput, LigerFusedLinearCrossEntropyLoss
 from prefuse.liger.functions import (
     DPO_LOSS_TYPES,
@@ -340,8 +341,7 @@ _swapped: list[tuple[object, str, object]] = []  # (module, name, Liger's)
 def patch() -> None:
     """Put the losses of this module in the place of liger_kernel's, in every module that has imported them by name.
 
-    What exists already stays what it is: call this before a trainer is made. `unpatch()` puts Liger's back. A second
-    call adds the modules that have imported Liger's since.
+    What exists already stays what it is: call this before a trainer is made. A second call adds later modules.
 
     Raises:
         ImportError: liger_kernel is not installed.
@@ -357,6 +357,7 @@ def patch() -> None:
             if namespace.get(name) is original:
                 _swapped.append((module, name, original))
                 setattr(module, name, ours[name])
+    say_if_trl_never_calls()
 
 
 def unpatch() -> None:
@@ -385,12 +386,10 @@ def _check_signature(name: str, original: object) -> None:
     mine = globals()[name]
     if isinstance(original, type):
         pairs = [(original.__init__, mine.__init__), (original.forward, mine.forward)]
-        skipped = 1  # self
     else:
         pairs = [(original.__self__.forward, mine)]  # the bound `apply` of an autograd function
-        skipped = 1  # ctx
     for theirs, own in pairs:
-        first = list(inspect.signature(theirs).parameters.values())[skipped:]
+        first = list(inspect.signature(theirs).parameters.values())[1:]  # without self, or ctx
         second = list(inspect.signature(own).parameters.values())[0 if own is mine else 1 :]
         known = [(p.name, p.default) for p in second]
         for number, parameter in enumerate(first):

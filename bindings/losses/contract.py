@@ -19,27 +19,66 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Per = Literal["pair", "sequence", "token"]
-Need = Literal["reference", "labels", "z0"]
+Need = Literal["reference", "labels", "z0", "margins", "scores"]
 # What `needs` may name, and what a call then brings.
 NEEDS: dict[Need, str] = {
     "reference": "ref_logps",
     "labels": "labels (S,) bool",
     "z0": "z0, from kto_reference_point (or a number, or Mismatched)",
+    "margins": "margins, one number for each item (a pair, or a sequence)",
+    "scores": "scores (S,), one number for each sequence",
 }
 
 
+class Tokens(NamedTuple):
+    """The tokens behind the sums, for losses that weigh or clip each: packed, end to end."""
+
+    logps: Tensor  # (N,) float32, with gradient
+    ref_logps: Tensor | None  # (N,) float32; None without a reference, or with one per sequence
+    cu_seqlens: Tensor  # (S + 1,)
+    kept: Tensor | None = None  # (N,) bool: tokens that are not ignored; None for all
+
+    @property
+    def ratios(self) -> Tensor:  # (N,) float64
+        if self.ref_logps is None:
+            raise ValueError("this loss reads log-ratios token by token: expected ref_logps (N,), one for each token")
+        return self.logps.double() - self.ref_logps.double()
+
+    @property
+    def counted(self) -> Tensor:  # (N,) float64: 1 for a kept token, else 0
+        return torch.ones_like(self.logps, dtype=torch.float64) if self.kept is None else self.kept.double()
+
+    @property
+    def owners(self) -> Tensor:  # (N,) the sequence of each token
+        places = torch.arange(len(self.logps), device=self.logps.device)
+        return torch.searchsorted(self.cu_seqlens[1:].long(), places, right=True)
+
+    @property
+    def positions(self) -> Tensor:  # (N,) how many kept tokens of its sequence come before each
+        counted = self.counted
+        before = counted.cumsum(0) - counted
+        return before - before[self.cu_seqlens[:-1].long().clamp(max=max(len(before) - 1, 0))][self.owners]
+
+    def sums(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
+        return torch.segment_reduce(x.double(), "sum", offsets=self.cu_seqlens.long(), unsafe=True)
+
+
 class Sequences(NamedTuple):
-    """What a loss may look at, all float64 but the labels."""
+    """What a loss may look at, all float64 but the labels; what its `needs` do not name is None."""
 
     ratios: Tensor  # (S,) log-ratios; the log-probabilities themselves for a loss without reference
     lengths: Tensor  # (S,) completion tokens, at least 1
     labels: Tensor | None  # (S,) bool: desirable or not
     z0: Tensor | None  # () KTO's reference point
     logps: Tensor  # (S,) log pi(y | x), whether or not there is a reference
+    margins: Tensor | None = None  # (P,) for pairs, else (S,)
+    scores: Tensor | None = None  # (S,)
+    tokens: Tokens | None = None
 
     @property
     def chosen(self) -> Tensor:  # (P,)
@@ -116,6 +155,14 @@ def check_smoothing(label_smoothing: float, above_zero: bool = False) -> None:
 def check_weight(name: str, weight: Any) -> None:
     if not (weight >= 0 and math.isfinite(weight)):
         raise ValueError(f"{name} must be finite and >= 0, got {weight}")
+
+
+EXPONENT = 80.0  # e^80 still is a float32
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """e^x, constant above e^80, so that a difference of two is never inf - inf."""
+    return torch.exp(x.clamp(max=EXPONENT))
 
 
 def smoothed(x: Tensor, label_smoothing: float) -> Tensor:

@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 
 from prefuse.losses.contract import Loss
+from prefuse.losses.dpo_family import FDPO, LDDPO, MODPO, ODPO, BetaDPO
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, SimPO, SLiC
 from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
-from prefuse.losses.unpaired import KTO
+from prefuse.losses.unpaired import KTO, MOKTO, UNA, ConditionalSFT, PPOClip
 
 # name -> the class, and the fields that the name itself decides
 LOSSES: dict[str, tuple[type, dict[str, object]]] = {
@@ -23,6 +24,17 @@ LOSSES: dict[str, tuple[type, dict[str, object]]] = {
     "cpo": (CPO, {}),
     "slic": (SLiC, {}),
     "rpo": (RPO, {}),
+    "f_dpo": (FDPO, {}),
+    "ld_dpo": (LDDPO, {}),
+    "beta_dpo": (BetaDPO, {}),
+    "odpo": (ODPO, {}),
+    "modpo": (MODPO, {}),
+    "mo_kto": (MOKTO, {}),
+    "una": (UNA, {"feedback": "labels"}),
+    "una_pair": (UNA, {"feedback": "pairs"}),
+    "una_score": (UNA, {"feedback": "scores"}),
+    "ppo_clip": (PPOClip, {}),
+    "csft": (ConditionalSFT, {}),
     # TRL's DPOTrainer
     "sigmoid": (DPO, {}),
     "sigmoid_norm": (DPONorm, {}),
@@ -48,7 +60,10 @@ def fields_of(name: str) -> tuple[str, ...]:
 
 
 # Settings, of the engine and of TRL's configs, that are not called as the field they are for.
-SETTINGS = {"gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau"}
+SETTINGS = {
+    "gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau", "value": "kto_value",
+    "reference_point": "kto_reference_point", "clip": "ppo_clip", "distance": "una_distance",
+}  # fmt: skip
 
 
 def setting_names(name: str) -> dict[str, str]:

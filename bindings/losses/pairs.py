@@ -19,8 +19,8 @@ from prefuse.losses.contract import Defaults, Sequences, check_beta, check_smoot
 
 
 @dataclass(frozen=True)
-class _Pairs(Defaults):
-    """What the losses here share: their strength, their margin, and the reward they log."""
+class PairLoss(Defaults):
+    """What most losses over pairs share: their strength, their margin, and the reward they log."""
 
     beta: float = 0.1
 
@@ -38,7 +38,7 @@ class _Pairs(Defaults):
 
 
 @dataclass(frozen=True)
-class DPO(_Pairs):
+class DPO(PairLoss):
     """Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; with smoothing, cDPO.
 
         loss = -(1 - e) log sigmoid(beta (r_chosen - r_rejected)) - e log sigmoid(-beta (r_chosen - r_rejected))
@@ -58,7 +58,7 @@ class DPO(_Pairs):
 
 
 @dataclass(frozen=True)
-class IPO(_Pairs):
+class IPO(PairLoss):
     """Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), eq. 17, with tau = beta.
 
         loss = (h_chosen - h_rejected - 1 / (2 beta))^2      h = r / n  (average), or h = r
@@ -74,7 +74,7 @@ class IPO(_Pairs):
 
 
 @dataclass(frozen=True)
-class DPONorm(_Pairs):
+class DPONorm(PairLoss):
     """DPO of log-ratios per token, Lambert et al. 2024 (Tülu 3, arXiv 2411.15124); TRL's "sigmoid_norm".
 
         loss = -log sigmoid(beta (r_chosen / n_chosen - r_rejected / n_rejected))
@@ -90,7 +90,7 @@ class DPONorm(_Pairs):
 
 
 @dataclass(frozen=True)
-class Hinge(_Pairs):
+class Hinge(PairLoss):
     """Hinge loss on log-ratios, Liu et al. 2023 (RSO, arXiv 2309.06657), "hinge-norm"; TRL's "hinge".
 
         loss = max(0, 1 - x)
@@ -103,7 +103,7 @@ class Hinge(_Pairs):
 
 
 @dataclass(frozen=True)
-class RobustDPO(_Pairs):
+class RobustDPO(PairLoss):
     """DPO corrected for flipped labels, Chowdhury et al. 2024 (rDPO, arXiv 2403.00409); TRL's "robust".
 
         loss = (-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2e)
@@ -123,7 +123,7 @@ class RobustDPO(_Pairs):
 
 
 @dataclass(frozen=True)
-class EXO(_Pairs):
+class EXO(PairLoss):
     """Efficient Exact Optimization for pairs, Ji et al. 2024 (arXiv 2402.00856), eq. 16; TRL's "exo_pair".
 
         loss = KL(p || q)      p = (sigmoid(x), sigmoid(-x)),  q = (1 - e, e)
@@ -144,7 +144,7 @@ class EXO(_Pairs):
 
 
 @dataclass(frozen=True)
-class DiscoPOP(_Pairs):
+class DiscoPOP(PairLoss):
     """Discovered Preference Optimization, Lu et al. 2024 (arXiv 2406.08414), the log-ratio modulated loss.
 
     loss = -(1 - m) log sigmoid(x) + m exp(-x)      m = sigmoid(x / tau)
@@ -164,7 +164,7 @@ class DiscoPOP(_Pairs):
 
 
 @dataclass(frozen=True)
-class AOT(_Pairs):
+class AOT(PairLoss):
     """Alignment via Optimal Transport, Melnyk et al. 2024 (arXiv 2406.05882); TRL's "aot" and "aot_unpaired".
 
         paired:    d = sort(log pi(chosen) - log pi(rejected)) - sort(the same of pi_ref)
@@ -196,7 +196,7 @@ class AOT(_Pairs):
 
 
 @dataclass(frozen=True)
-class NCA(_Pairs):
+class NCA(PairLoss):
     """Noise Contrastive Alignment for pairs, Chen et al. 2024 (arXiv 2402.05369); TRL's "nca_pair".
 
         loss = -log sigmoid(beta r_chosen) - 1/2 log sigmoid(-beta r_chosen) - 1/2 log sigmoid(-beta r_rejected)
@@ -210,7 +210,7 @@ class NCA(_Pairs):
 
 
 @dataclass(frozen=True)
-class BCO(_Pairs):
+class BCO(PairLoss):
     """Binary Classifier Optimization for pairs, Jung et al. 2024 (arXiv 2404.04656); TRL's "bco_pair".
 
         loss = -log sigmoid(beta r_chosen - shift) - log sigmoid(-(beta r_rejected - shift))
@@ -225,7 +225,7 @@ class BCO(_Pairs):
 
 
 @dataclass(frozen=True)
-class SPPO(_Pairs):
+class SPPO(PairLoss):
     """Self-Play Preference Optimization with hard labels, Wu et al. 2024 (arXiv 2405.00675); TRL's "sppo_hard".
 
         loss = (r_chosen - 1 / (2 beta))^2 + (r_rejected + 1 / (2 beta))^2
@@ -239,7 +239,7 @@ class SPPO(_Pairs):
 
 
 @dataclass(frozen=True)
-class APO(_Pairs):
+class APO(PairLoss):
     """Anchored Preference Optimization, D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7 and 8, both plus 1.
 
         zero:  loss = 1 - sigmoid(beta r_chosen) + sigmoid(beta r_rejected)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 
 from prefuse.kernels.attention.gather import Gather, gather
 from prefuse.kernels.attention.segments import Segments
-from prefuse.kernels.attention.shared_prefix import compute_dtype, shared_prefix_attention
-from prefuse.models.logps import UnsupportedModel, trunk_hidden, trunk_of
-from prefuse.packing import Packed, pack
+from prefuse.kernels.attention.shared_prefix import shared_prefix_attention
+from prefuse.models.probes import bound_of, moved, probe_ids, quietly
+from prefuse.models.trunk import UnsupportedModel, trunk_hidden, trunk_of
+from prefuse.packing import Packed, Padded, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,14 @@ class PackedMask:
     window: int | None
 
 
+def completion_hidden(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor:  # (N, D)
+    """The hidden states that predict the completion tokens; no prompt and no padding reaches the head."""
+    if isinstance(tokens, Packed):
+        return packed_hidden(model, tokens)
+    hidden = trunk_hidden(model, tokens.input_ids, tokens.attention_mask)  # (S, T, D)
+    return hidden.flatten(0, 1).index_select(0, tokens.predictors)
+
+
 def packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (N, D)
     """The last hidden states that predict the completion tokens, as the head receives them."""
     return pick_predictors(flat_hidden(model, packed), packed.segments)
@@ -65,7 +75,16 @@ def _predictors(segments: Segments, device: torch.device) -> Gather:
 
 
 def flat_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (T, D)
-    """The last hidden state of every token of the flat batch."""
+    """The last hidden state of every token of the flat batch. The first time, `check_packing` runs."""
+    if model not in _checked:
+        check_packing(model)
+    return _flat_hidden(model, packed)
+
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose flat batches are known to be right
+
+
+def _flat_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:  # (T, D)
     with within(model, packed.segments):
         # A mask without zeros keeps transformers from making one of the position ids, which restart here.
         return trunk_of(model)(
@@ -82,6 +101,16 @@ def within(model: PreTrainedModel, segments: Segments) -> Iterator[None]:
     """While this lasts, the model takes the flat batch of `segments`, given as its `packed_segments` too."""
     use_packed_attention(model)
     token = _running.set(segments)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While this lasts, no flat batch runs, even inside `within`."""
+    token = _running.set(None)
     try:
         yield
     finally:
@@ -234,36 +263,44 @@ def check_packing(model: PreTrainedModel) -> float:
     trunk = trunk_of(model)
     before = trunk.config._attn_implementation
     try:
-        difference, bound = _difference(model)
-        if not difference <= bound:  # a nan is a difference
-            raise UnsupportedModel(
-                f"{type(model).__name__}: hidden states of a flat batch with shared prompts differ from those of its "
-                f"sequences alone by {difference:.3g} of their size, more than rounding explains ({bound:.1g}). "
-                "It does something across tokens that this library does not know: use padded batches"
+        with quietly(model):
+            difference = compare_flat(
+                model, lambda packed: _flat_hidden(model, packed), lambda ids: trunk_hidden(model, ids)
             )
-    except (UnsupportedModel, TypeError) as error:
+    except Exception as error:
         if trunk.config._attn_implementation != before:
             trunk.set_attn_implementation(before)
-        if isinstance(error, TypeError):  # a trunk that takes no position_ids, or nothing that it does not know
-            raise UnsupportedModel(f"{type(model).__name__} cannot run flat batches: {error}") from error
-        raise
+        if isinstance(error, UnsupportedModel):
+            raise
+        # a trunk that takes no position_ids, or nothing that it does not know, or reads a mask by itself
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run flat batches: {type(error).__name__}: {error}"
+        ) from error
+    _checked.add(model)
     return difference
 
 
-def _difference(model: PreTrainedModel) -> tuple[float, float]:
-    """The largest difference of hidden states, and how large rounding alone can make it."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+def compare_flat(
+    model: PreTrainedModel,
+    flat: Callable[[Packed], Tensor],  # -> (T, D)
+    single: Callable[[Tensor], Tensor],  # (1, T) -> (1, T, D)
+) -> float:
+    """Hidden states of a flat batch against those of its sequences one by one: UnsupportedModel if they differ."""
+    ids = probe_ids(model, 40).tolist()
     groups = [(ids[:9], [ids[9:15], ids[15:17], ids[17:18]]), (ids[20:23], [ids[23:30]]), (ids[30:31], [ids[31:40]])]
     packed = pack(groups).to(model.device)
-    got = packed_hidden(model, packed).float()
-    alone = []
+    got = pick_predictors(flat(packed), packed.segments)
+    rows = []
     for prompt, completions in groups:
         for completion in completions:
-            hidden = trunk_hidden(model, torch.tensor([prompt + completion], device=model.device))[0]
-            alone.append(hidden[len(prompt) - 1 : -1].float())
-    expected = torch.cat(alone)
-    # A wrong mask moves a state by some tenth of its size; rounding by some eps, which add up over the layers.
-    dtype = compute_dtype(packed.input_ids, next(model.parameters()))
-    bound = max(1e-4, 16 * torch.finfo(dtype).eps)
-    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item(), bound
+            hidden = single(torch.tensor([prompt + completion], device=model.device))[0]
+            rows.append(hidden[len(prompt) - 1 : -1])
+    expected = torch.cat(rows)
+    difference, bound = moved(got, expected), bound_of(expected, model)
+    if not difference <= bound:  # a nan is a difference
+        raise UnsupportedModel(
+            f"{type(model).__name__}: hidden states of a flat batch with shared prompts differ from those of its "
+            f"sequences alone by {difference:.3g} of their size, more than rounding explains ({bound:.1g}). "
+            "It does something across tokens that this library does not know: use padded batches"
+        )
+    return difference

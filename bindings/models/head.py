@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100  # transformers' label of a token that does not count
+from prefuse.kernels import linear_logprobs
+from prefuse.models.probes import check_causal, quietly
+from prefuse.models.trunk import UnsupportedModel, class_of, trunk_hidden, trunk_of
 
-
-class UnsupportedModel(ValueError):
-    """The model's head, or the way to its trunk, is not one this library computes."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,42 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+# What configs call the cap and the factor of the logits. `inside` tries on the model whether that is all.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+
+
 def transform_of(config) -> dict:
     """`softcap` and `logit_scale` from a text config."""
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": _logit_scale(config)}
+    softcap = next((value for name in CAPS if (value := getattr(config, name, None))), None)
+    return {"softcap": softcap, "logit_scale": _logit_scale(config)}
 
 
 def _logit_scale(config) -> float:
     """What the logits are multiplied by: Cohere says it so, Granite names the divisor, HyperCLOVA X reuses
     Granite's name for a factor."""
-    if getattr(config, "logit_scale", None) is not None:
-        return float(config.logit_scale)
+    for name in FACTORS:
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
+    if scaling is None or hasattr(config, "dim_model_base"):
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _before_head(config) -> float:
+    """What the trunk's states are multiplied by before the head: MiniCPM divides them by their width over a base's."""
+    base = getattr(config, "dim_model_base", None)
+    return 1.0 if base is None else base / config.hidden_size
+
+
+def _columns(weight: Tensor, config) -> int:
+    """How many of the head's rows become logits: Inkling leaves out those that only pad its vocabulary."""
+    return min(weight.shape[0], getattr(config, "unpadded_vocab_size", None) or weight.shape[0])
+
+
+def _only(columns: int, x: Tensor | None) -> Tensor | None:
+    return x if x is None or len(x) == columns else x[:columns]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -82,15 +106,10 @@ WITHOUT_ADAPTER = (
 )
 
 
-def class_of(module: nn.Module) -> type:
-    """Its class, before `fully_shard` put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
-
-
-def head_layer(model: nn.Module) -> nn.Module:
+def head_layer(model: nn.Module, *, adds_router_loss: bool = False) -> nn.Module:
     """The layer that makes the logits: an `nn.Linear`, or a LoRA layer around one. Raises UnsupportedModel for others.
+
+    `adds_router_loss`: the caller adds the router's loss where the config asks for it; else such a model is refused.
 
     Of a head in PEFT's `modules_to_save` it is the copy that runs: the trained one, or with adapters off the original.
     """
@@ -100,7 +119,7 @@ def head_layer(model: nn.Module) -> nn.Module:
     layer = model.get_output_embeddings()
     if layer is None:
         raise UnsupportedModel(f"{name} has no output embeddings: expected a causal LM (AutoModelForCausalLM)")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
+    if getattr(model.config.get_text_config(), "output_router_logits", False) and not adds_router_loss:
         raise UnsupportedModel(
             f"{name} adds an auxiliary router loss (output_router_logits is true) that would be left out: "
             "set output_router_logits to false in its config.json"
@@ -172,11 +191,27 @@ def head_of(model: nn.Module) -> Head:
             f"the head of {class_of(model).__name__} has a LoRA adapter, so its weight is no single matrix: "
             f"prefuse.transformers.sequence_logps computes it; else {WITHOUT_ADAPTER}"
         )
-    return Head(layer.weight, layer.bias, **transform_of(model.config.get_text_config()))
+    config = model.config.get_text_config()
+    transform, columns = transform_of(config), _columns(layer.weight, config)
+    transform["logit_scale"] *= _before_head(config)
+    return Head(_only(columns, layer.weight), _only(columns, layer.bias), **transform)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The layer as one matrix product
+
+
+def product_of(causal: nn.Module, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`as_product`, of those rows of the head that become logits."""
+    hidden, weight, bias = as_product(layer, hidden)
+    columns = _columns(weight, causal.config.get_text_config())
+    return hidden, _only(columns, weight), _only(columns, bias)
+
+
+def columns_of(causal: nn.Module, logits: Tensor) -> Tensor:  # (..., V) -> (..., those that the model keeps)
+    """What a forward leaves of its head's output."""
+    config = causal.config.get_text_config()
+    return logits[..., : getattr(config, "unpadded_vocab_size", None) or logits.shape[-1]]
 
 
 def as_product(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -210,3 +245,62 @@ def as_product(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor
     if len(rows) == 1:
         return hidden, base.weight, base.bias
     return torch.cat(rows, dim=1), torch.cat(columns, dim=1), bias
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trust
+
+
+@torch.no_grad()
+def check_head(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (B, T) real tokens, without padding
+    impl: str = "auto",
+) -> float:
+    """Refuse the model if its own logits and the fused head disagree; returns the largest difference in nats.
+
+    Compared twice: as the model is, and with hidden states scaled until the logits reach about 50. A softcap, for
+    one, leaves the small logits of a fresh model almost alone and would be found only after training.
+    """
+    head = head_of(model)
+    hidden = trunk_hidden(model, input_ids)
+    loudness = 50 / head.logits(hidden[0]).abs().max().clamp(min=1e-6).item()
+    worst = 0.0
+    for scale in (1.0, loudness):
+        hook = trunk_of(model).register_forward_hook(lambda module, args, out, scale=scale: _scaled(out, scale))
+        try:
+            difference, bound = _difference(model, head, input_ids, impl)
+        finally:
+            hook.remove()
+        if not difference <= bound:  # a nan is a difference
+            raise UnsupportedModel(
+                f"{type(model).__name__}: log-probabilities from its logits and from its hidden states times its head "
+                f"differ by {difference:.3g} nats, more than rounding explains ({bound:.1g}). Its forward does "
+                "something to the logits that this library does not know, so it cannot be trained here."
+            )
+        worst = max(worst, difference)
+    with quietly(model):
+        check_causal(model, lambda ids, **inputs: trunk_hidden(model, ids, **inputs))
+    return worst
+
+
+def _scaled(output, scale: float):
+    if isinstance(output, tuple):
+        return (output[0] * scale, *output[1:])
+    name = next(iter(output))  # last_hidden_state, mostly
+    output[name] = output[name] * scale
+    return output
+
+
+def _difference(model: PreTrainedModel, head: Head, input_ids: Tensor, impl: str) -> tuple[float, float]:
+    """The largest difference of log-probabilities, and how large rounding alone can make it."""
+    targets = input_ids[:, 1:].flatten()
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # (N, V)
+    expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets[:, None])[:, 0]
+    hidden = trunk_hidden(model, input_ids)[:, :-1].flatten(0, 1)
+    got = linear_logprobs(hidden, head.weight, targets, **head.options(), impl=impl)
+    # The model rounds each logit to its dtype, and again for a scale and a cap: an eps of the largest, in the target's
+    # logit and in the logsumexp. Accumulation in another order adds some eps of float32.
+    eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, head.weight.dtype))
+    bound = (4 * eps + 32 * torch.finfo(torch.float32).eps) * max(1.0, logits.abs().max().item())
+    return (got.double() - expected).abs().max().item(), bound

@@ -9,29 +9,18 @@ wrappers and all; at its head it hands over the hidden states, and gets a few nu
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from prefuse.models.head import Head, UnsupportedModel, class_of, is_lora, transform_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# The versions this was written against, as pyproject.toml has them: from, and below.
-VERSIONS = {"transformers": ((5, 23), (6, 0)), "peft": ((0, 21), (1, 0))}
-
-_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose libraries are of such a version
-
-
-class UnsupportedVersion(ImportError):
-    """A library is installed in a version this one was not written for."""
-
+from prefuse.models.flat import alone
+from prefuse.models.head import Head, columns_of, is_lora, transform_of
+from prefuse.models.probes import States, check_causal, check_logits, check_loss, loud_logits, probe_ids, quietly
+from prefuse.models.trunk import UnsupportedModel, class_of
 
 # ---------------------------------------------------------------------------------------------------------
 # The model's own forward, with another head
@@ -42,19 +31,22 @@ def run_with_head(
     causal: nn.Module,
     layer: nn.Module,
     compute: Callable[[Tensor], Tensor],  # hidden states as the head gets them -> (K,)
+    checks: dict[str, Callable[[States], None]],
     **inputs,
 ) -> Tensor:  # (K,)
     """`compute(hidden)`, run where `model(**inputs)` runs its head; the model makes no logits.
+
+    `checks`: as of `in_place_of_head`.
 
     There the weights are whole under `fully_shard`, autocast is the model's, and what comes out passes the hooks of
     every wrapper.
     """
     made = []
 
-    def forward(*args, **kwargs) -> Tensor:  # (1, K + probes, 1)
+    def forward(*args, **kwargs) -> Tensor:  # (1, K, 1)
         _running.add(causal)
         try:
-            made.append(in_place_of_head(causal, layer, compute, lambda: before(*args, **kwargs))[0])
+            made.append(in_place_of_head(causal, layer, compute, before, args, kwargs, checks)[0])
         finally:
             _running.discard(causal)
         return made[-1]
@@ -70,7 +62,7 @@ def run_with_head(
     # fully_shard may cast what its root returns, to bf16; its hooks are on the tensor that went in. (DDP's are on the
     # one that comes out.)
     result = made[0] if result.dtype != made[0].dtype else result
-    return result[0, : result.shape[1] - len(PROBES), 0]
+    return result[0, :, 0]
 
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head is another at this moment
@@ -82,24 +74,33 @@ def is_running(causal: nn.Module) -> bool:
 
 
 def in_place_of_head(
-    causal: nn.Module, layer: nn.Module, compute: Callable[[Tensor], Tensor], forward: Callable[[], object]
-) -> tuple[Tensor, object]:  # (1, K + probes, 1), what `forward` returned
-    """Run `forward()`, in which the model calls its head once: in its place runs `compute`.
+    causal: nn.Module,
+    layer: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    forward: Callable[..., object],
+    args: tuple,
+    kwargs: dict,
+    checks: dict[str, Callable[[States], None]] | None = None,
+    *,
+    own_loss: bool = False,
+) -> tuple[Tensor, object]:  # (1, K, 1), what `forward` returned
+    """Run `forward(*args, **kwargs)`, in which the model calls its head once: in its place runs `compute`.
 
-    As logits the model gets `compute`'s numbers with PROBES behind them. What its forward does to logits it does to
-    these, so that the first time shows whether that is what its config says.
+    The first time, `_try_forward` finds out whether what the forward does to its logits is what is computed here, and
+    with `own_loss` what it does to labels; `checks`, by name, are run on the model's hidden states then.
     """
+    _try_forward(causal, layer, forward, kwargs, checks or {}, own_loss)
     made = []
 
     def head(hidden: Tensor) -> Tensor:
         _check_weight(causal, layer)
         result = compute(hidden)
-        made.append(torch.cat([result[None, :, None], result.new_tensor(PROBES)[None, :, None]], dim=1))
+        made.append(result[None, :, None].clone())
         # Of a head that is a unit of fully_shard, the hooks of the backward go to what it returns.
         return made[-1] if hasattr(layer, "reshard") else made[-1].detach()
 
     with _replaced(layer, _outside_graphs(head, inner=True)):
-        output = forward()
+        output = forward(*args, **kwargs)
     if len(made) != 1 or made[0]._version:
         what = "changed its head's output in place" if made else "did not call it"
         raise UnsupportedModel(
@@ -107,32 +108,104 @@ def in_place_of_head(
             f"{what if len(made) < 2 else f'called it {len(made)} times'}: this is not computed here; call the trunk "
             "yourself and use prefuse.linear_logprobs"
         )
-    _check_transform(causal, output)
     return made[0], output
 
 
-# Logits small and large: a factor, a cap or a cast that a config does not tell of shows in some of them.
-PROBES = (-200.0, -30.0, -5.0, -1.0, -0.25, 0.0, 0.5, 1.0, 7.0, 60.0, 200.0)
-_known: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()  # models found to do as they say
+# ---------------------------------------------------------------------------------------------------------
+# The first time
+
+_passed: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # what each model was tried for
 
 
-def _check_transform(causal: nn.Module, output: object) -> None:
-    """Refuse the model if its forward did something to the logits that its config does not tell of."""
+def _try_forward(
+    causal: nn.Module, layer: nn.Module, forward: Callable[..., object], kwargs: dict, checks: dict, own_loss: bool
+) -> None:
+    """Once for a model and the switches it is called with: its own forward on a few tokens.
+
+    Raises UnsupportedModel where its logits are not its head's by the config's factor and cap, where its loss is
+    another, where it looks ahead, and where any of `checks` raises.
+    """
+    switches = {name: True for name, value in kwargs.items() if value is True and name not in ("return_dict", "labels")}
     transform = transform_of(causal.config.get_text_config())
-    if _known.get(causal) == transform:
+    passed = _passed.setdefault(causal, set())
+    key = (tuple(transform.items()), tuple(switches), own_loss)
+    if key in passed and passed.issuperset(checks):
         return
-    got = getattr(output, "logits", output[0] if isinstance(output, tuple) else None)
-    fits = isinstance(got, Tensor) and got.dim() == 3 and got.shape[0] == got.shape[2] == 1
-    if fits:
-        got = got.detach()[0, -len(PROBES) :, 0]
-        expected = Head(got, **transform).after(got.new_tensor(PROBES, dtype=torch.float64))
-        fits = bool(((got - expected).abs() <= 4 * torch.finfo(got.dtype).eps * expected.abs().clamp(min=1)).all())
-    if not fits:
+    with quietly(causal), alone(), loud_head(layer) as run:
+        states = lambda ids, **inputs: (forward(input_ids=ids, **_uncached(inputs)), run.hidden)[1]  # noqa: E731
+        try:
+            if key not in passed:
+                ids = probe_ids(causal)[None]
+                labels = {"labels": ids} if own_loss else {}
+                output = forward(input_ids=ids, **_uncached(switches), **labels)
+                if run.logits is None:  # the run itself will say that the head was not called
+                    return
+                used = Head(run.logits, **transform).after(columns_of(causal, run.logits))
+                check_logits(causal, _logits(output, own_loss), used, transform)
+                if own_loss:
+                    check_loss(causal, _loss(output), used, ids, router_loss(causal, output))
+                check_causal(causal, states)
+                passed.add(key)
+            for name in checks.keys() - passed:
+                checks[name](states)
+                passed.add(name)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{class_of(causal).__name__} cannot be tried on a few tokens: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _uncached(inputs: dict) -> dict:
+    return {"use_cache": False} | inputs
+
+
+@dataclass
+class _LoudRun:
+    """What the head was given, and what it returned in its place."""
+
+    hidden: Tensor | None = None  # (B, T, D)
+    logits: Tensor | None = None  # (B, T, V)
+
+
+@contextlib.contextmanager
+def loud_head(layer: nn.Module) -> Iterator[_LoudRun]:
+    """While this lasts, the head returns logits small and large, whatever it is given."""
+    run = _LoudRun()
+    vocabulary = (layer.get_base_layer() if is_lora(layer) else layer).out_features
+
+    def head(hidden: Tensor) -> Tensor:
+        run.hidden, shape = hidden, hidden.shape[:-1]
+        run.logits = loud_logits(shape.numel(), vocabulary, hidden.device).view(*shape, vocabulary)
+        return run.logits.clone()
+
+    with _replaced(layer, _outside_graphs(head, inner=True)):
+        yield run
+
+
+def _logits(output: object, with_loss: bool) -> object:
+    """Of a named output or a tuple, whose first is the loss where labels were given."""
+    return getattr(output, "logits", output[int(with_loss)] if isinstance(output, tuple) else None)
+
+
+def _loss(output: object) -> object:
+    return getattr(output, "loss", output[0] if isinstance(output, tuple) else None)
+
+
+def router_loss(causal: nn.Module, output: object) -> Tensor | float:
+    """What a mixture of experts adds to its loss, of its own forward's output; 0 where it was not asked for it."""
+    balance = getattr(output, "aux_loss", None)
+    if balance is None:
+        return 0.0
+    config = causal.config.get_text_config()
+    coefficient = getattr(causal, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+    if coefficient is None:
         raise UnsupportedModel(
-            f"the forward of {class_of(causal).__name__} does something to its logits that its config does not tell of "
-            f"(known here are {transform}), so their log-probabilities cannot be computed without them"
+            f"{class_of(causal).__name__} adds a router's loss with a coefficient of a name unknown here "
+            "(known is router_aux_loss_coef): call it without output_router_logits"
         )
-    _known[causal] = transform
+    return coefficient * balance.float()
 
 
 def _check_weight(causal: nn.Module, layer: nn.Module) -> None:
@@ -177,66 +250,3 @@ def _reshard(model: nn.Module, result: Tensor) -> None:
     so, an optimizer made now would get those copies, and the next forward would not see what it did to the shards."""
     if hasattr(model, "reshard") and not result.requires_grad:
         model.reshard()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Models
-
-
-# Wrappers that cannot be gone through, and what to use.
-REFUSED = {
-    "DataParallel": "use DistributedDataParallel",
-    "FullyShardedDataParallel": "use fully_shard (FSDP2)",
-    "DeepSpeedEngine": "use DistributedDataParallel or fully_shard (FSDP2)",
-}
-
-
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DistributedDataParallel, torch.compile and PEFT."""
-    kind = class_of(model)
-    if kind.__name__ in REFUSED:
-        raise UnsupportedModel(
-            f"a model in {kind.__module__}.{kind.__name__} cannot run here: {REFUSED[kind.__name__]}"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return causal_lm_of(model.module)
-    if kind.__name__ == "OptimizedModule":
-        return causal_lm_of(model._orig_mod)
-    if "peft" in sys.modules:
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            if model.active_peft_config.is_prompt_learning:
-                raise UnsupportedModel(
-                    f"{model.active_peft_config.peft_type.value} adds tokens of its own to every sequence: expected "
-                    "adapters in layers, as of LoRA, or none"
-                )
-            return causal_lm_of(model.get_base_model())
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"expected a causal LM of transformers, or one in DistributedDataParallel, torch.compile or PEFT, got "
-            f"{kind.__module__}.{kind.__name__}; with hidden states of any other model use prefuse.padded.batch_logps "
-            "or prefuse.linear_logprobs"
-        )
-    return model
-
-
-def check_versions(model: nn.Module) -> None:
-    """Raises UnsupportedVersion for a transformers or PEFT that this was not written for."""
-    if model in _checked:
-        return
-    for library, (first, last) in VERSIONS.items():
-        used = library in sys.modules and any(type(m).__module__.split(".")[0] == library for m in model.modules())
-        if not used:
-            continue
-        version = sys.modules[library].__version__
-        major, minor = map(int, re.match(r"(\d+)\.(\d+)", version).groups())
-        if not first <= (major, minor) < last:
-            low, high = (".".join(map(str, x)) for x in (first, last))
-            raise UnsupportedVersion(
-                f"{library} {version} is installed, but prefuse needs {library} >= {low}, < {high}: "
-                f"pip install '{library}>={low},<{high}'"
-            )
-    _checked.add(model)

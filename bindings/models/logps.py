@@ -22,39 +22,25 @@ B rows of T tokens, N completion tokens of S sequences, D hidden size, V vocabul
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import prefuse
-from prefuse.models.head import IGNORE, Head, UnsupportedModel, as_product, head_layer, head_of, transform_of
-from prefuse.models.inside import UnsupportedVersion, causal_lm_of, check_versions, run_with_head
-from prefuse.models.sft import fuse_loss, sft_loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prefuse.packing import Packed, Segments
-
-__all__ = [
-    "Head",
-    "TokenLogps",
-    "UnsupportedModel",
-    "UnsupportedVersion",
-    "check_head",
-    "fuse_loss",
-    "head_of",
-    "sequence_logps",
-    "sft_loss",
-    "token_logps",
-    "trunk_hidden",
-    "trunk_of",
-]
-
+from prefuse.kernels import linear_logprobs
+from prefuse.kernels.attention.segments import Segments
+from prefuse.models.flat import compare_flat, pick_predictors, within
+from prefuse.models.head import head_layer, product_of, transform_of
+from prefuse.models.inside import run_with_head
+from prefuse.models.probes import States, check_padding
+from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
+from prefuse.packing import Packed
+from prefuse.tokens import IGNORE, keep_tokens, learned
 
 # ---------------------------------------------------------------------------------------------------------
 # Log-probabilities
@@ -97,7 +83,8 @@ def sequence_logps(
             cu_seqlens; or a `prefuse.packing.Packed`, whose prompts run once for all of their completions.
         labels: (B, T) as transformers has them, not shifted: `labels[:, t]` is the token at t, or -100. Default: all
             tokens of the sequences.
-        attention_mask: (B, T) 1 for real tokens. With it, position ids are counted from the first of them.
+        attention_mask: (B, T) 1 for real tokens. Where a row begins with 0, position ids are
+            counted from its first real token.
         position_ids: (B, T) where they are to be others.
         cu_seqlens: (S + 1,) offsets of the sequences in a flat batch; attention then stays within each.
         reduction: "sum"; "mean", per token that counts (0 for a row without any); or "none": (B, T) float32, at t that
@@ -112,7 +99,7 @@ def sequence_logps(
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f'reduction must be "sum", "mean" or "none", got {reduction!r}')
-    batch = _batch(input_ids, labels, attention_mask, position_ids, cu_seqlens)
+    batch = _inputs(input_ids, labels, attention_mask, position_ids, cu_seqlens)
     if reduction == "none" and batch.shape is None:
         raise ValueError('reduction="none" needs a (B, T) batch to lay its numbers out: use token_logps for a Packed')
     logps = _run(model, batch, temperature, impl)
@@ -137,24 +124,22 @@ def token_logps(
 
     For `prefuse.preference_loss(policy.logps, reference.logps, policy.cu_seqlens)`, which subtracts token by token.
     """
-    batch = _batch(input_ids, labels, attention_mask, position_ids, cu_seqlens)
+    batch = _inputs(input_ids, labels, attention_mask, position_ids, cu_seqlens)
     return TokenLogps(_run(model, batch, temperature, impl), batch.cu_seqlens)
 
 
-def _run(model: nn.Module, batch: _Batch, temperature: float, impl: str) -> Tensor:  # (N,)
+def _run(model: nn.Module, batch: _Inputs, temperature: float, impl: str) -> Tensor:  # (N,)
     check_versions(model)
     causal = causal_lm_of(model)
     layer = head_layer(causal)
     transform = transform_of(causal.config.get_text_config())
 
     def logps(hidden: Tensor) -> Tensor:  # (B, T, D) -> (N,)
-        rows, weight, bias = as_product(layer, batch.pick(hidden))
-        return prefuse.linear_logprobs(
-            rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl, **transform
-        )
+        rows, weight, bias = product_of(causal, layer, batch.pick(hidden))
+        return linear_logprobs(rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl, **transform)
 
     with batch.attention(causal):
-        return run_with_head(model, causal, layer, logps, **batch.inputs(causal))[: len(batch.targets)]
+        return run_with_head(model, causal, layer, logps, batch.checks(causal), **batch.inputs(causal))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,7 +147,7 @@ def _run(model: nn.Module, batch: _Batch, temperature: float, impl: str) -> Tens
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Inputs:
     """What runs, and which of its tokens count."""
 
     run: dict[str, Tensor]  # arguments of the model's forward
@@ -179,30 +164,59 @@ class _Batch:
                 f"{tuple(self.run['input_ids'].shape)}: expected one for each token"
             )
         if self.shape is None:  # a prompt's last state counts once for each of its completions
-            from prefuse.models.flat import pick_predictors
-
             return pick_predictors(hidden[0], self.segments)
         return hidden.flatten(0, 1).index_select(0, self.rows)
 
     def inputs(self, causal: nn.Module) -> dict:
-        """Arguments of the model's forward; some models have no positions to give."""
-        positions = "position_ids" in inspect.signature(causal.forward).parameters
-        inputs = {name: x for name, x in self.run.items() if name != "position_ids" or positions}
+        """Arguments of the model's forward."""
         segments = {} if self.segments is None else {"packed_segments": self.segments}
-        return inputs | segments | {"use_cache": False}
+        return _taken(causal, self.run) | segments | {"use_cache": False}
+
+    def checks(self, causal: nn.Module) -> dict[str, Callable[[States], None]]:
+        """What must hold of the model for a batch like this one."""
+        if self.segments is not None:
+            return {"flat": functools.partial(_check_flat, causal)}
+        if "attention_mask" not in self.run:
+            return {}
+        left = "position_ids" in self.run
+
+        def inputs_of(mask: Tensor) -> dict:
+            positions = {"position_ids": _positions(mask)} if left else {}
+            return _taken(causal, {"attention_mask": mask} | positions)
+
+        name = "padding on the left" if left else "padding"
+        return {name: lambda states: check_padding(causal, states, inputs_of, left=left)}
 
     def attention(self, causal: nn.Module) -> contextlib.AbstractContextManager:
         if self.segments is None:
             return contextlib.nullcontext()
-        from prefuse.models.flat import within
-
         return within(causal, self.segments)
 
 
-def _batch(
+def _taken(causal: nn.Module, inputs: dict) -> dict:
+    """Without positions where the model's forward names none."""
+    positions = "position_ids" in inspect.signature(type(causal).forward).parameters
+    return {name: x for name, x in inputs.items() if name != "position_ids" or positions}
+
+
+def _positions(attention_mask: Tensor) -> Tensor:  # (B, T) -> (B, T) from 0 at the first token
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _check_flat(causal: nn.Module, states: States) -> None:
+    def flat(packed: Packed) -> Tensor:  # (T, D)
+        inputs = {"position_ids": packed.position_ids}
+        inputs |= {"attention_mask": torch.ones_like(packed.input_ids, dtype=torch.bool)}
+        with within(causal, packed.segments):
+            return states(packed.input_ids, packed_segments=packed.segments, **_taken(causal, inputs))[0]
+
+    compare_flat(causal, flat, states)
+
+
+def _inputs(
     input_ids: Tensor | Packed, labels: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> _Batch:  # fmt: skip
+) -> _Inputs:  # fmt: skip
     if not isinstance(input_ids, Tensor):
         return _of_packed(input_ids, labels, attention_mask, position_ids, cu_seqlens)
     _check_batch(input_ids, labels, attention_mask, position_ids, cu_seqlens)
@@ -210,51 +224,44 @@ def _batch(
         return _flat(input_ids, input_ids if labels is None else labels, position_ids, cu_seqlens)
     run = {"input_ids": input_ids}
     labels = input_ids if labels is None else labels
-    counts = labels[:, 1:] != IGNORE
+    kept = learned(labels)
     if attention_mask is not None:
         real = attention_mask.bool()
-        counts = counts & real[:, 1:] & real[:, :-1]
-        first = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        run |= {"attention_mask": attention_mask, "position_ids": first if position_ids is None else position_ids}
+        kept = kept & real & real.roll(1, dims=1)
+        run |= {"attention_mask": attention_mask}
+        if position_ids is None and not bool(real[:, 0].all()):  # padded on the right, a model counts as it does
+            position_ids = _positions(attention_mask)
+        run |= {} if position_ids is None else {"position_ids": position_ids}
     elif position_ids is not None:
         run |= {"position_ids": position_ids}
-    return _counted(run, labels, nn.functional.pad(counts, (1, 0)), counts.sum(1))
+    tokens = keep_tokens(labels, kept)
+    return _Inputs(run, tokens.predictors, tokens.targets, tokens.cu_seqlens, labels.shape)
 
 
-def _counted(run: dict, labels: Tensor, counts: Tensor, lengths: Tensor, segments: Segments | None = None) -> _Batch:
-    """`counts`: (B, T) bool, never at t = 0; `lengths`: (S,) how many of them each sequence has."""
-    places = counts.flatten().nonzero()[:, 0]
-    cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    return _Batch(run, places - 1, labels.flatten()[places], cu_seqlens, labels.shape, segments)
-
-
-def _flat(input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor) -> _Batch:
-    from prefuse.packing import Segments
-
+def _flat(input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor) -> _Inputs:
     lengths = cu_seqlens.diff().tolist()
     starts = cu_seqlens[:-1].long()
-    counts = labels != IGNORE
-    counts[0, starts] = False
+    kept = labels != IGNORE
+    kept[0, starts] = False  # nothing predicts a sequence's first token
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         position_ids = position_ids - starts.repeat_interleave(cu_seqlens.diff())[None]
     run = {"input_ids": input_ids, "position_ids": position_ids}
     # A mask without zeros keeps transformers from making one of the position ids, which restart here.
     run["attention_mask"] = torch.ones_like(input_ids, dtype=torch.bool)
-    counted = torch.segment_reduce(counts[0].double(), "sum", offsets=cu_seqlens.long(), unsafe=True).long()
-    return _counted(run, labels, counts, counted, Segments([[length] for length in lengths]))
+    by_sequence = torch.segment_reduce(kept[0].double(), "sum", offsets=cu_seqlens.long(), unsafe=True).long()
+    tokens, segments = keep_tokens(labels, kept, by_sequence), Segments([[length] for length in lengths])
+    return _Inputs(run, tokens.predictors, tokens.targets, tokens.cu_seqlens, labels.shape, segments)
 
 
-def _of_packed(packed: Packed, *others: Tensor | None) -> _Batch:
-    from prefuse.packing import Packed
-
+def _of_packed(packed: Packed, *others: Tensor | None) -> _Inputs:
     if not isinstance(packed, Packed):
         raise TypeError(f"input_ids must be a torch.Tensor or a prefuse.packing.Packed, got {type(packed).__name__}")
     if any(other is not None for other in others):
         raise ValueError("a Packed knows its labels, positions and lengths: expected input_ids alone")
     run = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     run["attention_mask"] = torch.ones_like(packed.input_ids, dtype=torch.bool)
-    return _Batch(run, packed.predictors, packed.targets, packed.cu_seqlens, None, packed.segments)
+    return _Inputs(run, packed.predictors, packed.targets, packed.cu_seqlens, None, packed.segments)
 
 
 def _check_batch(
@@ -283,74 +290,3 @@ def _check_batch(
             f"expected cu_seqlens to rise from 0 to the {input_ids.shape[1]} tokens, each sequence with one at least, "
             f"got {ends[:8]}{'...' if len(ends) > 8 else ''}"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Trunk and head
-
-
-def trunk_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, the final norm included."""
-    for trunk in (model.get_decoder(), model.base_model):
-        if trunk is not model:
-            return trunk
-    raise UnsupportedModel(f"{type(model).__name__} has no trunk to call without the head")
-
-
-def trunk_hidden(
-    model: PreTrainedModel,
-    input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor | None = None,  # (B, T)
-) -> Tensor:  # (B, T, D)
-    """The last hidden states, as the head receives them."""
-    return trunk_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-
-
-@torch.no_grad()
-def check_head(
-    model: PreTrainedModel,
-    input_ids: Tensor,  # (B, T) real tokens, without padding
-    impl: str = "auto",
-) -> float:
-    """Refuse the model if its own logits and the fused head disagree; returns the largest difference in nats.
-
-    Compared twice: as the model is, and with hidden states scaled until the logits reach about 50. A softcap, for
-    one, leaves the small logits of a fresh model almost alone and would be found only after training.
-    """
-    head = head_of(model)
-    hidden = trunk_hidden(model, input_ids)
-    loudness = 50 / head.logits(hidden[0]).abs().max().clamp(min=1e-6).item()
-    worst = 0.0
-    for scale in (1.0, loudness):
-        hook = trunk_of(model).register_forward_hook(lambda module, args, out, scale=scale: _scaled(out, scale))
-        try:
-            difference, bound = _difference(model, head, input_ids, impl)
-        finally:
-            hook.remove()
-        if not difference <= bound:  # a nan is a difference
-            raise UnsupportedModel(
-                f"{type(model).__name__}: log-probabilities from its logits and from its hidden states times its head "
-                f"differ by {difference:.3g} nats, more than rounding explains ({bound:.1g}). Its forward does "
-                "something to the logits that this library does not know, so it cannot be trained here."
-            )
-        worst = max(worst, difference)
-    return worst
-
-
-def _scaled(output, scale: float):
-    output.last_hidden_state = output.last_hidden_state * scale
-    return output
-
-
-def _difference(model: PreTrainedModel, head: Head, input_ids: Tensor, impl: str) -> tuple[float, float]:
-    """The largest difference of log-probabilities, and how large rounding alone can make it."""
-    targets = input_ids[:, 1:].flatten()
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # (N, V)
-    expected = torch.log_softmax(logits.double(), dim=-1).gather(-1, targets[:, None])[:, 0]
-    hidden = trunk_hidden(model, input_ids)[:, :-1].flatten(0, 1)
-    got = prefuse.linear_logprobs(hidden, head.weight, targets, **head.options(), impl=impl)
-    # The model rounds each logit to its dtype, and again for a scale and a cap: an eps of the largest, in the target's
-    # logit and in the logsumexp. Accumulation in another order adds some eps of float32.
-    eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, head.weight.dtype))
-    bound = (4 * eps + 32 * torch.finfo(torch.float32).eps) * max(1.0, logits.abs().max().item())
-    return (got.double() - expected).abs().max().item(), bound

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import prefuse
-from prefuse.models.head import IGNORE, UnsupportedModel, as_product, head_layer, transform_of
-from prefuse.models.inside import causal_lm_of, check_versions, in_place_of_head, is_running
+from prefuse.models.head import head_layer, product_of, transform_of
+from prefuse.models.inside import in_place_of_head, is_running, router_loss
+from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
+from prefuse.tokens import IGNORE, keep_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +30,10 @@ def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int 
     """`model(..., labels=labels).loss` without the logits, from now on; returns `model`.
 
     For `transformers.Trainer` as it is, and any loop that lets the model compute its loss: the same number, divided by
-    `num_items_in_batch` where that is given, from the same labels. The output's `logits` are None. Without labels, as
-    in `generate`, the model does what it did; `del model.forward` takes it back (on the transformers model itself).
+    `num_items_in_batch` where that is given, from the same labels, with the router's loss where that is asked for. The
+    first call tries the model's own loss on a few tokens, and refuses one of another kind. The output's `logits` are
+    None. Without labels, as in `generate`, the model does what it did; `del model.forward` takes it back (on the
+    transformers model itself).
 
     Call it before the model is wrapped by DistributedDataParallel, `fully_shard` or the Trainer.
 
@@ -47,14 +51,15 @@ def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int 
         if kwargs.get("labels") is None or (logits_in_eval and not self.training):
             return run(*args, **kwargs)
         given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
-        layer = head_layer(self)
+        layer = head_layer(self, adds_router_loss=True)
 
         def loss(hidden: Tensor) -> Tensor:  # (1,)
             inputs = _head_inputs(self, layer, hidden)
             return _sft_loss(inputs, **given, workspace=workspace, impl=impl)[None]
 
-        made, output = in_place_of_head(self, layer, loss, lambda: run(*args, **kwargs))
-        return _with_loss(output, made[0, 0, 0].clone())  # (no view, for the hooks of fully_shard)
+        made, output = in_place_of_head(self, layer, loss, run, args, kwargs, own_loss=True)
+        # (no view, for the hooks of fully_shard)
+        return _with_loss(output, made[0, 0, 0].clone() + router_loss(self, output))
 
     _install(causal, forward)
     return model
@@ -83,13 +88,18 @@ def sft_loss(
                 "sft_loss runs the head after the forward, where fully_shard has taken its weight away: use "
                 "prefuse.transformers.fuse_loss(model), and no compute_loss_func"
             )
+        if kwargs.get("output_router_logits"):
+            raise UnsupportedModel(
+                "sft_loss leaves out the router's loss, which output_router_logits=True asks for: use "
+                "prefuse.transformers.fuse_loss(model), and no compute_loss_func"
+            )
         layer, inputs = head_layer(self), []
 
         def keep(hidden: Tensor) -> Tensor:  # (0,)
             inputs.append(_head_inputs(self, layer, hidden))
             return hidden.new_zeros(0, dtype=torch.float32)
 
-        in_place_of_head(self, layer, keep, lambda: run(*args, **kwargs))
+        in_place_of_head(self, layer, keep, run, args, kwargs)
         return inputs[0]
 
     def loss(outputs: object, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -108,7 +118,7 @@ def _with_causal_loss(model: nn.Module) -> PreTrainedModel:
 
     check_versions(model)
     causal = causal_lm_of(model)
-    head_layer(causal)
+    head_layer(causal, adds_router_loss=True)
     if causal.loss_function is not ForCausalLMLoss:
         name = getattr(causal.loss_function, "__name__", causal.loss_function)
         raise UnsupportedModel(
@@ -148,7 +158,7 @@ class HeadInputs:
 
 
 def _head_inputs(causal: nn.Module, layer: nn.Module, hidden: Tensor) -> HeadInputs:
-    rows, weight, bias = as_product(layer, hidden.flatten(0, -2))
+    rows, weight, bias = product_of(causal, layer, hidden.flatten(0, -2))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Views of the parameters: a leaf among the outputs does not count as used.
@@ -172,17 +182,16 @@ def _sft_loss(
             f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(head.hidden.shape)}: "
             "give labels of input_ids' shape, and no logits_to_keep"
         )
-    counts = targets != IGNORE
-    places = counts.flatten().nonzero()[:, 0]
+    tokens = keep_tokens(targets)
     device = head.hidden.device
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     with torch.autocast(device.type, dtype=head.autocast, enabled=head.autocast is not None):
         return prefuse.linear_preference_loss(
-            head.hidden.flatten(0, -2).index_select(0, places),
+            head.hidden.flatten(0, -2).index_select(0, tokens.places),
             head.weight,
-            targets.flatten()[places],
-            nn.functional.pad(counts.sum(-1).cumsum(0), (1, 0)).int(),
+            tokens.targets,
+            tokens.cu_seqlens,
             None,
             loss=prefuse.SFT(),
             num_items=num_items_in_batch,

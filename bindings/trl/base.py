@@ -1,7 +1,7 @@
 """What the trainers for TRL share: the way of a microbatch through the model, the reference, the metrics, the refusals.
 
 `FusedTrainer` stands before one of TRL's trainers among the bases of a class, and takes over what lies between the
-tokenized rows and the loss: see `trl_trainers`, which adds the losses. N completion tokens in a microbatch.
+tokenized rows and the loss: see `trainers`, which adds the losses. N completion tokens in a microbatch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import loss_from
-from prefuse.models.flat import check_packing
-from prefuse.models.logps import UnsupportedModel, check_head, head_of
-from prefuse.models.padding import Padded, completion_hidden
-from prefuse.packing import Packed
+from prefuse.models.flat import check_packing, completion_hidden
+from prefuse.models.head import check_head, head_of
+from prefuse.models.probes import check_padded_trunk
+from prefuse.models.rope import batch_dependent_ropes
+from prefuse.models.trunk import UnsupportedModel
+from prefuse.packing import Packed, Padded
 from prefuse.preference import WORKSPACE
-from prefuse.trl.batches import Batch, Collator, ReferenceCache, Row, Window, counted
+from prefuse.trl.batches import Collator, Microbatch, MicrobatchMetrics, ReferenceCache, TokenizedRow, counted
 
 
 def _require_trl() -> None:
@@ -46,7 +48,7 @@ def _require_trl() -> None:
 
 _require_trl()
 
-import trl  # noqa: E402, F401 (from here it comes to `trl_trainers`, once it is known to be there)
+import trl  # noqa: E402, F401 (from here it comes to `trainers`, once it is known to be there)
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------
@@ -157,7 +159,8 @@ class FusedTrainer:
         self._collate = Collator(given["args"].max_length, flat=padding_free)
         self._workspace = WORKSPACE if workspace is None else workspace
         self._cache = ReferenceCache()
-        self._window = {"train": Window(), "eval": Window()}
+        self._rope_follows_batch = False  # then a row's reference numbers hold in its own batch alone
+        self._window = {"train": MicrobatchMetrics(), "eval": MicrobatchMetrics()}
         self._checked: list[nn.Module] = []
         return given | {"data_collator": self._collate}
 
@@ -180,12 +183,6 @@ class FusedTrainer:
             'truncation_mode="keep_end"': (
                 getattr(args, "truncation_mode", "keep_start") != "keep_start",
                 'it gives the sides of a pair two prompts; use "keep_start"',
-            ),
-            "use_weighting=True": (getattr(args, "use_weighting", False), "WPO's weights are not computed"),
-            "ld_alpha": (getattr(args, "ld_alpha", None) is not None, "LD-DPO is not a loss of prefuse"),
-            "f_divergence_type": (
-                getattr(args, "f_divergence_type", "reverse_kl") != "reverse_kl",
-                'only "reverse_kl" is a part of these losses',
             ),
         }
         for name, (present, reason) in refused.items():
@@ -235,6 +232,9 @@ class FusedTrainer:
                 check_head(base, probe)
             if self._collate.flat:
                 self._check_flat(base)
+            if not self._collate.flat:
+                check_padded_trunk(base)
+        self._rope_follows_batch |= any(True for _ in batch_dependent_ropes(base))
         return model
 
     def _check_flat(self, base: nn.Module) -> None:
@@ -247,7 +247,7 @@ class FusedTrainer:
             self._collate.flat = False
             warnings.warn(f"{error}. Batches are padded, and prompts run once for each completion", stacklevel=2)
 
-    def _log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _log_probabilities(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(N,) of the policy, with gradient, and what else its head tells of each token."""
 
         def run(base: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -274,14 +274,17 @@ class FusedTrainer:
 
     # ---------------------------------------------------------------------------------------- reference
 
-    def _reference(self, rows: Sequence[Row], tokens: Packed | Padded) -> Tensor:  # (N,)
+    def _reference(self, rows: Sequence[TokenizedRow], tokens: Packed | Padded) -> Tensor:  # (N,)
         """The reference's log-probabilities, from the cache where all rows are in it."""
-        kept = self._cache.get(rows)
+        kept = None if self._rope_follows_batch else self._cache.get(rows)
         if kept is not None:
             return kept.to(tokens.targets.device)
         if self.precompute_ref_logps and not self._reference_at_hand:
+            why = "a row came whose reference log-probabilities were not precomputed"
+            if self._rope_follows_batch:
+                why = "the model's rotary embedding depends on the longest row of a batch, so its numbers are not kept"
             raise RuntimeError(
-                "a row came whose reference log-probabilities were not precomputed, and the reference is gone: "
+                f"{why}, and the reference is gone: "
                 "give its data set to the trainer at construction, or an explicit ref_model"
             )
         logps = self._reference_pass(tokens)
@@ -332,7 +335,7 @@ class FusedTrainer:
         self._cache.share(self._group)
         return dataset
 
-    def _precompute(self, batch: Batch) -> None:
+    def _precompute(self, batch: Microbatch) -> None:
         self._reference(batch.rows, batch.tokens)
 
     # --------------------------------------------------------------------------------------------- steps
@@ -344,7 +347,7 @@ class FusedTrainer:
         batch = inputs["batch"]
         ref_logps, z0 = self._before_policy(batch)
         logps, extra = self._log_probabilities(model, batch)
-        loss, metrics = self._loss(logps, ref_logps, z0, batch)
+        loss, metrics = self._loss(logps, extra, ref_logps, z0, batch)
         metrics = metrics | {
             "entropy": counted(extra["entropy"]),
             "logits/chosen": counted(extra["mean_logits"], batch.preferred),
@@ -370,8 +373,6 @@ class FusedTrainer:
             means, self._total_train_tokens = window.take(self._tokens, self._group)
             self._metrics[mode] = defaultdict(list, num_tokens=[int(self._total_train_tokens)])
             for microbatch in means:
-                if "rewards/margins" not in microbatch and {"rewards/chosen", "rewards/rejected"} <= microbatch.keys():
-                    microbatch["rewards/margins"] = microbatch["rewards/chosen"] - microbatch["rewards/rejected"]
                 for name, value in microbatch.items():
                     self._metrics[mode][name].append(value)
         super().log(logs, start_time)

@@ -2,7 +2,7 @@
 
     collate = Collator(max_length=1024)
     inputs = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
-    hidden = completion_hidden(model, inputs["batch"].tokens)       # (N, D), of `padding`
+    hidden = completion_hidden(model, inputs["batch"].tokens)       # (N, D), of `prefuse.models.flat`
 
 E rows of a microbatch (pairs, or labelled completions), S sequences, N completion tokens.
 """
@@ -10,27 +10,24 @@ E rows of a microbatch (pairs, or labelled completions), S sequences, N completi
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefuse.models.padding import Padded, padded
-from prefuse.packing import Group, Packed, pack
-
-if TYPE_CHECKING:
-    pass
+from prefuse.packing import Group, Packed, Padded, pack, padded
+from prefuse.preference import means_of
+from prefuse.tokens import group_prompts, hash_tokens, share_prompts
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows and their batches
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedRow:
     """One row of a data set, tokenized and truncated."""
 
     prompt: list[int]
@@ -42,8 +39,7 @@ class Row:
     def key(self) -> bytes:
         """The same for the same tokens, whatever data set they come from: what reference numbers are kept by."""
         digest = hashlib.blake2b(digest_size=16)
-        for ids in (self.prompt, *self.completions):
-            digest.update(array("q", [len(ids), *ids]).tobytes())
+        hash_tokens(digest, (self.prompt, *self.completions))
         return digest.digest()
 
     @property
@@ -53,18 +49,19 @@ class Row:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(completion) for completion in self.completions]
+        """How many tokens of each completion count: without a prompt nothing predicts the first one."""
+        return [len(completion) - (not self.prompt) for completion in self.completions]
 
 
 @dataclass(frozen=True)
-class Batch:
-    rows: list[Row]  # (E,)
+class Microbatch:
+    rows: list[TokenizedRow]  # (E,)
     tokens: Packed | Padded
     preferred: Tensor  # (N,) bool: tokens of chosen, or desirable, completions
     labels: Tensor | None  # (S,) bool, for labelled completions
     z0: Tensor | None = None  # () KTO's reference point, where the optimizer step has one
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Microbatch:
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, tokens=self.tokens.to(device), preferred=self.preferred.to(device), labels=labels)
 
@@ -81,30 +78,32 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.batch([self._row(example) for example in examples])
-        tokens = [sum(len(row.prompt) + n for n in row.lengths) for row in batch.rows]
+        tokens = [sum(len(row.prompt) + len(side) for side in row.completions) for row in batch.rows]
         # (The count comes first: Trainer reads the number of rows off the first tensor.)
         return {"num_tokens": torch.tensor(tokens), "input_ids": batch.tokens.input_ids, "batch": batch}
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, rows: Sequence[TokenizedRow]) -> Microbatch:
         rows = _prompts_together(rows)
         sides = [side for row in rows for side in row.sides]
         counts = [length for row in rows for length in row.lengths]
         preferred = torch.tensor(sides).repeat_interleave(torch.tensor(counts))
         labels = None if rows[0].label is None else torch.tensor(sides)
-        return Batch(rows, self.tokens([(row.prompt, row.completions) for row in rows]), preferred, labels)
+        return Microbatch(rows, self.tokens([(row.prompt, row.completions) for row in rows]), preferred, labels)
 
     def tokens(self, groups: Sequence[Group]) -> Packed | Padded:
+        """As TRL has them; a completion without a prompt is predicted from its own first token."""
+        groups = [group for prompt, sides in groups for group in _with_prompt(prompt, sides)]
         if self.flat:
-            return pack(_shared(groups))
+            return pack(share_prompts(groups))
         return padded([(list(prompt), list(side)) for prompt, sides in groups for side in sides])
 
-    def _row(self, example: dict[str, Any]) -> Row:
+    def _row(self, example: dict[str, Any]) -> TokenizedRow:
         prompt = list(example["prompt_ids"])
         names = ("completion_ids",) if "label" in example else ("chosen_ids", "rejected_ids")
         label = bool(example["label"]) if "label" in example else None
         other = example.get("KL_completion_ids")
         completions = [self.cut(prompt, example[name]) for name in names]
-        return Row(prompt, completions, label, None if other is None else self.cut(prompt, other))
+        return TokenizedRow(prompt, completions, label, None if other is None else self.cut(prompt, other))
 
     def cut(self, prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
         """What `max_length` leaves of a completion: its start."""
@@ -117,23 +116,13 @@ class Collator:
         return list(completion[:room])
 
 
-def _prompts_together(rows: Sequence[Row]) -> list[Row]:
+def _with_prompt(prompt: Sequence[int], sides: Sequence[Sequence[int]]) -> list[Group]:
+    return [(prompt, sides)] if len(prompt) else [(side[:1], [side[1:]]) for side in sides]
+
+
+def _prompts_together(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
     """The rows of a prompt where its first one stands."""
-    by_prompt: dict[tuple[int, ...], list[Row]] = {}
-    for row in rows:
-        by_prompt.setdefault(tuple(row.prompt), []).append(row)
-    return [row for together in by_prompt.values() for row in together]
-
-
-def _shared(groups: Sequence[Group]) -> list[Group]:
-    """Neighbours with the same prompt in one group."""
-    merged: list[Group] = []
-    for prompt, completions in groups:
-        if merged and list(merged[-1][0]) == list(prompt):
-            merged[-1] = (prompt, [*merged[-1][1], *completions])
-        else:
-            merged.append((prompt, completions))
-    return merged
+    return [rows[i] for together in group_prompts([row.prompt for row in rows]) for i in together]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -146,11 +135,9 @@ def mismatches(prompts: Sequence[Sequence[int]]) -> list[int | None]:
     A permutation, as KTO's authors advise (the mismatched completions of a step are its own), where no prompt has more
     than half of the rows. Else the rest is used several times; None where all rows have one prompt.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(i)
-    order = [i for group in sorted(groups.values(), key=len, reverse=True) for i in group]
-    size, largest = len(order), max(map(len, groups.values()), default=0)
+    groups = sorted(group_prompts(prompts), key=len, reverse=True)
+    order = [i for group in groups for i in group]
+    size, largest = len(order), len(groups[0]) if groups else 0
     others = size - largest
     partners: list[int | None] = [None] * size
     for place, row in enumerate(order):
@@ -174,17 +161,17 @@ class ReferenceCache:
 
     def __init__(self):
         self._kept: dict[bytes, Tensor] = {}
-        self._waiting: list[tuple[list[Row], Tensor]] = []
+        self._waiting: list[tuple[list[TokenizedRow], Tensor]] = []
         self._expected: set[bytes] = set()
 
     def __len__(self) -> int:
         return len(self._kept.keys() | self._expected)
 
-    def put(self, rows: Sequence[Row], logps: Tensor) -> None:  # (N,)
+    def put(self, rows: Sequence[TokenizedRow], logps: Tensor) -> None:  # (N,)
         self._waiting.append((list(rows), logps.detach()))
         self._expected.update(row.key for row in rows)
 
-    def get(self, rows: Sequence[Row]) -> Tensor | None:  # (N,) on the CPU
+    def get(self, rows: Sequence[TokenizedRow]) -> Tensor | None:  # (N,) on the CPU
         """The numbers of these rows, end to end, if all of them are known."""
         keys = [row.key for row in rows]
         if not all(key in self._kept or key in self._expected for key in keys):
@@ -219,7 +206,7 @@ class ReferenceCache:
 
 
 @dataclass
-class Window:
+class MicrobatchMetrics:
     """Sums and counts of each microbatch since the last log line, on the device until then.
 
     TRL logs the plain mean of its microbatches' means (over all ranks each), where `reduce_metrics` weighs each row the
@@ -245,7 +232,7 @@ class Window:
         pairs = list(zip(values[0::2], values[1::2], strict=True))
         size = len(self.names)
         means = [
-            {name: s / n for name, (s, n) in zip(self.names, pairs[start : start + size], strict=True) if n}
+            means_of(dict(zip(self.names, pairs[start : start + size], strict=True)))
             for start in range(0, len(pairs), max(size, 1))
         ]
         self.sums = []

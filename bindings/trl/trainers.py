@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.contract import Loss, is_batchwise, needs_of
+from prefuse.losses.names import loss_from
 from prefuse.trl.base import FusedTrainer, changed, check_loss, has_adapters, loss_of_config, trl
-from prefuse.trl.batches import Batch, Row, mismatches
+from prefuse.trl.batches import Microbatch, TokenizedRow, mismatches
 
 # ---------------------------------------------------------------------------------------------------------
 # DPO and its like
@@ -53,6 +54,9 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         given = self._start(args, kwargs, padding_free, workspace)
         config = given["args"]
         self._terms = self._terms_of(loss, config)
+        self._weighs = config.use_weighting
+        if self._weighs:
+            self._check_weighting()
         # An SFT term trains without a reference, but where it stands alone TRL logs rewards all the same.
         preferences = [term for _, term in self._terms if term.per != "token"]
         self._uses_reference = not preferences or any("reference" in needs_of(term) for term in preferences)
@@ -65,36 +69,63 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
     def _terms_of(self, loss: Loss | None, config: trl.DPOConfig) -> list[tuple[float, Loss]]:
         """(weight, loss) of each part of the mixture."""
         if loss is not None:
-            if config.loss_type != ["sigmoid"]:
+            if config.loss_type != ["sigmoid"] or _dpo_variant(config):
                 raise ValueError(f"got both loss={loss!r} and loss_type={config.loss_type}: expected one of them")
             check_loss(loss, "pair", {"reference"}, "DPOTrainer")
             return [(1.0, loss)]
-        terms = [loss_of_config(name, config) for name in config.loss_type]
+        terms = [_dpo_variant(config) or loss_of_config(name, config) for name in config.loss_type]
         for term in terms:
             if term.per != "token":
                 check_loss(term, "pair", {"reference"}, "DPOTrainer")
         weights = config.loss_weights or [1.0] * len(terms)
         return list(zip(weights, terms, strict=True))
 
-    def _before_policy(self, batch: Batch) -> tuple[Tensor | None, None]:
+    def _check_weighting(self) -> None:
+        unfit = [type(term).__name__ for _, term in self._terms if term.per != "pair" or is_batchwise(term)]
+        if unfit:
+            raise ValueError(f"use_weighting=True weighs losses pair by pair, and {unfit[0]} is none: leave one out")
+        self.OUTPUTS = (*self.OUTPUTS, "log_sum_sq_probs")
+
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, None]:
         return (self._reference(batch.rows, batch.tokens) if self._uses_reference else None), None
 
-    def _loss(self, logps: Tensor, ref_logps: Tensor | None, z0: None, batch: Batch) -> tuple[Tensor, dict]:
-        total, metrics = torch.zeros((), device=logps.device), None
+    def _loss(
+        self, logps: Tensor, extra: dict[str, Tensor], ref_logps: Tensor | None, z0: None, batch: Microbatch
+    ) -> tuple[Tensor, dict]:
+        total, metrics, weights = torch.zeros((), device=logps.device), None, None
+        if self._weighs:
+            weights = prefuse.wpo_weights(logps, extra["log_sum_sq_probs"], batch.tokens.cu_seqlens)
         for weight, loss in self._terms:
             if loss.per == "token":  # SFT, of the chosen side
                 value = -torch.where(batch.preferred, logps, 0.0).sum() / batch.preferred.sum()
             else:
-                out = self._pairs(logps, ref_logps, batch, loss)
+                out = self._pairs(logps, ref_logps, batch, loss, weights)
                 value, metrics = out.loss, out.metrics if metrics is None else metrics
             total = total + weight * value
         if metrics is None:  # SFT alone; rewards are still worth a look
             metrics = self._pairs(logps.detach(), ref_logps, batch, prefuse.DPO(beta=self.beta)).metrics
         return total, metrics
 
-    def _pairs(self, logps: Tensor, ref_logps: Tensor | None, batch: Batch, loss: Loss) -> prefuse.PreferenceOutput:
+    def _pairs(
+        self, logps: Tensor, ref_logps: Tensor | None, batch: Microbatch, loss: Loss, weights: Tensor | None = None
+    ) -> prefuse.PreferenceOutput:
         ref_logps = ref_logps if "reference" in needs_of(loss) else None
-        return prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, loss=loss)
+        return prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, loss, weights=weights)
+
+
+def _dpo_variant(config: trl.DPOConfig) -> Loss | None:
+    """The loss that `f_divergence_type` or `ld_alpha` makes of "sigmoid", if one of them is set."""
+    variants = ["f_dpo"] if config.f_divergence_type != "reverse_kl" else []
+    variants += ["ld_dpo"] if config.ld_alpha is not None else []
+    if not variants:
+        return None
+    if len(variants) > 1 or config.loss_type != ["sigmoid"]:
+        raise ValueError(
+            f"f_divergence_type and ld_alpha are computed for loss_type sigmoid, one of them at a time, got loss_type "
+            f"{config.loss_type}, f_divergence_type {config.f_divergence_type!r} and ld_alpha {config.ld_alpha}: drop "
+            "one, or use trl.DPOTrainer"
+        )
+    return loss_from(config, variants[0])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -152,7 +183,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
     def _check_reference_stays(self, given: dict[str, Any], config: trl.KTOConfig) -> None:
         stays = given.get("ref_model") is not None or given.get("peft_config") is not None
         stays = stays or has_adapters(given["model"])
-        if config.precompute_ref_log_probs and self._draws_z0 and not stays:
+        if config.precompute_ref_log_probs and self._draws_z0 and self._uses_reference and not stays:
             raise ValueError(
                 "precompute_ref_log_probs=True lets the reference go, but mismatched completions are drawn anew in "
                 'every step: set it to False, give ref_model or peft_config, or sampling="trl"'
@@ -166,7 +197,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             samples = [inputs | {"batch": replace(inputs["batch"], z0=z0)} for inputs in samples]
         return samples, num_items
 
-    def _drawn_z0(self, rows: list[Row], keep: bool) -> Tensor:  # ()
+    def _drawn_z0(self, rows: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         partners = mismatches([row.prompt for row in rows])
         if None in partners and self._group is None:
             warnings.warn(
@@ -176,9 +207,11 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             )
         pairs = [(row, rows[other]) for row, other in zip(rows, partners, strict=True) if other is not None]
         cut = self._collate.cut
-        return self._z0([Row(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep)
+        return self._z0(
+            [TokenizedRow(row.prompt, [cut(row.prompt, other.completions[0])]) for row, other in pairs], keep
+        )
 
-    def _z0(self, mismatched: list[Row], keep: bool) -> Tensor:  # ()
+    def _z0(self, mismatched: list[TokenizedRow], keep: bool) -> Tensor:  # ()
         """Over these completions of other prompts and those of the other ranks, a microbatch at a time.
 
         `keep`: whether the same rows will come again, so that the cache is to have them.
@@ -189,13 +222,15 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         for start in range(0, len(mismatched), size):
             batch = self._collate.batch(mismatched[start : start + size]).to(device)
             rows, tokens = batch.rows, batch.tokens
-            ref_logps.append(self._reference(rows, tokens) if keep else self._reference_pass(tokens))
+            if self._uses_reference:
+                ref_logps.append(self._reference(rows, tokens) if keep else self._reference_pass(tokens))
             logps.append(self._quiet(self.model, tokens))
             counts += [row.lengths[0] for row in rows]
         cu_seqlens = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-        return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens, group=self._group)
+        reference = torch.cat(ref_logps) if self._uses_reference else None
+        return prefuse.kto_reference_point(torch.cat(logps), reference, cu_seqlens, group=self._group)
 
-    def _before_policy(self, batch: Batch) -> tuple[Tensor | None, Tensor | float | None]:
+    def _before_policy(self, batch: Microbatch) -> tuple[Tensor | None, Tensor | float | None]:
         ref_logps = self._reference(batch.rows, batch.tokens) if self._uses_reference else None
         if not self._draws_z0:
             return ref_logps, 0.0 if self._uses_z0 else None
@@ -205,20 +240,25 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             return ref_logps, self._drawn_z0(batch.rows, keep=True)
         return ref_logps, self._z0(_paired(batch), keep=True)
 
-    def _precompute(self, batch: Batch) -> None:
+    def _precompute(self, batch: Microbatch) -> None:
         super()._precompute(batch)
         if self._draws_z0 and self._sampling == "trl":
             mismatched = self._collate.batch(_paired(batch)).to(self.accelerator.device)
             self._reference(mismatched.rows, mismatched.tokens)
 
     def _loss(
-        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor | float | None, batch: Batch
+        self,
+        logps: Tensor,
+        extra: dict[str, Tensor],
+        ref_logps: Tensor | None,
+        z0: Tensor | float | None,
+        batch: Microbatch,
     ) -> tuple[Tensor, dict]:
         labels = batch.labels if "labels" in needs_of(self._term) else None
         out = prefuse.preference_loss(logps, ref_logps, batch.tokens.cu_seqlens, self._term, labels, z0)
         return out.loss, out.metrics
 
 
-def _paired(batch: Batch) -> list[Row]:
+def _paired(batch: Microbatch) -> list[TokenizedRow]:
     """The mismatched rows that TRL has chosen."""
-    return [Row(row.prompt, [row.other]) for row in batch.rows]
+    return [TokenizedRow(row.prompt, [row.other]) for row in batch.rows]

@@ -21,12 +21,13 @@ class LossSettings(Topic):
 
     loss_type: Literal[
         "dpo", "ipo", "kto", "simpo", "orpo", "cpo", "slic", "rpo", "sigmoid", "sigmoid_norm", "hinge", "robust",
-        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft",
+        "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "f_dpo", "ld_dpo",
+        "una", "una_pair", "ppo_clip", "sft",
     ] = setting(
         "dpo",
-        "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto also takes pairs, each as "
-        "one good and one bad completion; simpo, orpo, cpo and slic use no reference. `eval` takes sft too: loss, "
-        "perplexity and accuracy of the completions' tokens.",
+        "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto, una and ppo_clip also "
+        "take pairs, each as one good and one bad completion; simpo, orpo, cpo and slic use no reference. `eval` takes "
+        "sft too: loss, perplexity and accuracy of the completions' tokens.",
     )  # fmt: skip
     beta: float | None = setting(
         None,
@@ -45,6 +46,23 @@ class LossSettings(Topic):
     simpo_gamma: float | None = setting(None, "simpo: the margin that the rewards are to have. None: 1.")
     slic_delta: float | None = setting(None, "slic: the margin that the log-probabilities are to have. None: 1.")
     discopop_tau: float | None = setting(None, "discopop: temperature of its modulation. None: 0.05.")
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = setting(
+        "reverse_kl", "f_dpo: the divergence from the reference."
+    )
+    f_alpha_divergence_coef: float | None = setting(None, "f_dpo: alpha of alpha_divergence. None: 0.5.")
+    ld_alpha: float | None = setting(
+        None, "ld_dpo: weight of the tokens that the longer completion has beyond the shorter one. None: 0.5."
+    )
+    ppo_clip: float | None = setting(None, "ppo_clip: how far a token's ratio may leave 1 and still count. None: 0.2.")
+    una_distance: Literal["bce", "mse"] = setting(
+        "bce", "una, una_pair: distance of the implicit reward from the label."
+    )
+    kto_value: Literal["logistic", "concave", "linear"] = setting(
+        "logistic", "kto: its value function; concave and linear (risk-neutral) are its paper's ablations."
+    )
+    kto_reference_point: float | None = setting(
+        None, "kto: a constant in place of z0, which is then not computed. None: z0."
+    )
     desirable_weight: float = setting(1.0, "KTO: weight of the desirable completions.")
     undesirable_weight: float = setting(1.0, "KTO: weight of the undesirable completions.")
     z0_scope: Literal["step", "microbatch"] = setting(

@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import TRAINING, Topic, require, setting
+from prefuse.engine.config.setting import LOADING, TRAINING, Topic, require, setting
 
 
 @dataclass(frozen=True)
 class ModelSettings(Topic):
     title: ClassVar[str] = "Model"
 
-    model_name_or_path: str = setting("", "Model to start from: a folder with safetensors weights, or a hub name.")
+    model_name_or_path: str = setting(
+        "",
+        "Model to start from: a folder with safetensors weights, or a hub name. `merge`: a folder with adapters.",
+        commands=LOADING,
+    )
     ref_model_name_or_path: str | None = setting(
         None,
         "Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with.",
@@ -19,7 +23,8 @@ class ModelSettings(Topic):
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Dtype of the weights and of the optimizer's states. Float32 unless memory forbids it: at learning rates near "
-        "5e-7 most bfloat16 weights do not move at all.",
+        "5e-7 most bfloat16 weights do not move at all. `merge`: dtype of the files.",
+        commands=LOADING,
     )
     bf16: bool | None = setting(
         None, "Compute in bfloat16 by autocast. None: where the GPU supports it; never by default on CPU."
@@ -38,6 +43,7 @@ class ModelSettings(Topic):
         False,
         "Run the Python code that a model's folder or hub repository brings with it. Read that code first: it can do "
         "whatever you can.",
+        commands=LOADING,
         may_differ=True,
     )
 

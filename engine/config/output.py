@@ -15,7 +15,9 @@ class OutputSettings(Topic):
 
     output_dir: str = setting(
         "",
-        "Folder of the run: model, checkpoints, config.yaml, metrics.jsonl, curves.png. Must be new or empty.",
+        "Folder of the run: model, checkpoints, config.yaml, metrics.jsonl, curves.png; `merge`: of the whole model. "
+        "Must be new or empty.",
+        commands=(*TRAINING, "merge"),
         may_differ=True,
     )
     resume: bool = setting(False, "Go on from the newest whole checkpoint in output_dir.", may_differ=True)
@@ -37,7 +39,7 @@ class OutputSettings(Topic):
     )
 
     def check(self, command: str) -> None:
-        if command in TRAINING:
+        if command in (*TRAINING, "merge"):
             require(self, "output_dir")
         elif self.output_file is not None and Path(self.output_file).exists():
             raise UserError(f"output_file {self.output_file} exists: give another name, or remove it")

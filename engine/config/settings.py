@@ -57,7 +57,8 @@ class Config(
 
     def check(self, command: str) -> None:
         for topic in TOPICS:
-            topic.check(self, command)
+            if any(command in commands_of(field.name) for field in dataclasses.fields(topic)):
+                topic.check(self, command)
 
 
 TOPICS: tuple[type[Topic], ...] = Config.__bases__[::-1]

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefuse.engine.data.fit import cut_prompt
+from prefuse.engine.data.fit import CharacterParts, cut_prompt
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.table import Example, Examples, Tokens
-from prefuse.models.padding import Padded, padded
-from prefuse.packing import Packed, pack
+from prefuse.packing import Packed, Padded, pack, padded
 
 IGNORE_INDEX = -100  # the target of a completion token that is not learned
 
@@ -61,9 +60,10 @@ def _moved(batch, device: torch.device):
     return replace(batch, **tensors)
 
 
-def examples_of(dataset: Sequence[Example], bos: int | None = None) -> Examples:
+def examples_of(dataset: Sequence[Example], bos: int | None = None, parts: CharacterParts | None = None) -> Examples:
     """What `load_examples` gave, or examples made by hand, as the engine walks over them."""
-    return replace(dataset, bos=bos) if isinstance(dataset, Examples) else Examples.of(dataset, bos)
+    examples = dataset if isinstance(dataset, Examples) else Examples.of(dataset)
+    return replace(examples, bos=bos, parts=parts)
 
 
 def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Examples:
@@ -73,7 +73,8 @@ def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Ex
     prompts = examples.prompts
     too_long = np.flatnonzero(prompts.lengths > rooms)
     if len(too_long):
-        cut = [cut_prompt(prompts[i], room, examples.bos) for i, room in zip(too_long, rooms[too_long], strict=True)]
+        kept = zip(too_long, rooms[too_long], strict=True)
+        cut = [cut_prompt(prompts[i], room, examples.bos, examples.parts) for i, room in kept]
         prompts = prompts.replaced(too_long, Ragged.of(cut))
     return replace(examples, prompts=prompts, completions=completions, labels=None)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prefuse.engine.data.forms import BadRow
+from prefuse.engine.data.records import BadRow
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.turns import Message
 

@@ -12,6 +12,7 @@ import yaml
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
 from prefuse.engine.data.examples import Kind, describe_learned, load_examples, summarize_skipped
+from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.data.stops import describe_unstopped
@@ -85,7 +86,7 @@ def read_examples(
     if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
-    return examples_of(dataset.examples, tokenizer.bos_token_id), dataset.skipped
+    return examples_of(dataset.examples, tokenizer.bos_token_id, character_parts(tokenizer)), dataset.skipped
 
 
 def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:

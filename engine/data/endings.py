@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from prefuse.engine.data.forms import BadRow
+from prefuse.engine.data.records import BadRow
 from prefuse.engine.data.rendering import ChatTemplate
 
 QUESTION, ANSWER, NEXT = "first question", "an answer", "next question"  # texts that no template has

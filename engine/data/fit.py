@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from prefuse.engine.data.forms import BadRow, Record, Skipped
+from prefuse.engine.data.records import BadRow, Record, Skipped
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 CharacterParts = Callable[[int], bytes]  # the bytes of a token, for tokens that may hold part of a character
@@ -80,7 +80,7 @@ def cut_prompt(prompt: list[int], room: int, bos: int | None, parts: CharacterPa
         return prompt
     kept = prompt[:1] if prompt[0] == bos and room > 1 else []
     end = prompt[len(prompt) - room + len(kept) :]
-    return kept + (without_half_start(end, parts) or end)
+    return (kept + without_half_start(end, parts)) or end  # the completion needs a token before it
 
 
 def without_half_start(ids: list[int], parts: CharacterParts | None) -> list[int]:

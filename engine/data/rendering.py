@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from prefuse.engine.data.forms import BadRow, DataError
+from prefuse.engine.data.records import BadRow, DataError
 from prefuse.engine.data.turns import Message, parsed
 
 PROBE = {"probe": "a  b"}  # arguments of a tool call

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prefuse.engine.data.fit import CharacterParts
 from prefuse.engine.data.ragged import Ragged, RaggedBuilder, Texts, as_numpy, encode, framed, framed_rows
 from prefuse.packing import fill
 
@@ -61,6 +62,7 @@ class Examples(Sequence):
     learned: np.ndarray | None = None  # of each value of `completions`: bool; None: all are learned
     padding_free: bool = False  # their batches are flat
     bos: int | None = None  # the token that a prompt keeps where it loses its start
+    parts: CharacterParts | None = None  # the bytes of a token: a prompt loses no half of a character
 
     @classmethod
     def of(cls, examples: Iterable[Example], bos: int | None = None) -> Examples:

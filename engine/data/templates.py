@@ -17,7 +17,7 @@ from typing import Any, Literal
 from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
 from prefuse.engine.data.endings import control_tokens, ending_of
 from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
-from prefuse.engine.data.forms import BadRow, Record, Skipped
+from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.turns import Message
 
@@ -229,27 +229,28 @@ class Renderer:
     def _by_marks(
         self, record: Record, side: str, turns: list[Message], answers: list[int], arguments: dict[str, Any]
     ) -> Record | None:
-        """By the template's {% generation %} blocks, one for each answer; None where they are not so many."""
+        """By the template's {% generation %} blocks, one for each answer; None where they are not so many, or where the
+        text does not hold the prompts as they are when the model answers them."""
         whole, spans = self.template.marked(turns, **arguments)
         spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if len(spans) != len(spoken):
             return None
-        self._check_prompt(turns, whole, record.tools)
+        pieces: list[Piece] = []
+        prompts = [self.template.text(turns[:i], generation_prompt=True, **arguments) for i in answers]
+        at = len(prompts[0])
         learned = [span for span, i in zip(spans, spoken, strict=True) if i in answers]
-        pieces, at = [], learned[0][0]
-        for (start, end), i in zip(learned, answers, strict=True):
-            self._check_answer(
-                side, whole[:start], whole[start:end], turns[i], (turns[:i], turns[i : i + 1], arguments)
-            )
-            pieces += [(whole[at:start], False)] if at < start else []
-            kept = (
-                end
-                if self.options.learn_after_stop
-                else start + len(self.ending.trimmed(whole[start:end], self.tokens))
-            )
-            pieces.append((whole[start:kept], True))
-            at = kept
-        return replace(record, prompt=whole[: learned[0][0]], sides={side: pieces}, rendered=True)
+        for (start, end), prompt, i in zip(learned, prompts, answers, strict=True):
+            if not whole.startswith(prompt) or not at <= len(prompt) < end:
+                return None
+            answer = whole[max(start, len(prompt)) : end]
+            context = (turns[:i], turns[i : i + 1], arguments)
+            self._check_answer(side, prompt, whole[len(prompt) : end], turns[i], context)
+            pieces += [(whole[at : end - len(answer)], False)] if at < end - len(answer) else []
+            kept = answer if self.options.learn_after_stop else self.ending.trimmed(answer, self.tokens)
+            pieces.append((kept, True))
+            at = end - len(answer) + len(kept)
+        self._check_prompt(turns[: answers[-1]], prompts[-1], record.tools)
+        return replace(record, prompt=prompts[0], sides={side: pieces}, rendered=True)
 
 
 def _pieces(whole: str, parts: list[tuple[str, str]]) -> list[Piece] | None:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from prefuse.engine.data.encode import Encoder
-from prefuse.engine.data.forms import BadRow, Record, Skipped
 from prefuse.engine.data.outcomes import each
+from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.templates import Piece
 
 LONGEST_TAIL = 500  # characters before a piece that its encoding may look at

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefuse.engine.data.forms.implicit import turns_of_transcript
-from prefuse.engine.data.records import Record, SetAside
+from prefuse.engine.data.records import BadRow, Record, SetAside
 from prefuse.engine.errors import UserError
 
 Row = dict[str, Any]
@@ -23,6 +23,8 @@ def rows_of(record: Record, target: str) -> Iterator[Row]:
     extras = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
     extras = {name: value for name, value in extras.items() if value}
     scores = record.scores or {}
+    if len(record.sides) == 2 and target != "sft" and record.sides["chosen"] == record.sides["rejected"]:
+        raise BadRow("both sides are equal")
     if target == "pairs":
         numbers = {f"score_{side}": value for side, value in scores.items()}
         sure = {} if record.weight is None else {"weight": record.weight}

@@ -47,6 +47,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=None if config.lora_target_modules else _never_called(model),
         modules_to_save=config.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
@@ -68,6 +69,22 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
     _drop_only_where_gradients_are_taken(model)
     _in_float32(model)
     return adapters
+
+
+def _never_called(model: nn.Module) -> list[str] | None:
+    """Linear layers by type that are no plain call `layer(x)`: adapters around them would fail, or never run.
+
+    Those with a forward of their own (routers, grouped projections), and what Mamba's kernels read the weights of.
+    """
+    own = lambda m: isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward  # noqa: E731
+    names = [
+        name
+        for name, module in model.named_modules()
+        if own(module) and type(module).__module__.startswith("transformers.models.")
+    ]
+    mixers = [name for name, module in model.named_modules() if "Mamba" in type(module).__name__]
+    names += [f"{mixer}.{inner}" for mixer in mixers for inner in ("out_proj", "conv1d")]
+    return names or None
 
 
 def _targets(model: nn.Module, config: Config) -> list[str] | str:

@@ -15,8 +15,8 @@ from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
-from prefuse.models.logps import Head
-from prefuse.models.padding import completion_hidden
+from prefuse.models.flat import completion_hidden
+from prefuse.models.head import Head
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
-from prefuse.models.logps import trunk_of
+from prefuse.models.trunk import trunk_of
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

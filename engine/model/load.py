@@ -25,7 +25,10 @@ from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.logps import Head, UnsupportedModel, check_head, head_of
+from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.probes import check_padded_trunk
+from prefuse.models.rope import hold_rope
+from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,8 +100,8 @@ def load_model(
     if base is not None:
         if trains:
             raise UserError(
-                f"{path} holds adapters, and training starts from a whole model: merge them into it first "
-                "(peft's merge_and_unload, then save_pretrained)"
+                f"{path} holds adapters, and training starts from a whole model: merge them into it first, "
+                f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
         path = base
     model = _read_model(path, config)
@@ -113,6 +116,7 @@ def load_model(
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
     if trains:
+        _say_without_router_loss(model)
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
@@ -151,10 +155,26 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
     return model
 
 
+def _say_without_router_loss(model: "PreTrainedModel") -> None:
+    if getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
+        logger.info(
+            "%s is a mixture of experts: its router's balance loss is no part of this training (TRL adds it)",
+            type(model).__name__,
+        )
+
+
 def check_model(lm: LanguageModel, examples: Examples) -> None:
     """Before the first step: the model can take the rows, and the fused head is the model's own."""
     check_rows(lm, examples)
-    probe = torch.tensor([examples.longest_sequence()[:64]], device=lm.device)
+    longest = examples.longest_sequence()
+    for kind in dict.fromkeys(hold_rope(lm.model, len(longest))):
+        logger.info(
+            "The model's %s rotary embedding depends on the longest row of a batch; here all rows have that of the "
+            "longest, %d tokens",
+            kind,
+            len(longest),
+        )
+    probe = torch.tensor([longest[:64]], device=lm.device)
     try:
         # A sharded model's layers are gathered in the dtype they compute in, which only autocast brings together.
         # So are adapters, in float32 whatever the base has.
@@ -170,7 +190,7 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
     """`examples` for flat batches, if all models take them (each compared with itself), else as they are."""
     if config.padding_free is False:
-        return examples
+        return _with_padding(examples, models)
     for lm in models:
         try:
             with lm.autocast():
@@ -179,8 +199,19 @@ def without_padding(examples: Examples, models: Sequence[LanguageModel], config:
             if config.padding_free:
                 raise UserError(f"{error}; set padding_free to false") from None
             logger.warning("%s. Batches are padded, and prompts run once for each completion", error)
-            return examples
+            return _with_padding(examples, models)
     return dataclasses.replace(examples, padding_free=True)
+
+
+def _with_padding(examples: Examples, models: Sequence[LanguageModel]) -> Examples:
+    """`examples` as they are, if padding changes no row of any of the models."""
+    for lm in models:
+        try:
+            with lm.autocast():
+                where_weights_are(lambda lm: check_padded_trunk(lm.model))(lm)
+        except UnsupportedModel as error:
+            raise UserError(str(error)) from None
+    return examples
 
 
 def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config) -> int:

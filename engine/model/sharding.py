@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prefuse.engine.model.layers import decoder_layers
 from prefuse.engine.run.ranks import Ranks
-from prefuse.models.logps import Head
+from prefuse.models.head import Head
 
 
 def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,9 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({run!r})"
     if config.use_peft:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
-    return (
-        f"next:\n  prefuse eval {given} {'--loss_type sft' if command == 'sft' else against}\n"
-        f"  prefuse generate {given} {against}\n  in Python: {load}"
-    )
+    how = "--loss_type sft" if command == "sft" else against
+    lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
+    if config.use_peft:
+        adapters, whole = shlex.quote(run), shlex.quote(f"{run}-merged")
+        lines.append(f"prefuse merge --model_name_or_path {adapters} --output_dir {whole}")
+    return "\n  ".join(["next:", *lines, f"in Python: {load}"])

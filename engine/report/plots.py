@@ -44,4 +44,7 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
 
 
 def _curve(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[prefix + name]) for row in rows if row.get(prefix + name) is not None]
+    """(step, mean). A tie counts as half an accuracy: before the first step all rewards are equal."""
+    half = 0.5 if name == "rewards/accuracies" else 0.0
+    points = [(row["step"], row.get(prefix + name), row.get(f"{prefix}rewards/ties") or 0.0) for row in rows]
+    return [(step, mean + half * ties) for step, mean, ties in points if mean is not None]

@@ -31,7 +31,7 @@ from prefuse.engine.model.load import save_model, trained_weights
 from prefuse.engine.run.files import json_text, published_folder, require_space, sha256_of
 from prefuse.engine.run.proof import checkpoints, fault_of_files, fault_of_tensors, read_state
 from prefuse.engine.run.ranks import ALONE, Ranks, check_same_weights, fill_, whole
-from prefuse.models.head import class_of
+from prefuse.models.trunk import class_of
 
 logger = logging.getLogger(__name__)
 

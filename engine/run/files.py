@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,19 @@ def published_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def aside_of(final: Path) -> Path:
+    """A name beside `final` that says whose it is: several runs may write there at once."""
+    return final.with_name(f"{final.name}.{os.getpid()}-{socket.gethostname()}.tmp")
+
+
+def clear_dead(folder: Path) -> None:
+    """What processes of this machine have left there that were killed while they wrote."""
+    for path in folder.glob("*.tmp"):
+        match = re.search(r"\.(\d+)-(.+)\.tmp$", path.name)
+        if match and match[2] == socket.gethostname() and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(aside: Path, final: Path) -> None:

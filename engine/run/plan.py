@@ -17,6 +17,7 @@ from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import check_model, check_same_vocabulary, load_model, without_padding
 from prefuse.engine.report.log import say
 from prefuse.engine.run.held_out import HeldOut, hold
+from prefuse.engine.run.identity import checksums
 from prefuse.engine.run.ranks import Ranks, share
 from prefuse.engine.run.reference_logps import Logps, reference_logps
 from prefuse.losses.contract import Loss, needs_of
@@ -73,6 +74,7 @@ class TrainingSet:
     ref_logps: Logps | None = None  # of the rows of planned steps
     mismatches: list[Examples] | None = None  # for a loss that needs z0, by epoch
     mismatch_ref_logps: list[Logps] | None = None  # by epoch, of the rows of its planned steps
+    reference: dict[str, int] | None = None  # checksums of a second model's tensors
 
     @property
     def total_steps(self) -> int:
@@ -104,11 +106,12 @@ def meet_reference(
 ) -> tuple[TrainingSet, HeldOut | None]:
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards."""
-    ref = lm
+    ref, second = lm, None
     if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
         check_same_vocabulary(lm, ref, config)
+        second = checksums(ref.model.state_dict(), ranks)
     examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
     steps = Steps(examples, config, ranks)
@@ -126,7 +129,7 @@ def meet_reference(
             reference_logps(ref, other, steps.microbatches_of(ranks.rank, epoch), config.reference_cache, ranks)
             for epoch, other in enumerate(mismatches)
         ]
-    data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps)
+    data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps, second)
     return data, held and hold(held, ref, loss, config, ranks)
 
 

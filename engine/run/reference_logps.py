@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
 from prefuse.engine.model.forward import LanguageModel, token_logps
 from prefuse.engine.report.log import progress
-from prefuse.engine.run.files import file_faults_as_oserror, publish, sha256_of
+from prefuse.engine.run.files import aside_of, clear_dead, file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
 
 logger = logging.getLogger(__name__)
@@ -163,8 +162,10 @@ def _write(entry: Path, key: dict, logps: Logps, ranks: Ranks) -> None:
     from safetensors.torch import save_file
 
     def begin() -> str:
-        folder = entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:8]}.tmp")  # several runs may write at once
+        folder = aside_of(entry)
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        clear_dead(entry.parent)
         return str(folder)
 
     aside = Path(ranks.from_main(begin))

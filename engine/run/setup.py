@@ -116,15 +116,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
             "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
         )  # fmt: skip
-
-    def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path, config)
-        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
-
-    with clock.part("data"):
-        tokenizer, examples, held_examples, skipped = ranks.together(read)
-    _check_same_rows(examples, held_examples, ranks)
-    ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
+    tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
@@ -139,7 +131,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
         command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
-        libraries(),
+        libraries(), data.reference,
     )  # fmt: skip
 
     peak = peak_flops(lm)
@@ -148,20 +140,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     largest = largest_weight(lm, ranks)
     state = {"step": 0, "lines": 0, "evaluate": True}
     if home.state != "set-up":
-        changes: list[str] = []
-
-        def agree(saved: Saved) -> None:
-            changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
-
-        saved = load_newest(home.path, lm, optimizer, ranks, agree)
-        if saved is None and home.finished:
-            raise UserError(
-                f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
-                "it (model_name_or_path) in another output_dir"
-            )
-        if saved is None:
-            say(f"{home.path} has no whole checkpoint: starting from the first step")
-        else:
+        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks)
+        if saved is not None:
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
     newest = state["step"] or None
@@ -181,8 +161,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
-    """Beside what `check_model` has looked at: held-out rows, and what a loss with mismatched completions makes of
-    the rows."""
+    """Beside what `check_model` has looked at: held-out rows, and completions after prompts of other rows."""
     if held is not None:
         check_rows(lm, held)
     for rows in (examples, held):
@@ -196,6 +175,41 @@ def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: Ru
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
+
+
+def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tuple[object, Examples, Examples | None]:
+    """The tokenizer, the rows to train on and the rows held out; the skipped ones are named in the run folder."""
+
+    def read() -> tuple:
+        tokenizer = load_tokenizer(config.model_name_or_path, config)
+        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
+
+    with clock.part("data"):
+        tokenizer, examples, held_examples, skipped = ranks.together(read)
+    _check_same_rows(examples, held_examples, ranks)
+    ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
+    return tokenizer, examples, held_examples
+
+
+def _load_newest(
+    home: RunFolder, lm: LanguageModel, optimizer: torch.optim.Optimizer, identity: Identity, examples: Examples,
+    ranks: Ranks,
+) -> tuple[Saved | None, list[str]]:  # fmt: skip
+    """The newest whole checkpoint, loaded, and what has changed since; None where the run begins again."""
+    changes: list[str] = []
+
+    def agree(saved: Saved) -> None:
+        changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
+
+    saved = load_newest(home.path, lm, optimizer, ranks, agree)
+    if saved is None and home.finished:
+        raise UserError(
+            f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
+            "it (model_name_or_path) in another output_dir"
+        )
+    if saved is None:
+        say(f"{home.path} has no whole checkpoint: starting from the first step")
+    return saved, changes
 
 
 def _go_on(

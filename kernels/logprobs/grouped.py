@@ -15,7 +15,7 @@ from torch import Tensor
 from prefuse.kernels import checks
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Gradients, Sums
-from prefuse.kernels.logprobs.linear_logprobs import HeadCall, implementation, stash_dtype
+from prefuse.kernels.logprobs.call import HeadCall, implementation, stash_dtype
 from prefuse.kernels.logprobs.portable import RowGrads, stash_size
 from prefuse.kernels.slices import row_tile
 from prefuse.kernels.vocab import Whole

@@ -8,8 +8,6 @@ scalar arguments, as torch.library wants them, and call `portable` or `launch`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,29 +15,11 @@ from torch import Tensor
 from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Needs, empty_gradients
-from prefuse.kernels.logprobs import portable, sparse
-from prefuse.kernels.logprobs.portable import RowGrads, empty_forward, stash_size
-from prefuse.kernels.logprobs.sparse import ColumnStatistic
+from prefuse.kernels.logprobs.call import HeadCall, fits, implementation, prepare, refuse_double_backward, stash_dtype
+from prefuse.kernels.logprobs.portable import RowGrads, empty_forward
+from prefuse.kernels.logprobs.sparse_autograd import sparse_logprobs
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.slices import kept_rows
 from prefuse.kernels.vocab import Whole, place_of, remember, shard_of
-
-
-class HeadCall(NamedTuple):
-    """The arguments of one call, checked: what `prepare` returns and everything behind the door takes."""
-
-    hidden: Tensor  # (N, D) in the dtype to compute in
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    targets: Tensor  # (N,) int64
-    options: HeadOptions
-    impl: str  # "triton", "torch" or "reference"
-    vocab_group: dist.ProcessGroup | None = None
-    gradient_tolerance: float = 0.0
-
-    @property
-    def needs(self) -> Needs:
-        return Needs.of(self.hidden, self.weight, self.bias)
 
 
 def linear_logprobs(
@@ -117,36 +97,6 @@ def logprobs_within(
     return logprobs_of(call, workspace, outputs)
 
 
-def prepare(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions,
-    outputs: tuple[str, ...], impl: str, vocab_group: dist.ProcessGroup | None = None, gradient_tolerance: float = 0.0,
-) -> HeadCall:  # fmt: skip
-    """Checks every argument, once per call; TypeError, ValueError or RuntimeError names the first that is wrong."""
-    checks.check_head(hidden, weight, bias, targets=targets)
-    checks.check_token_ids(targets)
-    checks.check_rows("targets", targets, hidden)
-    targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
-    checks.check_options(options, outputs)
-    checks.check_impl(impl)
-    impl = checks.resolve(impl, hidden)
-    hidden = checks.in_compute_dtype(hidden)
-    _check_tolerance(gradient_tolerance, hidden, impl, vocab_group)
-    return HeadCall(hidden, weight, bias, targets, options, impl, vocab_group, float(gradient_tolerance))
-
-
-def _check_tolerance(tolerance: float, hidden: Tensor, impl: str, vocab_group: dist.ProcessGroup | None) -> None:
-    if not 0.0 <= tolerance < 1.0:
-        raise ValueError(f"gradient_tolerance must be in [0, 1), 0.0 for the exact gradient, got {tolerance}")
-    if tolerance == 0.0:
-        return
-    if vocab_group is not None:
-        raise ValueError("gradient_tolerance takes a whole head: leave out vocab_group, or set it to 0.0")
-    if impl == "reference":
-        raise ValueError('impl="reference" is exact: set gradient_tolerance to 0.0, or use another impl')
-    if hidden.dtype == torch.float16:
-        raise ValueError("gradient_tolerance has no float16, whose range is too small: use bfloat16 or float32")
-
-
 def logprobs_of(
     call: HeadCall,
     workspace: int = 0,
@@ -180,12 +130,6 @@ def _named(outputs: tuple[str, ...], extra: Tensor) -> dict[str, Tensor]:
     return {name: x if name == "entropy" else x.detach() for name, x in zip(outputs, extra, strict=True)}
 
 
-def fits(call: HeadCall, workspace: int) -> bool:
-    """Whether the weights of all rows may be kept for the backward."""
-    n, v = len(call.hidden), len(call.weight)
-    return stash_size(n, v, call.hidden) * stash_dtype(call.impl, call.hidden).itemsize <= workspace
-
-
 def _mode(call: HeadCall, workspace: int) -> str:
     """The cheapest of `portable.MODES` that applies."""
     needs = call.needs
@@ -195,11 +139,6 @@ def _mode(call: HeadCall, workspace: int) -> str:
     if not needs.weight and not needs.bias:
         return "frozen" if needs.hidden else "lean"
     return "stash" if fits(call, workspace) else "lean"
-
-
-def stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
-    """What the products of `impl` take: half types wherever the device multiplies them."""
-    return hidden.dtype if impl == "triton" or hidden.is_cuda else accumulator_dtype(hidden.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -327,82 +266,12 @@ def _(grad, direction):
     return torch.empty_like(direction)
 
 
-refuse_double_backward = checks.refuse_double_backward("linear_logprobs", instead="reference")
 _forward_op.register_autograd(_backward, setup_context=_save)
 _backward_op.register_autograd(refuse_double_backward)
 _scale_rows_op.register_autograd(refuse_double_backward)
 
 
-# ------------------------------------------------------------------------------------- with a gradient_tolerance
-
-
-@torch.compiler.disable
-def sparse_logprobs(
-    call: HeadCall, outputs: tuple[str, ...], guess: Tensor | None, meter: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities and (len(outputs), N), whose backward is sparse up to `call.gradient_tolerance`."""
-    checks.check_targets(call.targets, Whole(), len(call.weight), call.options.ignore_index)
-    return _SparseLogprobs.apply(call.hidden, call.weight, call.bias, call, outputs, guess, meter)
-
-
-class _SparseLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, call, outputs, guess, meter):
-        rows = kept_rows(call.targets != call.options.ignore_index)
-        rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
-        ctx.statistic = ColumnStatistic(hidden[rows], len(weight), None if guess is None else guess.detach()[rows])
-        result = empty_forward(hidden, weight, outputs, "lean", hidden.dtype)
-        if len(rows):
-            with torch.autocast(hidden.device.type, enabled=False):
-                kept = implementation(call.impl).forward(
-                    hidden[rows], weight, bias, call.targets[rows], call.options, outputs, "lean",
-                    statistic=ctx.statistic,
-                )  # fmt: skip
-            for name in ("logps", "lse", "q"):
-                getattr(result, name)[rows] = getattr(kept, name)
-            result.extra[:, rows] = kept.extra
-        ctx.call = call._replace(hidden=None, weight=None, bias=None)
-        ctx.outputs, ctx.meter = outputs, meter
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, rows, result.logps, result.lse, result.q, result.extra.clone())
-        return result.logps.clone(), result.extra
-
-    @staticmethod
-    def backward(ctx, grad, grad_extra):
-        if torch.is_grad_enabled():
-            refuse_double_backward()
-        hidden, weight, bias, rows, logps, lse, q, extra = ctx.saved_tensors
-        call, needs = ctx.call, Needs(*ctx.needs_input_grad[:3])
-        entropy = ctx.outputs.index("entropy") if "entropy" in ctx.outputs and grad_extra is not None else None
-        if grad is None and entropy is None:
-            return (None,) * 7
-        grad = torch.zeros_like(logps) if grad is None else grad
-        row = RowGrads(grad, lse, q, *((None, None) if entropy is None else (grad_extra[entropy], extra[entropy])))
-        module, targets = implementation(call.impl), call.targets
-        with torch.autocast(hidden.device.type, enabled=False):
-            if entropy is not None:  # whose gradient has a mass of its own: exact
-                grads = module.backward(hidden, weight, bias, targets, row, call.options, needs)
-            else:
-                grads = sparse.backward(
-                    module, hidden[rows], weight, bias, targets[rows], row[rows], logps[rows], call.options, needs,
-                    ctx.statistic, call.gradient_tolerance, ctx.meter,
-                )  # fmt: skip
-                if needs.hidden and len(rows) < len(hidden):
-                    dhidden = torch.zeros_like(hidden).index_copy_(0, rows, grads.hidden)
-                    grads = grads._replace(hidden=dhidden)
-        return *grads, None, None, None, None
-
-
 # ---------------------------------------------------------------------------------------------- helpers
-
-
-def implementation(impl: str):
-    """The module of `impl`, "torch" or "triton": `forward`, `backward`, `backward_stashed`."""
-    if impl == "torch":
-        return portable
-    from prefuse.kernels.logprobs import launch
-
-    return launch
 
 
 def _reference(call: HeadCall) -> tuple[Tensor, dict[str, Tensor]]:

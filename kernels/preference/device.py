@@ -1,6 +1,6 @@
 """The device code of the preference losses: packed tokens -> loss, derivative, rewards and metrics in one launch.
 
-    N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,); K mismatched ones, for KTO's z0.
+    N completion tokens, end to end; S sequences, divided by cu_seqlens (S + 1,); K mismatched ones, for KTO's z0.
     r_s = sum of the token log-ratios of sequence s.
 
 Forward. One program per sequence, mismatched ones last, adds its tokens; the last program to arrive does the rest: z0,

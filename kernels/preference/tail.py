@@ -1,6 +1,6 @@
 """From log-probabilities to a preference loss in one Triton launch each way: the operators, and the autograd.
 
-    N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,); K mismatched ones, for KTO's z0.
+    N completion tokens, end to end; S sequences, divided by cu_seqlens (S + 1,); K mismatched ones, for KTO's z0.
 
 The equations are those of DPO, IPO and KTO in `prefuse.losses`; here they are named by a string and take numbers, as
 torch.library wants it. `device` has the kernels. Any other loss, and any other device, runs in torch.

@@ -52,9 +52,9 @@ def kernel_rows(chip: Chip) -> tuple[list[str], bool]:
     """One line for each kernel on `chip`, on its own path for operands, and whether all of them may ship."""
     lines, clean = [], True
     for kernel in shipped(chip):
-        made = compile_shipped(chip, torch.bfloat16, True, kernel.name)
-        lines.append(_kernel_row(kernel, made))
-        clean = clean and not made.problems()
+        resources = compile_shipped(chip, torch.bfloat16, True, kernel.name)
+        lines.append(_kernel_row(kernel, resources))
+        clean = clean and not resources.problems()
     return lines, clean
 
 

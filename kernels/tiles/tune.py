@@ -15,13 +15,11 @@ import argparse
 import contextlib
 import datetime
 import itertools
-import json
 import math
 import os
 import statistics
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,8 +36,6 @@ from prefuse.kernels.tiles.table import (
     DTYPES,
     INTERPRETER,
     KERNELS,
-    OPERANDS,
-    OWN,
     SAME_AS,
     TABLE,
     VARIABLE,
@@ -51,10 +47,9 @@ from prefuse.kernels.tiles.table import (
     chip_name,
     choose,
     find,
-    parse,
-    rows_of,
     trial,
 )
+from prefuse.kernels.tiles.write import write
 
 MARGIN = 0.01  # of the time: what a new tile must save
 DROP = 1.25  # times the fastest: out of the race after SCREENING rounds
@@ -356,72 +351,6 @@ def describe(tuned: Tuned) -> str:
             f"{statistics.median(x.ms):9.3f} ms {against}  {', '.join(marks)}"
         )
     return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------- writing
-
-HEADER = f"""# Tiles measured by `python -m prefuse.kernels.tiles.tune`; {VARIABLE} names this file to programs.
-# The columns are those of prefuse/kernels/tiles.toml.
-rows = [
-]
-"""
-
-
-def line_of(row: Row) -> str:
-    """The row as a line of a table."""
-    c, quoted = row.config, json.dumps
-    tile = f"[{c.block_n}, {c.block_v}, {c.block_d}],"
-    rest = "halves = true, " * c.halves
-    rest += "".join(f"{name} = {x}, " for name, x in (("min_d", row.min_d), ("min_v", row.min_v)) if x)
-    return (
-        f"  {{ chip = {quoted(chip_name(row.chip)) + ',':9} dtype = {quoted(row.dtype) + ',':10} "
-        f"operands = {quoted(OPERANDS[c.descriptors]) + ',':14} kernel = {quoted(row.kernel) + ',':23} "
-        f"tile = {tile:15} warps = {c.warps}, stages = {c.stages}, {rest}source = {quoted(row.source)} }},"
-    )
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Puts rows into a table file: in place of those of the same key, else beside their like. Comments stay."""
-    text = path.read_text(encoding="utf-8") if path.exists() else HEADER
-    expected = {row.key: row for row in rows_of(text, path)}
-    lines = text.splitlines()
-    for row in rows:
-        expected[row.key] = replace(row, layer=OWN)
-        keys = [_key(line) for line in lines]
-        if row.key in keys:
-            lines[keys.index(row.key)] = line_of(row)
-        else:
-            lines.insert(_place(row, keys, lines), line_of(row))
-    text = "\n".join(lines) + "\n"
-    if not _holds_exactly(text, expected, path):
-        raise ValueError(f"{path}: rows can only be put in where each one, and the last bracket, has a line of its own")
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)  # whole or not at all
-
-
-def _holds_exactly(text: str, expected: dict[tuple, Row], path: Path) -> bool:
-    try:
-        return {row.key: row for row in rows_of(text, path)} == expected
-    except ValueError:
-        return False
-
-
-def _key(line: str) -> tuple | None:
-    line = line.strip().removesuffix(",")
-    try:
-        return parse(tomllib.loads(f"row = {line}")["row"], OWN).key if line.startswith("{") else None
-    except ValueError:  # a part of a row
-        return None
-
-
-def _place(row: Row, keys: list[tuple | None], lines: list[str]) -> int:
-    """Where a new row goes: after those of its kernel, else of its path, else of its chip, else last."""
-    for length in (4, 3, 1):
-        alike = [i for i, key in enumerate(keys) if key and key[:length] == row.key[:length]]
-        if alike:
-            return alike[-1] + 1
-    return max((i for i, line in enumerate(lines) if line.strip() == "]"), default=len(lines))
 
 
 # ----------------------------------------------------------------------------------------------------- main

@@ -194,6 +194,22 @@ def test_the_trainer_for_trl_trains_with_it(loss, tmp_path):
     assert second["loss"] != first["loss"]
 
 
+def test_the_trainer_for_trl_takes_a_reference_free_kto(tmp_path):
+    """Its z0 is the mean log-probability of mismatched completions, which is below 0."""
+    trl = pytest.importorskip("trl")
+    from prefuse.trl import KTOTrainer
+    from trainer_runs import LABELLED as ROWS
+    from trainer_runs import build, log_of, save
+
+    loss = prefuse.KTO(reference_free=True)
+    trainer = build(KTOTrainer, save(tmp_path, "llama"), ROWS, tmp_path, trl.KTOConfig, {"loss": loss}, max_steps=1)
+    assert trainer.ref_model is None
+    trainer.train()
+    first = log_of(trainer)[0]
+    assert first["kl"] < -1.0
+    assert first["logps/chosen"] / 2 > first["kl"] > 2 * first["logps/chosen"]
+
+
 def test_a_trainer_for_pairs_refuses_it(tmp_path):
     trl = pytest.importorskip("trl")
     from prefuse.trl import DPOTrainer

@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from prefuse.engine.cli import parse
-from prefuse.engine.config.setting import EVERY, known
+from prefuse.engine.config.setting import LOADING, known
 from prefuse.engine.config.settings import (
     FIELDS,
     LOSS_SETTINGS,
@@ -57,19 +57,20 @@ def test_every_field_is_declared_once_with_its_help():
     assert [field.name for field in declared] == list(FIELDS)
     for field in declared:
         assert known(field).about.endswith("."), field.name
-        assert set(commands_of(field.name)) <= set(EVERY), field.name
+        assert set(commands_of(field.name)) <= set(LOADING), field.name
         if known(field).only_with is not None:
             other, value = known(field).only_with
             assert isinstance(value, bool) if FIELDS[other] is bool else value in typing.get_args(FIELDS[other])
 
 
 def test_settings_by_command():
-    shown = {command: {name for names in settings_of(command).values() for name in names} for command in EVERY}
+    shown = {command: {name for names in settings_of(command).values() for name in names} for command in LOADING}
     assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
     assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
     assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
+    assert shown["merge"] == {"model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
 
 
 def test_what_a_resumed_run_may_differ_in():
@@ -79,7 +80,9 @@ def test_what_a_resumed_run_may_differ_in():
     assert {name for name in FIELDS if decides_weights(name)} == {
         "model_name_or_path", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction", "max_length", "seed",
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
-        "desirable_weight", "undesirable_weight", "z0_scope", "padding_free", "max_tokens_per_batch", "learning_rate",
+        "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
+        "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",
+        "max_tokens_per_batch", "learning_rate",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
@@ -261,12 +264,12 @@ def test_flags_take_the_type_of_their_field(words, name, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected a command first: prefuse sft | train | eval | generate"),
+        ("", "expected a command first: prefuse sft | train | eval | generate | merge"),
         ("--beta 1", "expected a command first"),
         ("trian", "unknown command 'trian'; did you mean train"),
         ("evaluate", "unknown command 'evaluate'; did you mean eval"),
         ("dpo", "unknown command 'dpo': the loss is a setting, prefuse train --loss_type dpo"),
-        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate"),
+        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate, merge"),
         ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
         ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
         ("train --beta x", "beta must be a number or null, got 'x'"),

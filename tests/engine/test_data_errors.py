@@ -125,7 +125,7 @@ MISSING_COLUMNS = {
         r"Accepted: .*; prompt/completion/label or messages/label; .* "
         r'or use it as "sft" data, whose prompt/completion it has\.$',
     ),
-    "sft": ({"prompt": "Q", "anwser": "A"}, "Found: prompt, anwser.*prompt/completion or instruction/output; text"),
+    "sft": ({"prompt": "Q", "anwser": "A"}, "Found: prompt, anwser.*prompt/completion, instruction/output or text"),
 }
 
 

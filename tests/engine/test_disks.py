@@ -134,9 +134,9 @@ def refused(patch, publish, full):
     """`publish`, with a disk that is full by then."""
     from transformers import modeling_utils
 
-    def inside(run):
+    def inside(*run):
         patch.setattr(modeling_utils, "safe_save_file", full)
-        return publish(run)
+        return publish(*run)
 
     return inside
 

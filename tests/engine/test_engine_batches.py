@@ -13,7 +13,7 @@ from prefuse.engine.data import Labelled, Pair
 from prefuse.engine.data.batches import collate, examples_of, mismatched, padded_tokens
 from prefuse.engine.data.order import draw_mismatches, hold_out, plan_epoch, plan_evaluation
 from prefuse.engine.errors import UserError
-from prefuse.models.padding import pad
+from prefuse.packing import pad
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

@@ -80,7 +80,7 @@ def test_a_head_read_wrongly_is_found(monkeypatch, name, wrong):
     """The check itself is worth its name only if dropping a cap, a scale or a bias fails it."""
     model = build(name)
     mistaken = dataclasses.replace(head_of(model), **wrong)
-    monkeypatch.setattr("prefuse.models.logps.head_of", lambda model: mistaken)
+    monkeypatch.setattr("prefuse.models.head.head_of", lambda model: mistaken)
     with pytest.raises(UnsupportedModel, match=f"{name}.*ForCausalLM: log-probabilities from its logits"):
         check_head(model, IDS)
 

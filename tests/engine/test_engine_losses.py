@@ -5,6 +5,7 @@ import math
 import pytest
 
 from prefuse.engine.config.settings import LOSS_TYPES
+from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import evaluate_command
 from prefuse.engine.train import train
 from tiny_run import PAIRS, read_log, save_model, settings, write_rows
@@ -13,7 +14,7 @@ LN2 = math.log(2)
 FIRST_LOSS = {  # of a policy that is its reference
     "sigmoid": LN2, "sigmoid_norm": LN2, "hinge": 1.0, "robust": LN2, "nca_pair": 2 * LN2, "bco_pair": 2 * LN2,
     "exo_pair": -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3)), "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0,
-    "discopop": 0.5 * LN2 + 0.5,
+    "discopop": 0.5 * LN2 + 0.5, "f_dpo": LN2, "ld_dpo": LN2, "una": LN2, "una_pair": 2 * LN2,
 }  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo", "slic")
 
@@ -38,7 +39,7 @@ def run(loss_type, model, pairs, out, **changes):
 
 
 def test_every_loss_type_is_tried_here_or_with_dpo():
-    assert {*FIRST_LOSS, *WITHOUT_REFERENCE, "rpo", "dpo", "ipo", "kto"} == set(LOSS_TYPES)
+    assert {*FIRST_LOSS, *WITHOUT_REFERENCE, "rpo", "dpo", "ipo", "kto", "ppo_clip"} == set(LOSS_TYPES)
 
 
 @pytest.mark.parametrize("loss_type", FIRST_LOSS)
@@ -81,6 +82,31 @@ def test_a_setting_reaches_the_loss(loss_type, setting, value, model, pairs, tmp
     plain = run(loss_type, model, pairs, tmp_path / "plain")
     other = run(loss_type, model, pairs, tmp_path / "other", **{setting: value})
     assert any(a["loss"] != b["loss"] for a, b in zip(plain, other, strict=True))
+
+
+ON_ROWS = [
+    ("f_dpo", {"f_divergence_type": "forward_kl"}),
+    ("ld_dpo", {"ld_alpha": 0.0}),
+    ("una_pair", {"una_distance": "mse"}),
+    ("ppo_clip", {"ppo_clip": 0.01}),
+    ("kto", {"kto_value": "linear"}),
+    ("kto", {"kto_reference_point": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "change"), ON_ROWS, ids=str)
+def test_a_setting_of_a_loss_that_rows_feed_reaches_it(loss_type, change):
+    """Without a run: the loss that the settings name has the number, and no other loss takes it."""
+    paths = {"model_name_or_path": "model", "dataset_name": "rows", "output_dir": "out"}
+    config = settings(**paths, loss_type=loss_type, **change)
+    assert config.loss() != settings(**paths, loss_type=loss_type).loss()
+    with pytest.raises(UserError, match=f"{next(iter(change))} has a meaning only with loss_type .*{loss_type}"):
+        settings(**paths, loss_type="ipo", **change)
+
+
+def test_ppo_clip_learns_from_labels(model, pairs, tmp_path):
+    steps = run("ppo_clip", model, pairs, tmp_path / "run", max_steps=6, learning_rate=2e-2)
+    assert steps[-1]["rewards/margins"] > 0
 
 
 def test_a_policy_without_reference_is_evaluated_against_a_model(model, pairs, tmp_path):

@@ -354,8 +354,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(model, pairs,
     with pytest.raises(UserError, match=r"is not finite in step 3 at rows pairs.jsonl:\d+, ") as error:
         train(config, "train")
     assert all(row in str(error.value) for row in calls[2])
-    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2"]
-    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-2").values())
+    # No later step has shown that the weights of checkpoint-2 are sound: it is set aside, and kept.
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-2.diverged"]
+    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoint-2.diverged").values())
 
 
 def test_evaluating_a_model_against_itself_and_against_another(model, other_model, pairs):

@@ -16,6 +16,7 @@ from prefuse.engine.model import forward
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.report import log
 from prefuse.engine.report.clock import PARTS, Clock
+from prefuse.engine.report.plots import _curve
 from prefuse.engine.run import held_out
 from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.train import train
@@ -117,6 +118,16 @@ def test_a_run_does_not_evaluate_what_it_knows(files, tmp_path, trunk_runs, caps
     assert "rewards/accuracies 0  rewards/ties 1" in shown
 
 
+def test_a_policy_with_another_reference_is_evaluated_before_the_first_step(files, tmp_path):
+    names = {"model_name_or_path": files["model"], "ref_model_name_or_path": files["other"]}
+    out = str(tmp_path / "run")
+    train(settings(**names, dataset_name=files["pairs"], output_dir=out, eval_fraction=0.2, max_steps=1), "train")
+    first = read_log(out)[0]
+    assert first["step"] == 0
+    assert first["eval_kl_to_ref"] > 0.01
+    assert first["eval_rewards/margins"] != 0
+
+
 def test_a_tie_is_shown_as_one(files):
     config, examples, lm, ref = loaded(files, "pair")
     assert compare(lm, lm, examples, config)["rewards/ties"] == 1
@@ -125,6 +136,14 @@ def test_a_tie_is_shown_as_one(files):
     rewards = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 0.5])
     assert held_out.pair_ties(prefuse.DPO(), rewards)["rewards/ties"].tolist() == [2, 3]
     assert held_out.pair_ties(prefuse.KTO(), rewards) == {}
+
+
+def test_the_curve_of_accuracies_counts_a_tie_as_half():
+    rows = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0, "eval_loss": None}]
+    rows += [{"step": 1, "rewards/accuracies": 0.25}, {"step": 2, "eval_rewards/accuracies": 0.75}]
+    assert _curve(rows, "rewards/accuracies", "eval_") == [(0, 0.5), (2, 0.75)]
+    assert _curve(rows, "rewards/accuracies", "") == [(1, 0.25)]
+    assert _curve(rows, "loss", "eval_") == []
 
 
 def test_demonstrations_have_loss_perplexity_and_accuracy(files, capsys, tmp_path):

@@ -88,7 +88,19 @@ def test_two_scores_are_asked_about(tmp_path):
     assert read(tmp_path, rows, "labelled", score_column="reward", good_from=2)[0] == [(*CHAT, True)]
 
 
+def test_a_prompt_that_is_not_in_its_conversation_is_no_repetition(tmp_path):
+    row = {"prompt": "Q", "messages": [USER, GOOD]}
+    with pytest.raises(DataError, match='"prompt" holds text'):
+        read(tmp_path, [row, row | {"prompt": "R"}], "sft")
+    _, _, (skipped,) = read(tmp_path, [row] * 1000 + [row | {"prompt": "R"}], "sft")
+    assert (skipped.row, skipped.reason) == (
+        "rows.jsonl:1001",
+        '"prompt" is none of the turns of "messages", as in other rows',
+    )
+
+
 BAD = {
+    "text": ({"text": "B", "label": 0}, {}),
     "label": ({"instruction": "Q", "output": "B", "label": False}, {}),
     "kto_tag": ({"instruction": "Q", "output": "B", "kto_tag": False}, {}),
     "thumb": ({"instruction": "Q", "output": "B", "thumb": "down"}, {}),
@@ -99,13 +111,14 @@ BAD = {
 
 @pytest.mark.parametrize(("row", "options"), BAD.values(), ids=BAD)
 def test_a_row_marked_bad_is_never_a_demonstration(tmp_path, row, options):
-    good = {key: {False: True, "down": "up", 1: 5, 3: 5}.get(value, value) for key, value in row.items()} | {
-        "output": "A"
-    }
+    better = {False: True, "down": "up", 1: 5, 3: 5, "B": "A"}
+    good = {key: better.get(value, value) for key, value in row.items()}
     source = write_lines(tmp_path / "rows.jsonl", [row, row, good])
     tokenizer = tiny_tokenizer(chat_template=CHATML)
     dataset = load_examples(source, "sft", tokenizer, 64, **options)
-    assert [tokenizer.decode(example.completion) for example in dataset.examples] == ["A<|im_end|>"]
+    assert [tokenizer.decode(example.completion) for example in dataset.examples] == [
+        "A</s>" if "text" in row else "A<|im_end|>"
+    ]
     assert [skip.by_rule for skip in dataset.skipped] == [True, True]
 
 
@@ -163,6 +176,9 @@ DEMONSTRATIONS = {
     "question, answer": ({"question": "Q", "answer": "A"}, CHAT),
     "input, output": ({"input": "Q", "output": "A"}, CHAT),
     "prompt, completion": ({"prompt": "Q", "completion": "A"}, ("Q", "A")),
+    "a prompt beside its conversation": ({"prompt": "Q", "prompt_id": "7", "messages": [USER, GOOD]}, CHAT),
+    "turns without roles": ({"conversations": ["Q", "A"]}, CHAT),
+    "text": ({"text": "A"}, ("", "A")),
     "the chosen side": ({"prompt": "Q", "chosen": "A", "rejected": "B"}, ("Q", "A", "B")),
 }
 

@@ -155,6 +155,29 @@ def test_one_bad_row_is_one_skipped_row(tmp_path, bad, good, reason):
     assert skipped.reason.startswith(reason)
 
 
+def test_the_name_of_a_column_is_a_text_of_any_script(tmp_path):
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    with pytest.raises(DataError, match='"问题" holds text'):
+        read(tmp_path, [row | {"问题": "什么"}], "pair")
+    assert read(tmp_path, [{"问题": "Q", "好": "A", "坏": "B"}], "pair", columns="prompt=问题,chosen=好,rejected=坏")[
+        0
+    ] == [TURNS]
+    for rows in ([row, row, row | {"\ud800": "x"}], [row | {"\ud800": "x"}, row, row]):
+        records, _, (skipped,) = read(tmp_path, rows, "pair")
+        assert (len(records), skipped.reason) == (
+            2,
+            "the name of a column holds half a surrogate pair, not a Unicode text",
+        )
+
+
+def test_numbers_in_quotes_and_dates_are_no_text(tmp_path):
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "Unnamed: 0": "17", "day": "2026-11-28", "length": "3.5e2"}
+    with pytest.raises(DataError, match='"length" holds text'):
+        read(tmp_path, [row | {"length": "long"}], "pair")
+    row["length"] = "350"
+    assert read(tmp_path, [row], "pair")[1].ignored == ["Unnamed: 0", "day", "length"]
+
+
 def test_columns_that_first_hold_text_late_stop_the_run(tmp_path):
     row = {"prompt": "Q", "chosen": "A", "rejected": "B", "more": None}
     rows = [row] * 1200

@@ -247,6 +247,16 @@ FORMS = {
         "response_a -> first answer; response_b -> second answer; winner_model_a -> verdict; "
         "winner_model_b -> verdict; winner_tie -> verdict; prompt",
     ),
+    "two answers and two scores": (
+        [{"prompt": "Q", "response_a": "B", "response_b": "A", "score_a": 1.5, "score_b": 2}],
+        [("Q", "A", "B")],
+        "response_a -> first answer; response_b -> second answer; score_a -> verdict; score_b -> verdict; prompt",
+    ),
+    "a prompt that ends with the answer": (
+        [{"messages": [USER, GOOD], "chosen": "A", "rejected": "B"}],
+        [TURNS],
+        "messages -> prompt; chosen, rejected (as turns)",
+    ),
     "ultrafeedback": (
         [ULTRAFEEDBACK],
         [("user: Q", "assistant: A", "assistant: C")],

@@ -67,13 +67,13 @@ def test_positions_and_tokens_that_the_model_lacks(files, tmp_path, capsys):
     short = save_model(tmp_path / "short", model=GPT2LMHeadModel(config))
     words = ["--model_name_or_path", short, "--dataset_name", files["pairs"]]
     assert cli.main(["generate", *words, "--max_new_tokens", "48"]) == 2
-    assert "has learned 48 positions, and a row takes" in (error := capsys.readouterr().err)
+    assert "GPT2LMHeadModel takes at most 48 tokens, and the prompt of" in (error := capsys.readouterr().err)
     assert "lower max_new_tokens" in error
     assert cli.main(["generate", *words, "--max_new_tokens", "2"]) == 0
     long = write_rows(tmp_path / "long.jsonl", [{**PAIRS[0], "chosen": "green " * 60}, *PAIRS])
     train = ["train", "--model_name_or_path", short, "--dataset_name", long, "--eval_fraction", "0", "--max_steps", "1"]
     assert cli.main([*train, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "has learned 48 positions, and a row takes" in capsys.readouterr().err
+    assert "GPT2LMHeadModel takes at most 48 tokens, and long.jsonl:1 has" in capsys.readouterr().err
     small = save_model(tmp_path / "small", vocab_size=50)
     assert cli.main(["generate", "--model_name_or_path", small, "--dataset_name", files["pairs"]]) == 2
     assert "is outside the model's vocabulary of 50" in capsys.readouterr().err

@@ -295,3 +295,31 @@ def test_what_fails_on_one_rank_fails_on_all_and_is_said_by_the_first():
         Fake(1, 2).from_main(lambda: 1, meanwhile=full)
     with pytest.raises(OtherRankFailed):
         Fake(2, 3).together(full)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_a_launchers_environment_are_one_run(files, tmp_path):
+    """As torchrun starts one process on each of two machines: LOCAL_RANK is 0 on both, and they meet by TCP."""
+    import os
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"model_name_or_path": files["model"], "dataset_name": files["pairs"], "output_dir": tmp_path / "run"}
+    flags |= {"device": "cpu", "impl": "torch", "max_length": 64, "eval_fraction": 0, "save_steps": 1, "max_steps": 2}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    nodes = []
+    for rank in range(2):
+        about = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+        about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in about.items()}
+        command = [sys.executable, "-m", "prefuse.engine", "train", *words]
+        nodes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=250)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [1, 2]
+    assert (tmp_path / "run/checkpoint-2/manifest.json").exists()
+    assert (tmp_path / "run/model.safetensors").exists()

@@ -111,6 +111,21 @@ def test_another_model_to_start_from_is_another_reference(stopped, base, tmp_pat
         resumed(base, stopped, model_name_or_path=str(model))
 
 
+def test_a_second_reference_model_is_compared_by_what_is_in_it(base, tmp_path):
+    reference, out = Path(save_model(tmp_path / "reference", seed=1)), tmp_path / "run"
+    run = base | {"ref_model_name_or_path": str(reference)}
+    train(settings(**run, output_dir=str(out)), "train")
+    (out / "model.safetensors").unlink()
+    moved = str(shutil.move(reference, tmp_path / "moved"))
+    resumed(run, out, ref_model_name_or_path=moved)
+    (out / "model.safetensors").unlink()
+    save_model(tmp_path / "another", seed=2)
+    with pytest.raises(UserError, match="the reference model is not the same: 16 of 21 tensors differ"):
+        resumed(run, out, ref_model_name_or_path=str(tmp_path / "another"))
+    with pytest.raises(UserError, match="there was a second model as the reference"):
+        resumed(base, out)
+
+
 def test_every_changed_setting_is_named_at_once(stopped, base):
     with pytest.raises(UserError, match=r"beta was not set and is now 0.3; lr_scheduler_type was linear and is now"):
         resumed(base, stopped, beta=0.3, lr_scheduler_type="cosine")

@@ -278,3 +278,12 @@ def test_rows_are_not_held_in_memory(tmp_path):
             [sys.executable, "-c", script, str(tmp_path / name)], capture_output=True, text=True, check=True
         )
         assert int(done.stdout) < 30_000  # KiB
+
+
+def test_keys_that_arrow_gave_to_every_turn_are_taken_out_again(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    turns = [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": "A"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns, "id": None}]), tmp_path / "rows.parquet")
+    assert rows_of(tmp_path / "rows.parquet") == [{"messages": turns, "id": None}]

@@ -1,12 +1,16 @@
 """Conversations -> text: what a chat template does to a row is used, or refuses the row by name with the fix."""
 
+import dataclasses
 import datetime
 import json
 
 import pytest
 
+from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data import DataError, load_examples, load_prompts
+from prefuse.engine.data.dataset import day_of_run, text_options
 from prefuse.engine.data.templates import TextOptions
+from tiny_run import settings
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 USER = {"role": "user", "content": "Q"}
@@ -249,6 +253,19 @@ def test_a_template_that_prints_the_date_is_told_the_day_of_the_run(tmp_path):
     row = {"messages": [USER, answer()]}
     assert texts(tmp_path, row, template, TextOptions(date="2024-02-29"))[0].startswith("29 Feb 2024\n")
     assert texts(tmp_path, row, template)[0].startswith(f"{datetime.date.today():%d %b %Y}\n")
+
+
+def test_a_run_keeps_its_first_day_and_so_does_what_looks_at_it_later(tmp_path):
+    """On another day a resumed run, `eval` and `generate` tell the template the day that the run began."""
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    run.mkdir()
+    began = settings(model_name_or_path="m", dataset_name="d", output_dir=str(run), template_date="2024-02-29")
+    write_yaml(began, run / "config.yaml", "train")
+    again = dataclasses.replace(began, template_date=None, resume=True)
+    assert day_of_run(again) == "2024-02-29"
+    assert day_of_run(dataclasses.replace(again, output_dir=str(fresh))) == datetime.date.today().isoformat()
+    assert text_options(dataclasses.replace(again, model_name_or_path=str(run))).date == "2024-02-29"
+    assert text_options(again).date is None
 
 
 @pytest.mark.parametrize(

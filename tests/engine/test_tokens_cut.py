@@ -11,7 +11,10 @@ from tiny_tokenizer import CHATML, tiny_tokenizer
 from tokenizer_kinds import MADE, REAL, made, real
 
 KINDS = [kind for kind in MADE if kind not in ("WordPiece", "unigram")] + [*REAL, "tekken"]
-SCRIPTS = ("ท้องฟ้าสีอะไร", "ሰማዩ ምን አይነት ቀለም", "आकाश का रंग", "🙂🙃🙂", "天空是什么颜色", "naïve café")
+SCRIPTS = {
+    "Thai": "ท้องฟ้าสีอะไร", "Amharic": "ሰማዩ ምን አይነት ቀለም", "Hindi": "आकाश का रंग", "emoji": "🙂🙃🙂",
+    "Chinese": "天空是什么颜色", "French": "naïve café",
+}  # fmt: skip
 
 
 def load(tmp_path, rows, kind, max_length, tokenizer=None, **options):
@@ -27,7 +30,7 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", SCRIPTS)
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_cut_at_any_token_leaves_whole_characters(tokenizers, kind, text):
     tokenizer = tokenizers(kind)
     parts, ids = character_parts(tokenizer), tokenizer(text, add_special_tokens=False).input_ids
@@ -104,3 +107,20 @@ def test_the_mask_of_a_conversation_is_cut_with_it(tmp_path):
     assert len(cut.prompt) + len(cut.completion) <= length
     assert cut.completion == whole.completion[: len(cut.completion)]
     assert (cut.learned or [True] * len(cut.completion)) == whole.learned[: len(cut.completion)]
+
+
+def test_a_prompt_with_another_rows_completion_is_cut_between_characters(tmp_path):
+    import numpy as np
+
+    from prefuse.engine.data.batches import examples_of, mismatched
+
+    tokenizer = tiny_tokenizer()
+    rows = [
+        {"prompt": "สีอะไร", "completion": "x", "label": True},
+        {"prompt": "q", "completion": "abcdefgh", "label": False},
+    ]
+    examples = load(tmp_path, rows, "labelled", 20, tokenizer).examples
+    examples = examples_of(examples, tokenizer.bos_token_id, character_parts(tokenizer))
+    for length in range(11, 20):
+        prompt = mismatched(examples, np.array([1, 0]), length).prompts[0]
+        assert "\ufffd" not in tokenizer.decode(prompt)

@@ -9,6 +9,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"kernels": "prefuse.kernels", "bindings": "prefuse", "engine": "prefuse.engine", "bench": "prefuse.bench"}
 
+OPERATIONS = {"kernels/logprobs", "kernels/kl", "kernels/preference", "kernels/attention"}
+KERNELS = {"kernels", *OPERATIONS}
+LOW = {"engine/config", "engine/errors.py", "engine/run/files.py"}  # what every room of the engine may use
+SAID = {"engine/report/log.py", "engine/report/clock.py", "engine/report/screen.py"}
+# Room -> the rooms and files that it may import, beside itself.
+MAY_IMPORT = {
+    "kernels": {"kernels/tiles/table.py"},
+    **{operation: {"kernels", "kernels/tiles/table.py"} for operation in OPERATIONS},
+    "kernels/tiles": {*KERNELS},
+    "bindings": {*KERNELS, "bindings/losses", "bindings/models"},
+    "bindings/losses": set(),
+    "bindings/models": {*KERNELS, "bindings"},
+    "bindings/trl": {*KERNELS, "bindings", "bindings/losses", "bindings/models"},
+    "bindings/liger": {*KERNELS, "bindings", "bindings/losses"},
+    "engine/config": {"engine/errors.py", "bindings/losses"},
+    "engine/data": {*LOW, *SAID, "bindings", "bindings/losses"},
+    "engine/model": {
+        *LOW, *SAID, "engine/data", "engine/run/ranks.py", "bindings", "bindings/losses", "bindings/models",
+    },
+    "engine/report": {*LOW, "engine/data/stats.py", "bindings", "bindings/losses"},
+    "engine/run": {
+        *LOW, "engine/data", "engine/model", "engine/report", "bindings", "bindings/losses", "bindings/models",
+    },
+    "bench/truth": {*KERNELS, "bindings", "bindings/losses"},
+}  # fmt: skip
+CONTENTS = {"kernels/__init__.py"}  # a table of contents imports what it lists
+
 
 @cache
 def modules():
@@ -67,3 +94,52 @@ def test_no_circle_of_imports():
     graph = {name: [other for other in others if other != "prefuse"] for name, others in graph.items()}
     for name in graph:
         walk(name)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_lies_below_it(room):
+    wrong = []
+    for path in modules().values():
+        if room_of(path) != room or str(path) in CONTENTS:
+            continue
+        for name, _ in imports_of(path):
+            other = modules()[name]
+            if room_of(other) != room and not {room_of(other), str(other)} & MAY_IMPORT[room]:
+                wrong.append(f"{path} imports {other}")
+    assert not wrong
+
+
+def test_every_room_has_its_rule():
+    """The stories at the top of the engine and the verbs of the benchmarks may import any room below them."""
+    assert {room_of(path) for path in modules().values()} == MAY_IMPORT.keys() | {"engine", "bench"}
+
+
+def test_stories_import_no_story_and_nobody_imports_the_benchmarks():
+    stories = {name for name, path in modules().items() if str(path.parent) == "engine" and path.stem != "errors"}
+    for name, path in modules().items():
+        inside = {(other, now) for other, now in imports_of(path) if other in stories - {name, "prefuse.engine"}}
+        allowed = path.stem in ("cli", "__main__") or path.parts[0] == "bench"
+        assert allowed or not inside, f"{path} imports the stories {inside}"
+        bench = [other for other, now in imports_of(path) if other.startswith("prefuse.bench")]
+        assert not bench or path.parts[0] == "bench" or str(path) == "engine/cli.py", f"{path} imports {bench}"
+
+
+# Tables, and device code that one kernel shares: a cut would part what is read together.
+LONG_FILES = {"kernels/logprobs/device.py", "kernels/tiles/tune.py"}
+
+
+def test_sizes_that_a_reader_can_take_in():
+    """Files of at most 400 lines and functions of at most 60 in the library, test files of at most 500."""
+    long = []
+    for path in modules().values():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if path.parts[0] == "bench":
+            continue
+        if text.count("\n") > 400 and str(path) not in LONG_FILES:
+            long.append(f"{path}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (size := node.end_lineno - node.lineno + 1) > 60:
+                long.append(f"{path}: {node.name} has {size} lines")
+    tests = list((ROOT / "tests").rglob("*.py"))
+    long += [f"{path.name}: {n} lines" for path in tests if (n := path.read_text().count("\n")) > 500]
+    assert not long, "\n".join(long)

@@ -9,7 +9,7 @@ from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import random_inputs
 from prefuse.kernels import HeadOptions, slices
 from prefuse.kernels.cost import count_cost
-from prefuse.kernels.logprobs.linear_logprobs import prepare
+from prefuse.kernels.logprobs.call import prepare
 
 IMPLS = ["torch", "triton"]
 LENGTHS = [7, 9, 1, 12, 30, 2, 0, 5, 16, 8, 3, 11]  # six pairs

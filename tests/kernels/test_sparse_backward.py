@@ -6,6 +6,8 @@ last column of (sparse - exact) dweight adds up to sum of g_i p_iv over what was
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs import sparse
-from prefuse.kernels.logprobs.linear_logprobs import logprobs_of, prepare
+from prefuse.kernels.logprobs.call import prepare
+from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 
 N, D, V = 56, 16, 200
 TOLERANCES = [2**-3, 2**-6]
@@ -284,3 +287,12 @@ def test_a_second_derivative_is_refused():
     logps = prefuse.linear_logprobs(hidden, weight, targets, impl="torch", gradient_tolerance=0.1)
     with pytest.raises(RuntimeError, match=r"no second derivative.*impl=\"reference\""):
         torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+def test_the_page_that_explains_it_runs(monkeypatch):
+    monkeypatch.undo()  # with the real tiles
+    text = (Path(__file__).parents[2] / "docs" / "sparse_backward.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "docs/sparse_backward.md", "exec"), {})

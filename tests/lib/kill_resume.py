@@ -1,15 +1,21 @@
-"""Kill a run on two ranks at random moments, resume it, and compare with one that was never stopped, bit for bit.
+"""Kill runs in every part of them, resume, and compare with one that was never stopped, bit for bit.
 
     python tests/lib/kill_resume.py --kills 100 [--parallel fsdp] [--seed 1]
 
-A kill is SIGKILL, for all ranks or for one alone; then the other must end by itself. Every kill is followed by a resume
-to the end. Noise of each rank's own generator is in every loss, so a random state that is lost shows as well.
+A kill is SIGKILL, SIGTERM, SIGINT or SIGHUP, sent to one rank, to the launcher (`--nproc 2`) or to all of them, or to a
+run of one process, while it trains, evaluates, writes a checkpoint, publishes its model or fills the reference cache.
+All processes must then end by themselves. Every kill is followed by a resume to the end, which must leave nothing
+behind but what a straight run leaves. Noise of each rank's own generator is in every loss, so a random state that is
+lost shows as well.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 LIB = Path(__file__).parent
@@ -46,6 +53,11 @@ class Server:
         self.count += 1
         store = str(self.stores / str(self.count))
         return self._ask({"argv": [str(x) for x in argv], "size": size, "log": str(log), "store": store, **options})
+
+    def launch(self, argv: list, log: Path, tmp: Path, **options) -> int:
+        """The process id of `prefuse *argv` as a user starts it; it writes to LOG.launcher, its ranks to LOG.0, ..."""
+        order = {"argv": [str(x) for x in argv], "launch": True, "log": str(log), "tmp": str(tmp), **options}
+        return self._ask(order)[0]
 
     def wait(self, pids: list[int], grace: float | None = None) -> list[int]:
         """Their exit codes. After `grace` seconds they are killed, as a launcher does to those left over."""
@@ -86,47 +98,132 @@ def result(out: Path) -> tuple[dict, list]:
     return (out / "model.safetensors").read_bytes(), log
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TARGETS = ("rank", "launcher", "all")
+PHASES = {"training": 5, "evaluating": 3, "saving": 2, "publishing": 1, "caching": 3}  # how often a run comes there
+END_SECONDS = 2 * LAUNCHERS_GRACE + 30  # for all processes, on a busy machine
+
+
+@dataclass
+class Trial:
+    size: int
+    signal: signal.Signals
+    target: str
+    phase: str
+    nth: int
+    wait: float  # seconds after the phase has begun
+
+    def __str__(self) -> str:
+        who = f"{self.target} of {self.size}" if self.size > 1 else "the process"
+        return f"{self.signal.name} to {who} while {self.phase} ({self.nth}, {self.wait:.2f} s)"
+
+
+def trials(kills: int, seed: int) -> list[Trial]:
+    """Every signal, target and phase about as often, in all combinations if there are enough of them."""
+    draw = random.Random(seed)
+    every = list(itertools.product(SIGNALS, TARGETS, PHASES))
+    chosen = []
+    while len(chosen) < kills:
+        draw.shuffle(every)
+        chosen += every
+    return [
+        Trial(draw.choice((1, 2, 2, 2)), number, target, phase, draw.randint(1, PHASES[phase]), draw.uniform(0, 0.35))
+        for number, target, phase in chosen[:kills]
+    ]
+
+
+class Folder:
+    """The files of one trial."""
+
+    def __init__(self, path: Path, files: dict[str, str], size: int, parallel: str):
+        self.path, self.tmp, self.cache, self.out = path, path / "tmp", path / "cache", path / "run"
+        self.tmp.mkdir(parents=True)
+        self.log, self.marker = path / "log", path / "marker"
+        self.argv = command(
+            files, self.out, parallel=parallel, nproc=size, per_device_train_batch_size=4 // size, max_steps=5,
+            reference_cache=self.cache, eval_steps=3,
+        )  # fmt: skip
+
+    def ranks(self) -> list[int]:
+        pids = self.path / "log.pids"
+        return [int(line) for line in pids.read_text().split()] if pids.exists() else []
+
+    def left_over(self) -> list[str]:
+        """What stands in the folders of a run that has ended, but would not after a straight one."""
+        found = [path for path in self.out.rglob("*") if path.suffix in (".tmp", ".old") or path.name == "run.lock"]
+        found += [path for path in self.out.iterdir() if re.fullmatch(r"checkpoint-\d+\..*", path.name)]
+        found += list(self.cache.glob("*.tmp")) + list(self.tmp.iterdir())
+        return [str(path.relative_to(self.path)) for path in found]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def _until(holds, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def kill(server: Server, trial: Trial, folder: Folder) -> tuple[str, int]:
+    """What went wrong, and the exit code of the process that the user started."""
+    about = {"noise": True, "phase": trial.phase, "nth": trial.nth, "marker": str(folder.marker)}
+    pid = server.launch(folder.argv, folder.log, folder.tmp, **about)
+    if not _until(lambda: folder.marker.exists() or not _lives(pid), 120):
+        return "it did not come there", 0
+    time.sleep(trial.wait)
+    ranks = folder.ranks()
+    told = {"rank": ranks[-1:] or [pid], "launcher": [pid], "all": [pid, *ranks]}[trial.target]
+    for each in told:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, trial.signal)
+    ended = _until(lambda: not any(map(_lives, [pid, *ranks])), END_SECONDS)
+    orphans = [each for each in (pid, *ranks) if _lives(each)]
+    for each in orphans:
+        os.kill(each, signal.SIGKILL)
+    (code,) = server.wait([pid])
+    return ("" if ended else f"{len(orphans)} processes went on"), code
+
+
 def kill_trials(files: dict[str, str], folder: Path, kills: int, parallel: str, seed: int) -> int:
-    """How many of `kills` resumed runs ended as the straight one did."""
-    server, draw, equal, trial = Server(), random.Random(seed), 0, 0
-    argv = lambda out: command(files, out, parallel=parallel)  # noqa: E731
-    for straight in (folder / "first", folder / "straight"):  # the first is slower than those that follow
-        began = time.monotonic()
-        assert server.run(argv(straight), 2, folder / "straight.log", noise=True) == [0, 0]
-        length = time.monotonic() - began
-    wanted = result(straight)
-    assert result(folder / "first") == wanted
-    while trial < kills:
-        out, log = folder / f"trial-{trial}", folder / f"trial-{trial}.log"
-        pids = server.start(argv(out), 2, log, noise=True)
-        moment = draw.uniform(0, length)
-        time.sleep(moment)
-        killed = draw.choice([pids, pids[:1], pids[1:]])
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
-        codes = server.wait(pids, LAUNCHERS_GRACE)  # a rank left alone ends by itself, once it has met the others
-        alone = time.monotonic() - began
-        if codes == [0, 0]:  # it had ended before
-            shutil.rmtree(out)
-            continue
-        steps = sorted(path.name for path in out.glob("checkpoint-*")) if out.exists() else []
-        again = server.run([*argv(out), "--resume"], 2, log, noise=True)
-        same = again == [0, 0] and result(out) == wanted
-        equal += same
-        trial += 1
+    """How many of `kills` runs ended by themselves, and when resumed as a straight one does, with nothing left over."""
+    server, good = Server(), 0
+    wanted = {}
+    for size in (1, 2):
+        straight = Folder(folder / f"straight-{size}", files, size, parallel)
+        pid = server.launch(straight.argv, straight.log, straight.tmp, noise=True)
+        assert server.wait([pid]) == [0], straight.path
+        wanted[size] = result(straight.out)
+        assert straight.left_over() == []
+    for number, trial in enumerate(trials(kills, seed)):
+        here = Folder(folder / f"trial-{number}", files, trial.size, parallel)
+        fault, code = kill(server, trial, here)
+        steps = sorted(path.name for path in here.out.glob("checkpoint-*")) if here.out.exists() else []
+        again = server.wait([server.launch([*here.argv, "--resume"], here.path / "again", here.tmp, noise=True)])
+        faults = [fault] if fault else []
+        if again != [0]:
+            faults.append(f"the resumed run ended with {again}")
+        elif result(here.out) != wanted[trial.size]:
+            faults.append("the resumed run ended otherwise")
+        elif here.left_over():
+            faults.append(f"left over: {', '.join(here.left_over())}")
         print(
-            f"kill {trial} at {moment:.2f} s: {'both' if len(killed) == 2 else f'rank {pids.index(killed[0])}'}, exit "
-            f"codes {codes} after {alone:.1f} s, {', '.join(steps) or 'no checkpoint'}: "
-            f"{'equal' if same else f'NOT EQUAL, exit codes {again}'}",
+            f"{number + 1}: {trial}: exit code {code}, {', '.join(steps) or 'no checkpoint'}: "
+            f"{'; '.join(faults) or 'equal'}",
             flush=True,
         )
-        if same:
-            shutil.rmtree(out)
-            for path in folder.glob(f"{log.name}.*"):
-                path.unlink()
+        good += not faults
+        if not faults:
+            shutil.rmtree(here.path)
     server.close()
-    return equal
+    return good
 
 
 def main() -> int:
@@ -139,13 +236,13 @@ def main() -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))
     files = {"model": save_model(folder / "model"), "pairs": write_rows(folder / "pairs.jsonl", PAIRS)}
-    equal = kill_trials(files, folder, options.kills, options.parallel, options.seed)
-    print(f"{equal} of {options.kills} resumed runs equal the one that was never stopped, bit for bit")
-    if equal == options.kills:
+    good = kill_trials(files, folder, options.kills, options.parallel, options.seed)
+    print(f"{good} of {options.kills} killed runs ended, resumed and equal the one that was never stopped, bit for bit")
+    if good == options.kills:
         shutil.rmtree(folder)
     else:
         print(f"the others are in {folder}")
-    return int(equal != options.kills)
+    return int(good != options.kills)
 
 
 if __name__ == "__main__":

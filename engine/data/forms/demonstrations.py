@@ -8,10 +8,10 @@ from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, make_record
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, SYSTEMS
+from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, read_turns, turn_of
-from prefuse.engine.data.records import BadRow, Message, Record, Text
+from prefuse.engine.data.records import BadRow, Message, Record, Text, describe
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Conversation:
     column: str
     system: str | None
     history: str | None
+    repeated: str | None = None  # a column that says once more what a turn says
     as_turns = False
 
     @property
@@ -29,12 +30,13 @@ class Conversation:
 
     @property
     def optional(self) -> list[str]:
-        return [column for column in (self.system, self.history) if column]
+        return [column for column in (self.system, self.history, self.repeated) if column]
 
     @property
     def became(self) -> list[tuple[str, str]]:
-        roles = (self.system, "first turn"), (self.history, "turns before the others")
-        return [*((column, role) for column, role in roles if column), (self.column, self.column)]
+        before = (self.system, "first turn"), (self.history, "turns before the others")
+        repeated = (self.repeated, "not used: it repeats a turn")
+        return [*((column, role) for column, role in (*before, repeated) if column), (self.column, self.column)]
 
     def prompt(self, row: Row) -> list[Message]:
         """All turns up to the assistant's last one."""
@@ -49,7 +51,45 @@ class Conversation:
         return make_record(name, turns[:-1], {"completion": turns[-1:]}, conversation=True, **more)
 
     def _turns(self, row: Row) -> list[Message]:
-        return with_turns_before(row, self.system, self.history, read_turns(row[self.column], self.column))
+        value = row[self.column]
+        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            roles = ("user", "assistant")  # turns without roles take turns
+            turns = [turn_of(roles[i % 2], text, self.column) for i, text in enumerate(value)]
+        else:
+            turns = read_turns(value, self.column)
+        if self.repeated and not _repeats(row, self.repeated, turns):
+            raise BadRow(f'"{self.repeated}" is none of the turns of "{self.column}", as in other rows')
+        return with_turns_before(row, self.system, self.history, turns)
+
+
+def _repeats(row: Row, column: str, turns: list[Message]) -> bool:
+    text = row.get(column)
+    return text is None or any((turn.get("content") or "").strip() == str(text).strip() for turn in turns)
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text that is learned from its first token on."""
+
+    column: str
+    optional = ()
+    as_turns = False
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.column]
+
+    @property
+    def became(self) -> list[tuple[str, str]]:
+        return [(self.column, "text")]
+
+    def prompt(self, row: Row) -> str:
+        return ""
+
+    def read(self, name: str, row: Row, **more: Any) -> Record:
+        if not isinstance(row[self.column], str):
+            raise BadRow(f'"{self.column}" is {describe(row[self.column])}, expected a string')
+        return make_record(name, "", {"completion": read_text(row[self.column], self.column)}, **more)
 
 
 @dataclass(frozen=True)
@@ -87,8 +127,11 @@ class Answer:
         return make_record(name, prompt, {"completion": answer}, **more)
 
 
-def find_answers(look: Look, named: dict[str, list[str]]) -> Conversation | Answer | None:
-    """A conversation, or a prompt and an answer; their columns are taken out of `look`."""
+Answers = Conversation | Answer | PlainText
+
+
+def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
+    """A conversation, a prompt and an answer, or plain text; their columns are taken out of `look`."""
     if "completion" not in named:
         column = named["messages"][0] if "messages" in named else look.find(*CONVERSATIONS)
         if column:
@@ -96,13 +139,32 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Conversation | Answ
             system = named.get("system", [None])[0] or look.find(*SYSTEMS)
             history = named.get("history", [None])[0] or look.find(*HISTORIES)
             look.used |= {name for name in (system, history) if name}
-            return Conversation(column, system, history)
+            return Conversation(column, system, history, _repeated_prompt(look, column))
     answer = named["completion"][0] if "completion" in named else look.find(*ANSWERS)
     if answer is None:
-        return None
+        text = named["text"][0] if "text" in named else look.find("text")
+        if text is None or not look.all_are(text, str):
+            return None
+        look.used.add(text)
+        return PlainText(text)
     look.used.add(answer)
     prompt = find_prompt(look, named)
     return Answer(prompt, answer) if prompt else None
+
+
+def _repeated_prompt(look: Look, conversation: str) -> str | None:
+    """A prompt column beside a conversation whose text is a turn of it in every one of the first rows."""
+    column = look.find(*PROMPTS)
+    if column is None or not look.all_are(column, str):
+        return None
+    for row in look.first:
+        try:
+            if not _repeats(row, column, read_turns(row.get(conversation), conversation)):
+                return None
+        except BadRow:
+            continue  # a row of its own trouble
+    look.used.add(column)
+    return column
 
 
 def find_demonstration(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
@@ -117,21 +179,6 @@ def find_demonstration(look: Look, named: dict[str, list[str]], options: ReadOpt
         "sft", "/".join(answers.columns), tuple(answers.columns), tuple(answers.became), read, answers.prompt,
         as_turns=answers.as_turns, optional=tuple(answers.optional),
     )  # fmt: skip
-
-
-def find_text(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
-    """Plain text, learned from its first token on."""
-    column = named["text"][0] if "text" in named else look.find("text")
-    if column is None:
-        return None
-
-    def read(name: str, row: Row) -> Iterable[Record]:
-        text = row[column]
-        if not isinstance(text, str):
-            raise BadRow(f'"{column}" must be a string')
-        yield make_record(name, "", {"completion": read_text(text, column)})
-
-    return Form("sft", column, (column,), ((column, "text"),), read)
 
 
 def find_bare_prompt(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from prefuse.engine.data.forms.demonstrations import find_bare_prompt, find_demonstration, find_text
+from prefuse.engine.data.forms.demonstrations import find_bare_prompt, find_demonstration
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tree
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
@@ -30,8 +30,7 @@ FINDERS: dict[str, Finder] = {  # what the columns must hold, in words for the m
     "a tree of ranked messages": find_tree,
     "prompt/completion/label or messages/label": find_labelled,
     "prompt/response/score": find_scored,
-    "messages, conversations, prompt/completion or instruction/output": find_demonstration,
-    "text": find_text,
+    "messages, conversations, prompt/completion, instruction/output or text": find_demonstration,
     "prompt": find_bare_prompt,
 }
 OF_KIND = {  # which of them each kind is read from: a pair holds two labelled completions, and a demonstration
@@ -128,7 +127,7 @@ def _nothing_fits(look: Look, kind: str, fitting: Form | None) -> str:
 
 
 def _kind_of(finder: Finder) -> str:
-    kinds = {find_labelled: "labelled", find_scored: "scored", find_demonstration: "sft", find_text: "sft"}
+    kinds = {find_labelled: "labelled", find_scored: "scored", find_demonstration: "sft"}
     return (kinds | {find_bare_prompt: "prompt"}).get(finder, "pair")
 
 

@@ -137,6 +137,9 @@ def _gather_flat(rows: Iterator[Named], columns: tuple[str, ...], options: ReadO
         if isinstance(outcome, Skipped):
             yield outcome
             continue
+        if any(isinstance(row.get(column), dict | list) for column in ("message_id", "parent_id")):
+            yield Skipped(name, "its message_id and parent_id must be texts or numbers")
+            continue
         nodes[row["message_id"]] = (name, row)
         children.setdefault(row.get("parent_id"), []).append(row["message_id"])
 

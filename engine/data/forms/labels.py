@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from prefuse.engine.data.forms.demonstrations import Conversation, find_answers
+from prefuse.engine.data.forms.demonstrations import Answers, find_answers
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import LABELS, SCORES
@@ -117,7 +117,7 @@ def _ask_for_thresholds(look: Look, column: str) -> str:
     )
 
 
-def _form(kind: str, answers: Conversation, role: tuple[str, str], read: Any, notes: Counter[str]) -> Form:
+def _form(kind: str, answers: Answers, role: tuple[str, str], read: Any, notes: Counter[str]) -> Form:
     return Form(
         kind, "/".join([*answers.columns, role[0]]), tuple(answers.columns), (*answers.became, role), read,
         answers.prompt, as_turns=answers.as_turns, optional=(*answers.optional, role[0]), tally=Tally(notes),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefuse.engine.data.forms.names import plain
-from prefuse.engine.data.records import DataError
+from prefuse.engine.data.records import BadRow, DataError
 
 FIRST_ROWS = 1000
+WORDS = re.compile(r"[^\W\d_]|[^\x00-\x7f]")  # a letter, or any sign beyond ASCII
 
 
 @dataclass
 class Look:
-    """`values`: {column: what its rows hold, nulls left out}. A column that a form has taken is in `used`."""
+    """`values`: {column: what its rows hold, nulls left out}; `first`: those rows. A form's columns are in `used`."""
 
     source: str
     rows: int
     values: dict[str, list[Any]]
+    first: list[dict[str, Any]]
     used: set[str] = field(default_factory=set)
 
     def find(self, *names: str) -> str | None:
@@ -47,19 +50,27 @@ class Look:
 
 def first_look(source: str, rows: list[tuple[str, Any]]) -> Look:
     values: dict[str, list[Any]] = {}
-    for _, row in rows:
-        if isinstance(row, dict):
-            for column, value in row.items():
-                known = values.setdefault(column, [])
-                if value is not None:
-                    known.append(value)
-    return Look(source, len(rows), values)
+    usable = [row for _, row in rows if isinstance(row, dict) and bad_name(row) is None]
+    for row in usable:
+        for column, value in row.items():
+            known = values.setdefault(column, [])
+            if value is not None:
+                known.append(value)
+    return Look(source, len(rows), values, usable)
+
+
+def bad_name(row: dict[str, Any]) -> BadRow | None:
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return BadRow("the name of a column holds half a surrogate pair, not a Unicode text")
+    return None
 
 
 def holds_text(value: Any, depth: int = 6) -> bool:
-    """Whether there are words in it; ids, numbers, empty lists and the like are none."""
+    """Whether there are words in it; numbers (also as text, as in CSV), dates, empty lists and the like are none."""
     if isinstance(value, str):
-        return bool(value.strip())
+        return WORDS.search(value) is not None
     if depth and isinstance(value, dict):
         return any(holds_text(part, depth - 1) for part in value.values())
     if depth and isinstance(value, list):

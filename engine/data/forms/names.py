@@ -8,7 +8,7 @@ import re
 def plain(name: str) -> str:
     """ "Chosen Response", "chosenResponse" and "chosen-response" are "chosen_response"."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
-    return re.sub(r"[^0-9a-z]+", "_", snake.lower()).strip("_")
+    return re.sub(r"[\W_]+", "_", snake.lower()).strip("_")
 
 
 PROMPTS = (
@@ -35,7 +35,7 @@ NOUNS = (
 )  # fmt: skip
 # Two answers, nobody knows which is better: the suffixes of their names.
 SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("j", "k"), ("left", "right"), ("first", "second"))
-STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "assistant", "chat", "model")
+STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "human_ref", "assistant", "chat", "model")
 
 VERDICTS = (
     "label", "winner", "preference", "preferred", "choice", "chosen", "better", "better_response_id", "better_response",
@@ -77,7 +77,7 @@ METADATA_STARTS = ("model_", "score_", "rating_", "meta_", "metadata_", "source_
 
 def is_metadata(column: str) -> bool:
     name = plain(column)
-    return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS) or not name
+    return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS)
 
 
 def side_names() -> list[tuple[str, str]]:

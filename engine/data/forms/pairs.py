@@ -11,11 +11,12 @@ from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_r
 from prefuse.engine.data.forms.implicit import is_transcripts, split_strings, split_transcripts, split_turns
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import CONVERSATIONS, SYSTEMS, side_names
-from prefuse.engine.data.forms.prompts import find_prompt, with_turns_before
+from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, turn_of
 from prefuse.engine.data.records import BadRow, Message, Record, Text
 
 REPEATED = "rows whose prompt stood at the start of both sides, and is cut off there"
+ANSWERED = "rows whose prompt ended with one of the two answers, and loses it"
 FIRST_OF_SEVERAL = "rows with several answers on one side: the first counts"
 
 
@@ -35,10 +36,14 @@ def find_pair(look: Look, named: dict[str, list[str]], options: ReadOptions) -> 
     if all(look.all_are(side, list) and _is_list_of_answers(look.values[side]) for side in sides):
         return _lists_form(look, named, sides, became, prompt, notes)
     if prompt:
+        ends_answered = _ends_answered(look, prompt, sides)
 
         def read(name: str, row: Row) -> Iterable[Record]:
             text = prompt.read(row)
             chosen, rejected = (_side(row, column, notes) for column in sides)
+            if ends_answered and _is_answered(text, chosen, rejected):
+                notes[ANSWERED] += 1
+                text = text[:-1]
             yield _scored(row, sides, pair(name, text, chosen, rejected, notes))
 
         return Form(
@@ -46,6 +51,25 @@ def find_pair(look: Look, named: dict[str, list[str]], options: ReadOptions) -> 
             as_turns=prompt.as_turns, optional=tuple(prompt.optional), tally=Tally(notes),
         )  # fmt: skip
     return _implicit_form(look, named, sides, became, notes)
+
+
+def _ends_answered(look: Look, prompt: PromptColumns, sides: tuple[str, str]) -> bool:
+    """Whether the conversations of (nearly) all first rows end with one of their two answers."""
+    if not look.all_are(prompt.text, list):
+        return False
+    ends = 0
+    for row in look.first:
+        try:
+            ends += _is_answered(prompt.read(row), *(read_text(row[side], side) for side in sides))
+        except (BadRow, KeyError):
+            continue  # a row of its own trouble
+    return ends >= 0.9 * len(look.first)
+
+
+def _is_answered(prompt: Text, *sides: Text) -> bool:
+    last = prompt[-1] if isinstance(prompt, list) and prompt else {"role": None}
+    answers = [side if isinstance(side, str) else side[-1].get("content") for side in sides if side]
+    return last["role"] == "assistant" and last.get("content") in answers
 
 
 def _implicit_form(look: Look, named: Any, sides: tuple[str, str], became: list[Any], notes: Counter[str]) -> Form:
@@ -164,9 +188,13 @@ def _side(row: Row, column: str, notes: Counter[str]) -> Text:
     return text
 
 
+def _score_names(side: str) -> tuple[str, ...]:
+    return (f"score_{side}", f"{side}_score", f"{side}_rating", f"{side}-rating")
+
+
 def _scored(row: Row, sides: tuple[str, str], record: Record) -> Record:
     """Keeps the scores that stand beside the two sides."""
-    values = [row.get(f"score_{side}", row.get(f"{side}_score", row.get(f"{side}-rating"))) for side in sides]
+    values = [next((row[name] for name in _score_names(side) if name in row), None) for side in sides]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return replace(record, scores={"chosen": float(values[0]), "rejected": float(values[1])})
     return record

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
-from prefuse.engine.data.forms.look import FIRST_ROWS, first_look, holds_text
+from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, parts_of, sources_of
 from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, describe
@@ -59,7 +59,9 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
 
 
 def _problem(row: Any) -> str:
-    return str(row) if isinstance(row, BadRow) else f"the row is {describe(row)}, expected an object"
+    if isinstance(row, BadRow):
+        return str(row)
+    return "the row has no column" if row == {} else f"the row is {describe(row)}, expected an object"
 
 
 def _checked(
@@ -70,7 +72,7 @@ def _checked(
     for name, row in rows:
         form.tally.rows += 1
         if isinstance(row, dict) and not harmless.issuperset(row):
-            if bad := _bad_name(row):
+            if bad := bad_name(row):
                 yield name, bad
                 continue
             for column in row:
@@ -81,14 +83,6 @@ def _checked(
                 elif column not in ignored or form.tally.rows > FIRST_ROWS:
                     raise DataError(unused_text(source.name, column, form, kind, name))
         yield name, row
-
-
-def _bad_name(row: dict[str, Any]) -> BadRow | None:
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:
-        return BadRow("the name of a column holds half a surrogate pair, not a Unicode text")
-    return None
 
 
 def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterator[Record | Skipped]:

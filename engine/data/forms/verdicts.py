@@ -18,7 +18,7 @@ from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
 from prefuse.engine.data.forms.turns import read_text
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, describe
 
 TIES = {"tie", "both", "both_good", "bothgood", "neither", "both_bad", "bothbad", "tie_bothbad", "tie_both_bad", "none",
         "equal", "draw", "same", "no_preference", "unclear", "unsure"}  # fmt: skip
@@ -36,13 +36,9 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     if answers is None:
         return None
     look.used |= set(answers.columns)
-    one_hot = _one_hot(look)
-    column = None if one_hot else _verdict_column(look, named, answers, options)
-    if not one_hot and column is None:
-        return None
-    look.used |= set(one_hot.values()) if one_hot else {column or ""}
+    verdicts, read_verdict = _verdict(look, named, answers, options)
+    look.used |= set(verdicts)
     prompt = find_prompt(look, named)
-    read_verdict = _of_one_hot(one_hot) if one_hot else _of_column(look, column or "", answers, options)
     notes: Counter[str] = Counter()
 
     def read(name: str, row: Row) -> Iterable[Record]:
@@ -60,7 +56,6 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         else:
             yield _without_prompt(name, texts, notes, weight)
 
-    verdicts = tuple(one_hot.values()) if one_hot else (column or "",)
     became = [
         *(prompt.became if prompt else ()),
         (answers.columns[0], "first answer"),
@@ -105,7 +100,38 @@ def _answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
     return None
 
 
-def _verdict_column(look: Look, named: Any, answers: Answers, options: ReadOptions) -> str | None:
+def _verdict(look: Look, named: Any, answers: Answers, options: ReadOptions) -> tuple[tuple[str, ...], Any]:
+    """The columns that say which answer is better, and how they are read."""
+    if not (options.verdict_column or "verdict" in named):
+        if one_hot := _one_hot(look):
+            return tuple(one_hot.values()), _of_one_hot(one_hot)
+        if (scores := _two_scores(look, answers)) and not look.find(*VERDICTS):
+            return scores, _of_two_scores(scores)
+    column = _verdict_column(look, named, answers, options)
+    return (column,), _of_column(look, column, answers, options)
+
+
+def _two_scores(look: Look, answers: Answers) -> tuple[str, str] | None:
+    """score_a and score_b beside response_a and response_b: the higher one is better."""
+    for noun in ("score", "rating", "reward"):
+        found = tuple(look.find(f"{noun}_{suffix}", f"{noun}{suffix}") for suffix in answers.suffixes)
+        if all(found) and all(look.is_numbers(column) for column in found):
+            return found  # type: ignore[return-value]
+    return None
+
+
+def _of_two_scores(columns: tuple[str, str]) -> Callable[[Row], float]:
+    def read(row: Row) -> float:
+        first, second = (row.get(column) for column in columns)
+        for column, value in zip(columns, (first, second), strict=True):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise BadRow(f'"{column}" is {value!r:.40}, expected a number')
+        return 0.5 if first == second else float(first > second)
+
+    return read
+
+
+def _verdict_column(look: Look, named: Any, answers: Answers, options: ReadOptions) -> str:
     asked = options.verdict_column or named.get("verdict", [None])[0]
     if asked:
         if asked not in look.values:
@@ -177,15 +203,17 @@ def _meaning(seen: Counter[Any], column: str, answers: Answers, options: ReadOpt
         return _as_told(options.verdict_first, column)
     words = {value for value in seen if isinstance(value, str)}
     numbers = {value for value in seen if not isinstance(value, str)}
-    if words and not numbers:
+    if words - TIES and not numbers:
         table = _table_of_words(answers)
         if sum(seen[word] for word in words - set(table)) <= 0.1 * seen.total():
             return _looked_up(table, column)
-    elif numbers and not words:
+    elif numbers and not words - TIES:
         if any(value not in (0, 1, 2) for value in numbers) and all(1 <= value <= 2 for value in numbers):
             return lambda value: _preference(value, column)
         if (table := _table_of_numbers(numbers, answers)) is not None:
-            return _looked_up(table, column)
+            return _looked_up(table | dict.fromkeys(TIES, 0.5), column)
+    elif words and not numbers:  # ties alone
+        return _looked_up(_table_of_words(answers), column)
     shown = ", ".join(sorted(f"{value:g}" if isinstance(value, float) else value for value in seen)[:8])
     raise DataError(
         f'{source}: "{column}" has the values {shown or "null"}, which may say in more than one way whether '
@@ -203,7 +231,7 @@ def _key(value: Any) -> Any:
             return plain(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return float(value) if isinstance(value, int | float) else str(type(value))
+    return float(value) if isinstance(value, int | float) else describe(value)
 
 
 def _table_of_words(answers: Answers) -> dict[Any, float]:
@@ -258,6 +286,8 @@ def _as_told(first: str, column: str) -> Verdict:
 def _preference(value: Any, column: str) -> float:
     """A real preference p from 1 (the first) to 2 (the second); 1.5 is a tie, and its distance from it the weight."""
     number = _key(value)
+    if number in TIES:
+        return 0.5
     if not isinstance(number, float) or not 1 <= number <= 2:
         raise BadRow(f'"{column}" is {value!r:.40}, expected a number from 1 (the first answer) to 2 (the second)')
     return 2 - number

@@ -1,0 +1,40 @@
+"""`prefuse merge`: the adapters of a run put into their base model, as one whole model.
+
+    prefuse merge --model_name_or_path runs/lora --output_dir runs/whole
+
+    W = W_base + lora_alpha / lora_r * B A
+
+computed in float32 and written in `dtype`. The base is the one that the adapters name. Training starts from whole
+models, so this is also the way from an SFT run with adapters to `prefuse train`.
+"""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from prefuse.engine.config.settings import Config
+from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapters import base_of
+from prefuse.engine.model.load import SHARD_SIZE, load_model, load_tokenizer
+from prefuse.engine.report.log import say
+from prefuse.engine.run.files import published_folder
+
+
+def merge(config: Config) -> None:
+    """Write the whole model into output_dir, which appears when it is complete."""
+    source, folder = Path(config.model_name_or_path), Path(config.output_dir)
+    base = base_of(source)
+    if base is None:
+        raise UserError(
+            f"{source} holds no adapters: expected a folder with adapter_config.json, as a run with use_peft writes it"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir {folder} exists and is not empty: give another folder")
+    tokenizer = load_tokenizer(config.model_name_or_path, config)
+    lm = load_model(config.model_name_or_path, config, torch.device("cpu"))
+    model = lm.adapters.merge_and_unload(safe_merge=True)  # refuses adapters that hold a NaN
+    with published_folder(folder) as aside:
+        model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(aside)
+    say(f"{base} with the adapters of {source} is in {folder}: `--model_name_or_path {shlex.quote(str(folder))}`")
