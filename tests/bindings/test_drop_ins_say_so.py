@@ -26,7 +26,7 @@ def test_patch_says_when_trl_never_calls_it(tmp_path, monkeypatch, recwarn, call
 def test_the_result_with_a_z_loss_is_of_ligers_class():
     functional = pytest.importorskip("liger_kernel.transformers.functional")
     loss = LigerFusedLinearCrossEntropyLoss(lse_square_scale=0.1, return_z_loss=True)
-    result = loss(torch.randn(7, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 1, 0, 2, 1]))
+    result = loss(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 1, 0, 2, 1]))
     assert isinstance(result, functional.CrossEntropyOutput)
     assert result.z_loss > 0
 
