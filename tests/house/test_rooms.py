@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"kernels": "prefuse.kernels", "bindings": "prefuse", "engine": "prefuse.engine", "bench": "prefuse.bench"}
 
-OPERATIONS = {"kernels/logprobs", "kernels/kl", "kernels/preference", "kernels/attention"}
+OPERATIONS = ("kernels/logprobs", "kernels/kl", "kernels/preference", "kernels/attention")
 KERNELS = {"kernels", *OPERATIONS}
 LOW = {"engine/config", "engine/errors.py", "engine/run/files.py"}  # what every room of the engine may use
 SAID = {"engine/report/log.py", "engine/report/clock.py", "engine/report/screen.py"}
