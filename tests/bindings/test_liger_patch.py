@@ -10,6 +10,9 @@ import prefuse
 from liger_cases import SHAPES, Case, paired_truth
 from prefuse import liger
 
+# Where another test has imported a TRL that calls none of Liger's losses, `patch` says so (test_drop_ins_say_so.py).
+pytestmark = pytest.mark.filterwarnings("ignore:TRL .* never calls liger_kernel:UserWarning")
+
 
 @pytest.fixture(scope="module")
 def theirs():

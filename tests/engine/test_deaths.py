@@ -129,11 +129,11 @@ def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, ser
     said = (tmp_path / "again.0").read_text()
     damaged = f"the reference cache {entries[0]} is damaged (logps-00002-of-00002.safetensors does not have the hash"
     assert damaged in said
-    assert said.count("log-probabilities of") == 1 + 3
+    assert said.count("reference log-probabilities of") == 1 + 3
     assert result(tmp_path / "two") == result(tmp_path / "one")
     assert server.run(argv("three", per_device_train_batch_size=4), 1, tmp_path / "alone") == [0]
     said = (tmp_path / "alone.0").read_text()
-    assert said.count("log-probabilities of") == 1 + 4
+    assert said.count("reference log-probabilities of") == 1 + 4
     assert "computing it again" not in said
 
 

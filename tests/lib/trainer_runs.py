@@ -88,7 +88,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def assert_same_log(got: list[dict], expected: list[dict]) -> None:
+def assert_same_log(got: list[dict], expected: list[dict], tolerance: float = 1e-5) -> None:
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
         assert one.keys() == other.keys()
@@ -97,7 +97,7 @@ def assert_same_log(got: list[dict], expected: list[dict]) -> None:
         wrong = {
             key: (one[key], other[key])
             for key in other.keys() - ({"rewards/accuracies"} if tied else set())
-            if not abs(one[key] - other[key]) <= 1e-5 * max(1.0, abs(other[key]))
+            if not abs(one[key] - other[key]) <= tolerance * max(1.0, abs(other[key]))
         }
         assert not wrong, f"at step {other['step']}: {wrong}"
 
