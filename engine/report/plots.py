@@ -23,8 +23,8 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
     rows = read_metrics(metrics_path)
     recorded = {name.removeprefix("eval_") for row in rows for name in row}
     panels = {title: names for title, names in PANELS.items() if recorded.intersection(names)}
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+    columns = max(1, min(3, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):

@@ -109,3 +109,15 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
     assert strict == {"step": 1, "epoch": 0.5, "loss": None, "grad_norm": None, "fine": 1.5}
     assert json.loads(json_text({"a": [nan, (1, -inf)], "b": {"c": inf}})) == {"a": [None, [1, None]], "b": {"c": None}}
     assert json_text({"x": 0.1 + 0.2}) == '{"x": 0.30000000000000004}'
+
+
+@pytest.mark.parametrize("content", [b"", b"\xfb{}", b"[1]\n", b"3\n", b"[" * 100_000])
+def test_a_metrics_file_that_is_none_costs_no_run(content, tmp_path):
+    from prefuse.engine.report.log import read_metrics
+    from prefuse.engine.report.plots import plot_curves
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    assert read_metrics(path) == []
+    plot_curves(path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
