@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,14 +36,14 @@ def published_folder(final: Path) -> Iterator[Path]:
 
 
 def aside_of(final: Path) -> Path:
-    """A name beside `final` that says whose it is: several runs may write there at once."""
-    return final.with_name(f"{final.name}.{os.getpid()}-{socket.gethostname()}.tmp")
+    """A new name beside `final` that says whose it is: several runs may write there at once."""
+    return final.with_name(f"{final.name}.{os.getpid()}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def clear_dead(folder: Path) -> None:
     """What processes of this machine have left there that were killed while they wrote."""
     for path in folder.glob("*.tmp"):
-        match = re.search(r"\.(\d+)-(.+)\.tmp$", path.name)
+        match = re.search(r"\.(\d+)-(.+)-[0-9a-f]{8}\.tmp$", path.name)
         if match and match[2] == socket.gethostname() and not Path(f"/proc/{match[1]}").exists():
             shutil.rmtree(path, ignore_errors=True)
 

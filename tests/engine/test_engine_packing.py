@@ -17,7 +17,7 @@ from prefuse.engine.model.flops import measured_flops, peak_flops, training_flop
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.report.log import Window
-from prefuse.engine.run import setup as run
+from prefuse.engine.run import plan as run
 from prefuse.engine.train import train
 from prefuse.transformers import head_of
 from tiny_run import PAIRS, SHAPE, read_log, save_model, settings, weights, write_rows
