@@ -27,6 +27,7 @@ class Encoder:
         self.context_free = is_context_free(tokenizer)
         self.tail = TAIL + max(map(len, tokenizer.get_added_vocab()), default=0)
         self._read = lru_cache(maxsize=256)(self._encoded_and_decoded)
+        self.sentinels = [] if self.context_free else [text for text in SENTINELS if self._can_encode(text)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The bare ids of each text, without the special tokens that a tokenizer puts around it."""
@@ -43,8 +44,24 @@ class Encoder:
         if self.context_free:
             return self.encode(texts)
         tails = [text[-self.tail :] for text in before]
-        wholes = self.encode([tail + text for tail, text in zip(tails, texts, strict=True)])
+        try:
+            wholes = self.encode([tail + text for tail, text in zip(tails, texts, strict=True)])
+        except Exception:  # tokenizers has no class of its own for a text that it cannot read
+            return [self._behind_or_alone(*both) for both in zip(before, texts, strict=True)]
         return [self._behind(*both) for both in zip(tails, texts, wholes, strict=True)]
+
+    def _behind_or_alone(self, before: str, text: str) -> list[int]:
+        """For a tokenizer of whole words without an unknown token, which cannot read a word of both texts."""
+        if self._can_encode(before + text):
+            return self._behind(before, text, self.encode([before + text])[0])
+        return self.encode([text])[0]
+
+    def _can_encode(self, text: str) -> bool:
+        try:
+            self.encode([text])
+        except Exception:  # as above
+            return False
+        return True
 
     def _behind(self, tail: str, text: str, whole: list[int]) -> list[int]:
         """The ids of `text` behind `tail`; `whole` has those of both."""
@@ -65,8 +82,8 @@ class Encoder:
         return next((ids for ids in found if self.decode(first + ids) == spelled), found[0])
 
     def _behind_sentinels(self, text: str) -> list[list[int]]:
-        *wholes, alone = self.encode([*(sentinel + text for sentinel in SENTINELS), text])
-        firsts = [self._read(sentinel)[0] for sentinel in SENTINELS]
+        *wholes, alone = self.encode([*(sentinel + text for sentinel in self.sentinels), text])
+        firsts = [self._read(sentinel)[0] for sentinel in self.sentinels]
         behind = zip(wholes, firsts, strict=True)
         return [*(ids[len(first) :] for ids, first in behind if ids[: len(first)] == first), alone]
 

@@ -80,12 +80,12 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
+    refuse_foreign(tokenizer, path)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UserError(
             f"no tokenizer in {path}: model_max_length in tokenizer_config.json must be a number, got "
             f"{tokenizer.model_max_length!r}"
         )
-    refuse_foreign(tokenizer, path)
     if settings is not None:
         apply_settings(tokenizer, settings)
     return tokenizer

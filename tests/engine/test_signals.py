@@ -53,12 +53,12 @@ def test_a_signal_saves_at_the_next_step_and_the_resumed_run_ends_alike(
     """In step 3 of 6 (saved when it is done), or in the evaluation after step 2, which the resumed run makes first."""
     real, calls, handler = getattr(train_module, where), [], signal.getsignal(number)
 
-    def signalled(*args):
+    def signalled(*args, **kwargs):
         calls.append(None)
         if len(calls) == (3 if where == "optimizer_step" else 2):
             os.kill(os.getpid(), number)
             time.sleep(0.2)  # the thread that listens takes a moment
-        return real(*args)
+        return real(*args, **kwargs)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -77,10 +77,10 @@ def test_a_signal_saves_at_the_next_step_and_the_resumed_run_ends_alike(
 def test_a_signal_before_the_first_step_leaves_no_checkpoint(files, tmp_path, monkeypatch):
     real = train_module.evaluate
 
-    def signalled(*args):
+    def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(train_module, "evaluate", signalled)
     with pytest.raises(Stopped, match="after step 0; no checkpoint was written, --resume starts from the first step"):

@@ -107,11 +107,11 @@ def test_a_tokenizer_of_mistral_common_is_refused_in_one_line(tmp_path, monkeypa
         pass
 
     model = save_model(tmp_path / "model")
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: MistralCommonBackend())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: MistralCommonBackend())
     with pytest.raises(UserError, match=r"is mistral-common's.* Fix: save it as a tokenizer of transformers"):
         load_tokenizer(model)
 
-    def lacking(*_):
+    def lacking(*_, **__):
         raise ImportError("MistralCommonBackend requires mistral-common\nand more")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lacking)
