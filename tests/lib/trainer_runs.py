@@ -74,6 +74,8 @@ def build(trainer: type, model, rows: list[dict], output_dir: Path | str, config
         options["ref_model"] = copy.deepcopy(options["ref_model"])
     if options.get("eval_rows") is not None:
         options["eval_dataset"] = Dataset.from_list(options.pop("eval_rows"))
+    if "peft_config" in options:  # PEFT writes the model's name into it
+        options = options | {"peft_config": copy.deepcopy(options["peft_config"])}
     return trainer(
         model=model, args=arguments(config, output_dir, **changes), train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(chat_template=CHATML), **options,
