@@ -67,7 +67,7 @@ def make_pair(letters: list[str]) -> dict[str, str]:
 def order_of(prompt: str, answer: str) -> str | None:
     """The rule: "ascending" or "descending" if the answer has exactly the prompt's letters in that order, else None."""
     pair = make_pair(prompt.removeprefix("sort ").removesuffix(" =>").split(" "))
-    return {pair["chosen"]: "ascending", pair["rejected"]: "descending"}.get(answer)
+    return {pair["chosen"]: "ascending", pair["rejected"]: "descending"}.get(answer.strip())  # it keeps its blank
 
 
 def write_data(folder: Path) -> None:
