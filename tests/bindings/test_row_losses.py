@@ -14,6 +14,7 @@ import torch
 import prefuse
 from prefuse import FDPO, KTO, LDDPO, MODPO, MOKTO, ODPO, UNA, BetaDPO, ConditionalSFT, PPOClip
 from prefuse.bench.truth import oracle
+from prefuse.loss_inputs import LossInputs
 from prefuse.losses import needs_of
 from prefuse.losses.contract import is_batchwise
 from prefuse.losses.dpo_family import DIVERGENCES
@@ -241,6 +242,19 @@ def test_the_fused_path_equals_its_two_halves(loss, weighted):
         torch.testing.assert_close(fused.losses, out.losses, rtol=1e-5, atol=1e-6)
         for got, expected in zip(torch.autograd.grad(fused.loss, (hidden, weight)), wanted, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_group_takes_the_numbers_of_its_own_items():
+    """Of pairs 1 and 2, sequences 2 to 5: labels and scores by sequence, weights and margins by pair."""
+    inputs = LossInputs(
+        labels=torch.arange(8) > 3, z0=None, weights=torch.arange(4.0), margins=torch.arange(4.0) + 10,
+        scores=torch.arange(8.0) + 20,
+    )  # fmt: skip
+    part = inputs.of(slice(2, 6), 2)
+    assert part.labels.tolist() == [False, False, True, True]
+    assert part.scores.tolist() == [22.0, 23.0, 24.0, 25.0]
+    assert part.weights.tolist() == [1.0, 2.0]
+    assert part.margins.tolist() == [11.0, 12.0]
 
 
 # ---- numbers of rows -----------------------------------------------------------------------------

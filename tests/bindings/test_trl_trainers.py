@@ -1,5 +1,6 @@
 """Trainers for TRL on flat batches: the same logs and weights as TRL's trainers, on one rank and on two."""
 
+import copy
 import json
 import socket
 from itertools import product
@@ -137,7 +138,7 @@ def test_every_kind_of_reference(reference, kind, precompute, models, tmp_path):
     elif reference == "lora":
         options = {"peft_config": LORA}
     else:
-        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), LORA)
+        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), copy.deepcopy(LORA))
         with torch.no_grad():  # the reference is this adapter's copy, not the model without it
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
