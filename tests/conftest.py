@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = tempfile.TemporaryDirectory(prefix="prefuse-cache-")  # nothing of a test goes to the user's
 os.environ["PREFUSE_CACHE"] = CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns in every fork
+
+# A shell that starts the tests in the background, or nohup, has them ignored, and runs respect that.
+for number, handler in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # The root's kernels/ would shadow the package `kernels` of others.
 ROOT = Path(__file__).resolve().parents[1]
