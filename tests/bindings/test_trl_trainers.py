@@ -72,7 +72,8 @@ def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
 def test_dpo_has_trls_divergences_and_weights(settings, models, tmp_path):
     # exp(-log-ratio) turns the absolute error of TRL's float32 sums, some eps * |log-probability| = 6e-8 * 100 nats for
     # each of four sums, into a relative one.
-    compare("dpo", models["llama"], tmp_path, beta=0.5, tolerance=2.4e-5, **settings)
+    exponential = settings.get("f_divergence_type") in ("forward_kl", "alpha_divergence")
+    compare("dpo", models["llama"], tmp_path, beta=0.5, tolerance=2.4e-5 if exponential else 1e-5, **settings)
 
 
 def test_ld_dpo_trains_as_trls(models, tmp_path, monkeypatch):
