@@ -1,7 +1,5 @@
 """`python -m prefuse.engine` is `prefuse`."""
 
-import sys
+from prefuse.engine.cli import program
 
-from prefuse.engine.cli import main
-
-sys.exit(main())
+program()

@@ -12,13 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from prefuse.engine.config.flags import given_settings, help_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.run.launch import launch, what_is_there
-from prefuse.engine.run.ranks import launched
+from prefuse.engine.run.ranks import launched, leave
 from prefuse.engine.run.signals import Stopped
 
 
@@ -136,6 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """`prefuse` as a process: `main` and its exit code, with an end that no thread of a process group can spoil."""
+    code = main()
+    leave(code)
+    sys.exit(code)
+
+
 def _lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed. Gloo raises a plain RuntimeError, known by where it comes from."""
     import torch.distributed as dist
@@ -220,4 +228,4 @@ def _set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -111,7 +111,7 @@ def test_nproc_on_the_command_line_trains_and_restarts(files, tmp_path):
         "train.optimizer_step = step\n"
     )
     runner = tmp_path / "runner.py"
-    runner.write_text(f"{code}from prefuse.engine.cli import main\nsys.exit(main())\n")
+    runner.write_text(f"{code}from prefuse.engine.cli import program\nprogram()\n")
     start = (
         "import subprocess, sys\nfrom prefuse.engine.run import launch\nfrom prefuse.engine.cli import main\n"
         "real = subprocess.Popen\n"

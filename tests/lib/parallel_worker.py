@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from prefuse.engine import train as train_module
 from prefuse.engine.run import setup as run_module
-from prefuse.engine.run.ranks import whole
+from prefuse.engine.run.ranks import leave, whole
 from prefuse.engine.train import train
 from tiny_run import read_log, settings
 
@@ -69,7 +68,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         run_case(case, out)
         gc.collect()
-    dist.destroy_process_group() if dist.is_initialized() else None
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import prefuse.trl.batches
+from prefuse.engine.run.ranks import leave
 from prefuse.trl.trainers import DPOTrainer, KTOTrainer
 from trainer_runs import LABELLED, ROWS, build, log_of, weights_of
 
@@ -61,7 +62,7 @@ def main() -> None:
         out = Path(sys.argv[2]) / name
         out.mkdir(parents=True, exist_ok=True)
         run_case(case, out)
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prefuse.trl
 import trl_runs
+from prefuse.engine.run.ranks import leave
 
 
 def run_case(case: dict, out: Path) -> None:
@@ -81,7 +82,7 @@ def main() -> None:
         out = Path(sys.argv[2]) / name
         out.mkdir(parents=True, exist_ok=True)
         run_case(case, out)
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

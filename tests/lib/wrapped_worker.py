@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefuse.engine.run.ranks import leave
 from prefuse.transformers import fuse_loss, sequence_logps
 from tiny_run import SHAPE
 
@@ -203,7 +204,7 @@ def main() -> None:
     if rank == 0:
         Path(f"{sys.argv[1]}.json").write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
