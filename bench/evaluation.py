@@ -72,7 +72,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Callable[[
     )  # fmt: skip
     device = torch.device("cpu")
     tokenizer = load_tokenizer(config.model_name_or_path)
-    examples = read_evaluation_data(config, "pair", tokenizer)
+    examples, _ = read_evaluation_data(config, config.loss(), tokenizer)
     lm, ref = (load_model(path, config, device) for path in (config.model_name_or_path, config.ref_model_name_or_path))
     examples = without_padding(examples, (lm, ref), config)
     return {

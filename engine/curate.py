@@ -26,6 +26,7 @@ from prefuse.engine.data.forms.read import Reading
 from prefuse.engine.data.records import DataError
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stats import Stats, characters, digest, identity_of, measure, verdict_of
+from prefuse.engine.data.table import place_of
 from prefuse.engine.data.write import TARGETS, check_output, rows_of, with_turns, write_rows
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
@@ -164,11 +165,6 @@ def _records(reading: Reading, skipped: Counter[str]) -> Iterator[Record]:
             yield outcome
 
 
-def _place(record: Record) -> str:
-    """The row that a record comes from: "rows.json:3 (0 over 2)" is of rows.json:3."""
-    return record.row.partition(" (")[0]
-
-
 def _refuse_gathered(reading: Reading) -> None:
     if reading.form.gather is not None:
         raise UserError(f"a pair of {reading.form} comes from several rows: run `prefuse data convert` first")
@@ -183,10 +179,10 @@ def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any]
         if reason is None and args.drop_duplicates and identity in seen:
             reason = "an earlier row equals it"
         seen.add(identity)
-        if reason is not None and _place(record) not in failed:
+        if reason is not None and place_of(record.row) not in failed:
             dropped[reason] += 1
-            failed.add(_place(record))
-        kept.add(_place(record))
+            failed.add(place_of(record.row))
+        kept.add(place_of(record.row))
     return kept - failed
 
 
@@ -226,7 +222,7 @@ def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
 
 def _sides(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> dict[str, str]:
     """{row: "train" or "test"}, by the digest of its prompt and the seed."""
-    prompts = {_place(record): digest(record.prompt) for record in _records(reading, skipped)}
+    prompts = {place_of(record.row): digest(record.prompt) for record in _records(reading, skipped)}
     distinct = sorted(set(prompts.values()), key=lambda prompt: hashlib.sha256(b"%d " % args.seed + prompt).digest())
     held = max(1, round(args.eval_fraction * len(distinct)))
     if held >= len(distinct):

@@ -20,7 +20,7 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples, collate
-from prefuse.engine.data.dataset import kind_of, read_evaluation_data
+from prefuse.engine.data.dataset import read_evaluation_data, settled
 from prefuse.engine.model.forward import (
     LanguageModel,
     completion_states,
@@ -41,14 +41,15 @@ from prefuse.engine.model.load import (
 from prefuse.engine.report.log import add_metrics, progress, say, table
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
-from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.contract import Loss, is_batchwise, needs_of
 
 
 def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config)
-    examples = read_evaluation_data(config, kind_of(config.loss()), tokenizer)
+    examples, counted = read_evaluation_data(config, config.loss(), tokenizer)
+    loss = settled(config.loss(), config, counted)
     lm, ref = load_model(config.model_name_or_path, config, device), None
     check_model(lm, examples)
     title = f"{config.model_name_or_path}, {len(examples)} examples"
@@ -58,7 +59,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
         lm, ref = over_common_vocabulary(lm, ref, config)
         title = f"{config.model_name_or_path} against {config.ref_model_name_or_path}, {len(examples)} examples"
     examples = without_padding(examples, (lm,) if ref is None else (lm, ref), config)
-    metrics = compare(lm, ref, examples, config)
+    metrics = compare(lm, ref, examples, config, loss)
     if config.output_file is not None:  # before it is shown: a screen may be gone
         write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
     table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
@@ -70,13 +71,16 @@ def evaluate_command(config: Config) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare(lm: LanguageModel, ref: LanguageModel | None, examples: Examples, config: Config) -> dict[str, float]:
+def compare(
+    lm: LanguageModel, ref: LanguageModel | None, examples: Examples, config: Config, loss: Loss | None = None
+) -> dict[str, float]:
     """Means over `examples`: loss and TRL's metrics of `lm`, and with `ref` kl_to_ref over every position."""
-    loss = config.loss()
-    batches = evaluation_batches(examples, config)
+    loss = config.loss() if loss is None else loss
+    batches = evaluation_batches(examples, config, is_batchwise(loss))
     z0 = None
     if "z0" in needs_of(loss):
-        z0 = _reference_point(lm, ref, held_out_mismatches(examples, config), batches)
+        own = ref if "reference" in needs_of(loss) else None
+        z0 = _reference_point(lm, own, held_out_mismatches(examples, config), batches)
     totals: dict[str, Tensor] = {}
     for indices in progress(batches, "evaluating", len(batches)):
         add_metrics(totals, measure(lm, ref, collate(examples, indices).to(lm.device), loss, z0))
@@ -149,12 +153,13 @@ def over_common_vocabulary(
 def _reference_point(
     lm: LanguageModel, ref: LanguageModel, mismatches: Examples, batches: list[list[int]]
 ) -> Tensor:  # () >= 0
-    """KTO's z0 over all mismatched completions."""
+    """KTO's z0 over all mismatched completions; without a reference the mean of their log-probabilities."""
     logps, ref_logps, counts = [], [], []
     for indices in batches:
         batch = collate(mismatches, indices).to(lm.device)
         logps.append(token_logps(lm, batch))
-        ref_logps.append(token_logps(ref, batch))
+        ref_logps += [] if ref is None else [token_logps(ref, batch)]
         counts.append(batch.cu_seqlens.diff())
     cu_seqlens = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
-    return prefuse.kto_reference_point(torch.cat(logps), torch.cat(ref_logps), cu_seqlens)
+    ref_logps = None if ref is None else torch.cat(ref_logps)
+    return prefuse.kto_reference_point(torch.cat(logps), ref_logps, cu_seqlens)

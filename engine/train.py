@@ -38,13 +38,13 @@ from prefuse.engine.run.checkpoint import model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
-from prefuse.engine.run.held_out import evaluate
+from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
-from prefuse.losses.contract import needs_of
+from prefuse.losses.contract import Loss, needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,9 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
             for share in timed(steps, "data"):
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
+                loss = run.loss
                 metrics = optimizer_step(run, share, num_items, rate)
+                move_on(run, share.step + 1, metrics)
                 window.add(metrics)
                 window.count(*done_by_all)
                 done = share.step + 1
@@ -131,7 +133,7 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                     means = window.means() | {"learning_rate": rate}
                     means |= {"skipped_steps": run.guards.skipped} if run.guards.skipped else {}
                     if done == 1:
-                        check_first_loss(run, share, num_items, means)
+                        check_first_loss(run, loss, share, num_items, means)
                     run.log.write(done, done / data.steps_per_epoch, means)
                     run.guards.on_log(done, means)
                     if ranks.main:
@@ -207,7 +209,9 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     """The step's gradients in the parameters, summed over microbatches and ranks, with its metrics, and the rows of the
     microbatches whose loss is no number. One small reduction carries all that is not a gradient."""
     lm, loss, ranks = run.lm, run.loss, run.ranks
-    mismatches = [batch.to(lm.device) for batch in share.mismatches]
+    following = run.data.following
+    ask = (lambda batch: batch) if following is None else following.ask
+    mismatches = [ask(batch.to(lm.device)) for batch in share.mismatches]
     one_z0 = run.config.z0_scope == "step"
     z0 = None
     if mismatches and one_z0:
@@ -219,7 +223,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
         reduce_in_backward(lm.model, last=number == len(share.batches) - 1)
-        out = fused_loss(lm, batch.to(lm.device), loss, num_items, z0)
+        out = fused_loss(lm, ask(batch.to(lm.device)), loss, num_items, z0)
         counts = share.counts[number]
         with clock.part("head"):  # until the gradient of the hidden states is there
             (out.loss if counts else 0.0 * out.loss).backward()
@@ -245,6 +249,15 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     return totals, suspects
 
 
+def move_on(run: Run, step: int, metrics: dict[str, Tensor]) -> None:
+    """After optimizer step number `step`: a reference that follows, and a loss that follows its margins, do."""
+    if run.data.following is not None:
+        run.data.following.after(step, run.lm)
+    if hasattr(run.loss, "after") and "rewards/margins" in metrics:
+        total, count = metrics["rewards/margins"].tolist()
+        run.loss = run.loss.after(total / count)
+
+
 def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:
     if run.held is None:
         return {}
@@ -255,6 +268,11 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
 
     # A policy that is its own reference, before the first step: known without running it.
     unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
+    unmoved = unmoved and not run.held.examples.policy_weights
+    following = run.data.following
+    if following is not None and following.moved:
+        run.held = hold(run.held.examples, following.lm, run.loss, run.config, run.ranks)
+        following.moved = False
     with run.window.clock_stopped(), clock.part("evaluation"):
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     check_evaluation(step, means)
@@ -265,16 +283,20 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
     return metrics
 
 
-def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, float]) -> None:
+def check_first_loss(run: Run, loss: Loss, share: Share, num_items: int, means: dict[str, float]) -> None:
     """A policy that is its own reference starts at the loss of log-ratio 0: for DPO, ln 2.
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
-    if "reference" not in needs_of(run.loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
+    if "reference" not in needs_of(loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
-    z0 = 0.0 if "z0" in needs_of(run.loss) else None
+    if run.data.following is not None or run.data.examples.policy_weights:  # what is expected is not known beforehand
+        return
+    z0 = 0.0 if "z0" in needs_of(loss) else None
     expected = sum(
-        prefuse.preference_loss(b.ref_logps, b.ref_logps, b.cu_seqlens, run.loss, b.labels, z0, num_items).loss.item()
+        prefuse.preference_loss(
+            b.ref_logps, b.ref_logps, b.cu_seqlens, loss, z0=z0, num_items=num_items, **b.numbers
+        ).loss.item()
         for b in compress(share.batches, share.counts)
     )
     expected = run.ranks.sum_(torch.tensor(expected, dtype=torch.float64)).item()
@@ -296,7 +318,8 @@ def save(run: Run, step: int, evaluate: bool) -> None:
         return
     state = state_of(run, step, evaluate)
     with clock.part("checkpoints"):
-        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.identity.rows, run.ranks)
+        rest = (run.identity.rows, run.ranks, run.data.following)
+        save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, *rest)
     run.checkpoints.saved(step)
 
 

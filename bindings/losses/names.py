@@ -63,6 +63,8 @@ def fields_of(name: str) -> tuple[str, ...]:
 SETTINGS = {
     "gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau", "value": "kto_value",
     "reference_point": "kto_reference_point", "clip": "ppo_clip", "distance": "una_distance",
+    "reference_free": "kto_reference_free", "scale": "odpo_scale", "weight": "modpo_weight",
+    "alpha": "beta_dpo_alpha", "baseline": "beta_dpo_baseline", "level": "beta_dpo_level",
 }  # fmt: skip
 
 

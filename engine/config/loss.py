@@ -2,10 +2,11 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import Topic, setting
+from prefuse.engine.config.setting import Rule, Topic, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
@@ -22,12 +23,15 @@ class LossSettings(Topic):
     loss_type: Literal[
         "dpo", "ipo", "kto", "simpo", "orpo", "cpo", "slic", "rpo", "sigmoid", "sigmoid_norm", "hinge", "robust",
         "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "f_dpo", "ld_dpo",
-        "una", "una_pair", "ppo_clip", "sft",
+        "beta_dpo", "odpo", "modpo", "aot", "aot_unpaired", "una", "una_pair", "una_score", "ppo_clip", "mo_kto",
+        "csft", "sft",
     ] = setting(
         "dpo",
-        "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto, una and ppo_clip also "
-        "take pairs, each as one good and one bad completion; simpo, orpo, cpo and slic use no reference. `eval` takes "
-        "sft too: loss, perplexity and accuracy of the completions' tokens.",
+        "Preference loss of `train` and `eval`: docs/losses.md has equations and papers. kto, mo_kto, una, ppo_clip "
+        "and csft also take pairs, each as one good and one bad completion; simpo, orpo, cpo, slic and csft use no "
+        "reference; odpo, modpo and mo_kto need margins of the rows, una_score scores; aot, aot_unpaired and beta_dpo "
+        "(by batch) look at a microbatch as a whole, which is then per_device_train_batch_size rows. `eval` takes sft "
+        "too: loss, perplexity and accuracy of the completions' tokens.",
     )  # fmt: skip
     beta: float | None = setting(
         None,
@@ -55,13 +59,46 @@ class LossSettings(Topic):
     )
     ppo_clip: float | None = setting(None, "ppo_clip: how far a token's ratio may leave 1 and still count. None: 0.2.")
     una_distance: Literal["bce", "mse"] = setting(
-        "bce", "una, una_pair: distance of the implicit reward from the label."
+        "bce", "una, una_pair, una_score: distance of the implicit reward from what is known."
+    )
+    score_low: float | None = setting(
+        None, "una_score: the score that counts as 0. None: the least of the rows of dataset_name, which is said."
+    )
+    score_high: float | None = setting(
+        None, "una_score: the score that counts as 1. None: the greatest of the rows of dataset_name, which is said."
+    )
+    odpo_scale: float | None = setting(None, "odpo: what margins are multiplied by. None: 1.")
+    modpo_weight: float | None = setting(
+        None, "modpo, mo_kto: weight of the objective that the pairs or labels are of. None: 0.5."
+    )
+    beta_dpo_alpha: float | None = setting(None, "beta_dpo: how far beta follows the margins. None: 0.6.")
+    beta_dpo_baseline: float | None = setting(
+        None, "beta_dpo: the margin at which beta is as it is set; it follows the mean margin of the steps. None: 0."
+    )
+    beta_dpo_level: Literal["batch", "pair"] = setting(
+        "batch", "beta_dpo: one strength for each microbatch, from its mean margin, or one for each pair."
+    )
+    use_weighting: bool = setting(
+        False, "Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."
     )
     kto_value: Literal["logistic", "concave", "linear"] = setting(
         "logistic", "kto: its value function; concave and linear (risk-neutral) are its paper's ablations."
     )
     kto_reference_point: float | None = setting(
         None, "kto: a constant in place of z0, which is then not computed. None: z0."
+    )
+    kto_reference_free: bool = setting(
+        False, "kto: log-probabilities in place of log-ratios, as of a uniform reference; its paper's ablation."
+    )
+    kto_one_per_prompt: bool = setting(
+        False,
+        "kto: of the training rows of a prompt one, drawn by seed (its paper's one-y-per-x).",
+        commands=("train",),
+    )
+    kto_weights: Literal["given", "auto"] = setting(
+        "given",
+        "auto: desirable_weight and undesirable_weight from the number of training rows of each kind, so that "
+        "w_d n_d / (w_u n_u) is in the paper's [1, 4/3].",
     )
     desirable_weight: float = setting(1.0, "KTO: weight of the desirable completions.")
     undesirable_weight: float = setting(1.0, "KTO: weight of the undesirable completions.")
@@ -70,6 +107,26 @@ class LossSettings(Topic):
         "KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A "
         "microbatch then is per_device_train_batch_size rows, in flat batches too.",
         commands=("train",),
+    )
+    sync_ref_model: bool = setting(
+        False,
+        "Let the reference follow the policy (TR-DPO, arXiv 2404.09656). It stays in memory beside the policy, and "
+        "held-out rewards are relative to it as it is then.",
+        commands=("train",),
+    )
+    ref_model_mixup_alpha: float = setting(
+        0.6,
+        "sync_ref_model: reference = alpha policy + (1 - alpha) reference. 1 copies the policy.",
+        commands=("train",),
+        rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
+        only_with=("sync_ref_model", True),
+    )
+    ref_model_sync_steps: int = setting(
+        512,
+        "sync_ref_model: after every so many steps.",
+        commands=("train",),
+        rule=at_least(1),
+        only_with=("sync_ref_model", True),
     )
     reference_cache: str | None = setting(
         None,
@@ -87,12 +144,17 @@ class LossSettings(Topic):
             return
         if command == "train" and self.loss_type == "sft":
             raise UserError("loss_type sft is for `prefuse eval`: train on completions with `prefuse sft`")
-        for name in (*LOSS_SETTINGS, "z0_scope"):
-            if getattr(self, name) != _FIELDS[name].default and self.loss_type not in loss_types_with(name):
+        for name in (*LOSS_SETTINGS, *ASKED):
+            if getattr(self, name) != DEFAULTS[name] and self.loss_type not in loss_types_with(name):
                 raise UserError(
                     f"{name} has a meaning only with loss_type {', '.join(loss_types_with(name))}, got loss_type "
                     f"{self.loss_type}: drop {name}"
                 )
+        if self.kto_weights == "auto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise UserError("kto_weights auto finds desirable_weight and undesirable_weight itself: drop them, or it")
+        if None not in (self.score_low, self.score_high) and not self.score_low < self.score_high:
+            raise UserError(f"score_low {self.score_low:g} must be below score_high {self.score_high:g}")
+        self._check_following()
         try:
             loss = self.loss()
         except (ValueError, TypeError) as error:
@@ -103,17 +165,42 @@ class LossSettings(Topic):
                 "--ref_model_name_or_path, or --loss_type sft for loss and perplexity of the completions alone"
             )
 
+    def _check_following(self) -> None:
+        if not self.sync_ref_model:
+            return
+        if self.use_peft:
+            raise UserError(
+                "sync_ref_model moves the weights of a reference, and with use_peft the reference is the base of the "
+                "adapters: train all weights, or drop sync_ref_model"
+            )
+        if self.reference_cache is not None:
+            raise UserError("reference_cache keeps what stays the same, and with sync_ref_model nothing does: drop it")
+
 
 _FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
 LOSS_TYPES = tuple(name for name in typing.get_args(_FIELDS["loss_type"].type) if name != "sft")  # of preferences
+DEFAULTS = {name: field.default for name, field in _FIELDS.items()} | {"objective_weights": None}
 # Setting -> field of the losses that have it.
 LOSS_SETTINGS = {
     setting: field for name in LOSS_TYPES for field, setting in setting_names(name).items() if setting in _FIELDS
 }
 
 
+# Settings that no loss has as a field: which losses they have a meaning with.
+ASKED: dict[str, Callable[[Loss], bool]] = {
+    "z0_scope": lambda loss: "z0" in needs_of(loss),
+    "kto_weights": lambda loss: hasattr(loss, "undesirable_weight"),
+    "kto_one_per_prompt": lambda loss: hasattr(loss, "undesirable_weight"),
+    "score_low": lambda loss: "scores" in needs_of(loss),
+    "score_high": lambda loss: "scores" in needs_of(loss),
+    "objective_weights": lambda loss: "margins" in needs_of(loss),
+    "use_weighting": lambda loss: loss.per == "pair",
+    "sync_ref_model": lambda loss: "reference" in needs_of(loss),
+}
+
+
 def loss_types_with(name: str) -> list[str]:
     """The values of loss_type with which the setting `name` has a meaning."""
-    if name == "z0_scope":
-        return [loss_type for loss_type in LOSS_TYPES if "z0" in needs_of(loss_named(loss_type))]
+    if name in ASKED:
+        return [loss_type for loss_type in LOSS_TYPES if ASKED[name](loss_named(loss_type))]
     return [loss_type for loss_type in LOSS_TYPES if LOSS_SETTINGS[name] in fields_of(loss_type)]

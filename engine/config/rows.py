@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from prefuse.engine.config.setting import EVERY, Rule, Topic, setting
+from prefuse.engine.config.setting import EVERY, TRAINING, Rule, Topic, setting
 from prefuse.engine.errors import UserError
 
+TRAINED = (*TRAINING, "eval")
 NUMBER = Rule("a number", lambda value: value == value)
 
 
@@ -48,6 +49,20 @@ class RowSettings(Topic):
         "the best against one of the others.",
         may_differ=True,
     )
+    row_weights: bool = setting(
+        True,
+        "A column `weight` (or row_weight, sample_weight) multiplies the loss of its row, and so does how sure a "
+        "verdict between 1 and 2 is. false: all rows count the same.",
+        commands=TRAINED,
+        may_differ=True,
+    )
+    objective_weights: str | None = setting(
+        None,
+        "odpo, modpo, mo_kto: other objectives and their weights, as in safety=0.3,brevity=0.2. Their scores, in "
+        "columns safety_chosen and safety_rejected (or safety, of one answer), make the margin.",
+        commands=("train", "eval"),
+        may_differ=True,
+    )
     max_skipped: float = setting(
         0.5,
         "The run stops where more than this share of the rows cannot be used.",
@@ -68,7 +83,8 @@ class RowSettings(Topic):
     def reading(self) -> dict[str, Any]:
         """What `load_examples` takes of it."""
         names = "columns", "verdict_column", "verdict_first", "score_column", "good_from", "bad_to", "pairs"
-        return {name: getattr(self, name) for name in (*names, "dataset_config", "seed")}
+        names = *names, "row_weights", "objective_weights", "dataset_config", "seed"
+        return {name: getattr(self, name) for name in names}
 
     def check(self, command: str) -> None:
         if self.good_from is not None and self.bad_to is not None and not self.bad_to < self.good_from:

@@ -35,6 +35,23 @@ class TextSettings(Topic):
         None,
         "The day (2026-11-28) that chat templates take for today. None: the first day of the run, which it then keeps.",
     )
+    control_good: str = setting(
+        "<|good|>",
+        "csft: text before the prompts of good answers. It is written with the tokens that the tokenizer has.",
+        commands=("train", "eval"),
+        only_with=("loss_type", "csft"),
+    )
+    control_bad: str = setting(
+        "<|bad|>",
+        "csft: text before the prompts of bad answers.",
+        commands=("train", "eval"),
+        only_with=("loss_type", "csft"),
+    )
+    control: str | None = setting(
+        None,
+        "Text before every prompt. None: control_good, of a model that a csft run has made.",
+        commands=("generate",),
+    )
     sft_turns: Literal["all", "last"] = setting(
         "all",
         "Which answers of a conversation are learned. Turns with weight 0, train false or loss_weight 0 never are.",

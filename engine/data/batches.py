@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefuse.engine.data.fit import CharacterParts, cut_prompt
 from prefuse.engine.data.ragged import Ragged
-from prefuse.engine.data.table import Example, Examples, Tokens
+from prefuse.engine.data.table import NUMBERS, Example, Examples, Tokens
 from prefuse.packing import Packed, Padded, pack, padded
 
 IGNORE_INDEX = -100  # the target of a completion token that is not learned
@@ -28,10 +28,11 @@ IGNORE_INDEX = -100  # the target of a completion token that is not learned
 class Batch:
     rows: list[str]  # the examples by name
     tokens: Packed | Padded
-    labels: Tensor | None  # (B,) bool, for labelled completions
+    numbers: dict[str, Tensor]  # what the loss takes of the rows: labels (B,) bool, weights, margins, scores
     ref_logps: Tensor | None  # (N,) float32
     shapes: list[tuple[int, int]]  # of each example: its sequences, the length of the longest
     num_learned: int  # completion tokens that are learned: what a loss per token averages over
+    policy_weights: bool = False  # see Examples
 
     @property
     def num_items(self) -> int:
@@ -52,7 +53,8 @@ class Batch:
         return self.tokens.unshared_tokens
 
     def to(self, device: torch.device) -> Batch:
-        return replace(_moved(self, device), tokens=self.tokens.to(device))
+        numbers = {name: x.to(device) for name, x in self.numbers.items()}
+        return replace(_moved(self, device), tokens=self.tokens.to(device), numbers=numbers)
 
 
 def _moved(batch, device: torch.device):
@@ -76,7 +78,8 @@ def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Ex
         kept = zip(too_long, rooms[too_long], strict=True)
         cut = [cut_prompt(prompts[i], room, examples.bos, examples.parts) for i, room in kept]
         prompts = prompts.replaced(too_long, Ragged.of(cut))
-    return replace(examples, prompts=prompts, completions=completions, labels=None)
+    own = dict.fromkeys(NUMBERS)
+    return replace(examples, prompts=prompts, completions=completions, policy_weights=False, **own)
 
 
 def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tensor] | None = None) -> Batch:
@@ -92,10 +95,15 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
     return Batch(
         rows=[examples.rows[i] for i in indices],
         tokens=tokens,
-        labels=None if examples.labels is None else torch.from_numpy(examples.labels[chosen]),
+        numbers={
+            name: torch.from_numpy(of_rows[chosen])
+            for name in NUMBERS
+            if (of_rows := getattr(examples, name)) is not None
+        },
         ref_logps=None if ref_logps is None else torch.cat([ref_logps[i] for i in indices]),
         shapes=[(examples.sides, length) for length in examples.lengths[chosen].tolist()],
         num_learned=num_learned,
+        policy_weights=examples.policy_weights,
     )
 
 

@@ -34,7 +34,7 @@ from prefuse.engine.data.forms.mixture import name_of, parts_of
 from prefuse.engine.data.ragged import Ragged, Texts
 from prefuse.engine.data.records import Skipped
 from prefuse.engine.data.sources import open_source
-from prefuse.engine.data.table import Examples
+from prefuse.engine.data.table import NUMBERS, Examples
 from prefuse.engine.run.files import flush, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ MOST_BYTES = 20 << 30  # of all entries
 LEFT_OVER = 24 * 3600  # seconds after which what a killed run has left is removed
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 ARRAYS = ("prompts", "completions", "rows")  # each as its values, starts and lengths
+OPTIONAL = (*NUMBERS, "learned", "threads")
 
 
 def folder_of(setting: str) -> Path | None:
@@ -199,7 +200,7 @@ def _arrays_of(examples: Examples) -> dict[str, np.ndarray]:
         for name, part in zip(ARRAYS, parts, strict=True)
         for field in ("values", "starts", "lengths")
     }
-    optional = {"labels": examples.labels, "learned": examples.learned}
+    optional = {name: getattr(examples, name) for name in OPTIONAL}
     return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
@@ -218,7 +219,8 @@ def _load(entry: Path, key: dict) -> tuple[Any, dict]:
     prompts, completions, rows = (
         Ragged(*(arrays[f"{name}-{field}"] for field in ("values", "starts", "lengths"))) for name in ARRAYS
     )
-    examples = Examples(prompts, completions, Texts(rows), about["sides"], arrays.get("labels"), arrays.get("learned"))
+    optional = {name: arrays.get(name) for name in OPTIONAL}
+    examples = Examples(prompts, completions, Texts(rows), about["sides"], **optional)
     fields = about["dataset"]
     os.utime(entry)  # used
     skipped = [Skipped(**each) for each in fields["skipped"]]

@@ -4,14 +4,18 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
+from prefuse.engine.data.controls import control_of_run
 from prefuse.engine.data.examples import Kind, describe_learned, load_examples, summarize_skipped
+from prefuse.engine.data.feed import one_of_each_prompt, scaled, span_of
 from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.order import hold_out
@@ -20,6 +24,7 @@ from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.unpaired import kto_weights
 
 FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
 
@@ -28,7 +33,8 @@ def kind_of(loss: Loss) -> Kind:
     """What the rows must be to feed this loss."""
     if loss.per == "pair":
         return "pair"
-    return "labelled" if "labels" in needs_of(loss) else "sft"
+    needs = needs_of(loss)
+    return "scored" if "scores" in needs else "labelled" if "labels" in needs else "sft"
 
 
 def text_options(config: Config) -> TextOptions:
@@ -49,6 +55,8 @@ def text_options(config: Config) -> TextOptions:
         learn_after_stop=config.learn_after_stop,
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
+        controls=(config.control_good, config.control_bad) if config.loss_type == "csft" else None,
+        control=config.control or control_of_run(Path(config.model_name_or_path)),
     )
 
 
@@ -67,10 +75,12 @@ def day_of_run(config: Config) -> str:
     return config.template_date or first_day(Path(config.output_dir)) or datetime.date.today().isoformat()
 
 
-def reading_of(config: Config) -> dict[str, Any]:
-    """How the settings want rows to be read and to become tokens: keywords of `load_examples`."""
-    rest = {"max_skipped": config.max_skipped, "text": text_options(config), "cache": config.dataset_cache}
-    return {**config.reading(), **rest}
+def reading_of(config: Config, loss: Loss) -> dict[str, Any]:
+    """How the settings and the loss want rows to be read and to become tokens: keywords of `load_examples`."""
+    text = replace(text_options(config), control=None)
+    rest = {"max_skipped": config.max_skipped, "text": text, "cache": config.dataset_cache}
+    needs = tuple(sorted(needs_of(loss) & {"margins", "scores"}))
+    return {**config.reading(), "needs": needs, **rest}
 
 
 def read_examples(
@@ -86,40 +96,108 @@ def read_examples(
     if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")
+    if dataset.examples.weights is not None:
+        weights = dataset.examples.weights
+        say(f"  rows are weighted: from {weights.min():g} to {weights.max():g}, mean {weights.mean():g}")
     return examples_of(dataset.examples, tokenizer.bos_token_id, character_parts(tokenizer)), dataset.skipped
 
 
-def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
+def read_training_data(config: Config, loss: Loss, tokenizer) -> tuple[Examples, Examples | None, list[Skipped]]:
     """Rows to train on, held-out rows or None, and all that were skipped."""
-    rest = (kind, tokenizer, config.max_length, reading_of(config))
+    rest = (kind_of(loss), tokenizer, config.max_length, reading_of(config, loss))
     examples, skipped = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
+    held = None
     if config.eval_dataset is not None:
         held, more = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
-        return examples, held, skipped + more
-    kept, held = hold_out_rows(examples.prompts, config)
+        skipped = skipped + more
+    examples, held = _of_one_scale(examples, held, config)
+    if held is None:
+        examples, held = _split(examples, config)
+    if config.kto_one_per_prompt:
+        kept = one_of_each_prompt(examples, config.seed)
+        say(f"  {len(kept)} of {len(examples)} rows are used, one of each prompt (kto_one_per_prompt)")
+        examples = examples.select(kept)
+    examples, held = (
+        rows and replace(rows, policy_weights=config.use_weighting and loss.per == "pair") for rows in (examples, held)
+    )
+    return examples, held, skipped
+
+
+def _of_one_scale(
+    examples: Examples, held: Examples | None, config: Config
+) -> tuple[Examples, Examples | None]:  # fmt: skip
+    """Scores, where a loss needs them, brought to [0, 1] alike."""
+    if examples.scores is None:
+        return examples, held
+    span = span_of(examples.scores, config.score_low, config.score_high)
+    both = [rows and scaled(rows, span) for rows in (examples, held)]
+    beyond = sum(pair[1] for pair in both if pair)
+    more = f"; {beyond} beyond count as the nearer end" if beyond else ""
+    say(f"  scores from {span[0]:g} to {span[1]:g} become 0 to 1 (score_low, score_high){more}")
+    return both[0][0], both[1] and both[1][0]
+
+
+def _split(examples: Examples, config: Config) -> tuple[Examples, Examples | None]:
+    """The rows to train on and the held-out ones."""
+    kept, held = _held_out(examples, config)
     if not held:
-        return examples, None, skipped
+        return examples, None
     say(f"  {len(held)} of {len(examples)} held out for evaluation (eval_fraction {config.eval_fraction})")
     if len(held) < FEW_HELD_OUT:
         say("  so few say little: raise eval_fraction, or give an eval_dataset")
-    return examples.select(kept), examples.select(held), skipped
+    return examples.select(kept), examples.select(held)
 
 
-def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
-    """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out."""
-    rest = (kind, tokenizer, config.max_length, reading_of(config))
+def read_evaluation_data(config: Config, loss: Loss, tokenizer) -> tuple[Examples, Examples]:
+    """What `prefuse eval` looks at: eval_dataset, or the rows of dataset_name that training holds out; and the rows by
+    whose numbers settings are found that were left open (`kto_weights`): those to train on, or the same."""
+    rest = (kind_of(loss), tokenizer, config.max_length, reading_of(config, loss))
     if config.eval_dataset is not None:
-        return read_examples(config.eval_dataset, config.dataset_test_split, *rest)[0]
-    examples, _ = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
-    _, held = hold_out_rows(examples.prompts, config)
-    say(f"  evaluating {len(held)} of {len(examples)}")
-    return examples.select(held)
+        examples, _ = read_examples(config.eval_dataset, config.dataset_test_split, *rest)
+        examples, _ = _of_one_scale(examples, None, config)
+        chosen = counted = examples
+    else:
+        examples, _ = read_examples(config.datasets or config.dataset_name, config.dataset_train_split, *rest)
+        examples, _ = _of_one_scale(examples, None, config)
+        kept, held = _held_out(examples, config)
+        say(f"  evaluating {len(held)} of {len(examples)}")
+        chosen = examples.select(held)
+        counted = examples.select(kept) if kept else chosen
+    return replace(chosen, policy_weights=config.use_weighting and loss.per == "pair"), counted
 
 
-def hold_out_rows(prompts: Sequence[list[int]], config: Config) -> tuple[list[int], list[int]]:
+def settled(loss: Loss, config: Config, examples: Examples) -> Loss:
+    """The loss with what its rows decide: KTO's weights by the numbers of labels, where `kto_weights` is auto."""
+    if config.kto_weights != "auto" or examples.labels is None:
+        return loss
+    good = int(examples.labels.sum())
+    bad = len(examples) - good
+    try:
+        weights = kto_weights(good, bad)
+    except ValueError as error:
+        raise UserError(f"kto_weights auto: {error}") from None
+    ratio = weights[0] * good / (weights[1] * bad)
+    say(
+        f"  KTO weights of {good} desirable and {bad} undesirable rows: desirable_weight {weights[0]:.6g}, "
+        f"undesirable_weight {weights[1]:.6g}, for w_d n_d / (w_u n_u) = {ratio:.3g} (the paper's [1, 4/3])"
+    )
+    return replace(loss, desirable_weight=weights[0], undesirable_weight=weights[1])
+
+
+def hold_out_rows(
+    prompts: Sequence[list[int]], config: Config, threads: np.ndarray | None = None
+) -> tuple[list[int], list[int]]:
     """Indices to train on and indices held out. Mismatched completions, for z0, need two prompts there."""
     at_least = 2 if "z0" in needs_of(config.loss()) else 1
-    return hold_out(prompts, config.eval_fraction, config.seed, at_least)
+    return hold_out(prompts, config.eval_fraction, config.seed, at_least, threads)
+
+
+def _held_out(examples: Examples, config: Config) -> tuple[list[int], list[int]]:
+    """The same of examples; texts without a prompt are told apart by what they say."""
+    texts = examples.prompts
+    if examples.sides == 1 and examples.labels is None and len(examples) > 1 and not texts.same.any():
+        texts = examples.completions
+    return hold_out_rows(texts, config, examples.threads)
 
 
 def write_skipped(skipped: list[Skipped], path: Path) -> None:

@@ -14,6 +14,8 @@ from itertools import islice
 from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.cache import cached
+from prefuse.engine.data.controls import Controls, behind_control, control_ids
+from prefuse.engine.data.feed import check_numbers, numbers_of
 from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
 from prefuse.engine.data.forms import (
     BadRow,
@@ -73,21 +75,25 @@ def load_examples(
     cache: str = "auto",
     **reading: Any,
 ) -> Dataset:
-    """Reads `source` (see `rows`) as "pair", "labelled" or "sft" examples.
+    """Reads `source` (see `rows`) as "pair", "labelled", "scored" or "sft" examples.
 
     A list is a mixture: paths, or dicts of path, name, split, columns and fraction as in TRL.
     Pairs may be read as "labelled" (see `unpair`) or as "sft" (their chosen side), labelled rows as "sft"
-    (those whose label is true). `text`: how rows become text, and text tokens. `reading`: the fields of `ReadOptions`,
-    for columns that do not say what they are.
+    (those whose label is true), pairs with scores as "scored". `text`: how rows become text, and text tokens.
+    `reading`: the fields of `ReadOptions`, for columns that do not say what they are; `needs=("margins",)` asks for a
+    margin of each row.
     `cache`: where the ids are kept for the next time ("auto", "none" or a folder; see cache.py).
     Raises DataError for a source that cannot be read, whose columns are not understood, that has no usable row, or of
     whose rows more than the share `max_skipped` cannot be used (those that a stated rule sets aside do not count).
     """
     if kind not in get_args(Kind):
-        raise ValueError(f'kind must be "pair", "labelled" or "sft", got {kind!r}')
+        raise ValueError(f'kind must be "pair", "labelled", "scored" or "sft", got {kind!r}')
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, a prompt token and a completion token; got {max_length}")
-    options, text = ReadOptions(**reading), text or TextOptions()
+    options, text = ReadOptions(**{"needs": (), **reading}), text or TextOptions()
+    if kind == "scored":
+        needs = tuple(dict.fromkeys((*options.needs, "scores")))
+        options = replace(options, keep_scores=True, pairs="all", needs=needs)
     if kind != "sft":
         text = replace(text, turns="last")
     settings = {"kind": kind, "max_length": max_length, "max_skipped": max_skipped}
@@ -106,12 +112,14 @@ def _read_examples(
 ) -> Dataset:  # fmt: skip
     records, form, ignored = read_records(source, kind, split, options)
     source = name_of(source)
-    room = _room(max_length, tokenizer, text)
+    controls = None if text.controls is None or kind != "labelled" else Controls.of(tokenizer, text.controls)
+    room = _room(max_length - (controls.length if controls else 0), tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
     examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
         if kind == "sft":
             block = each(block, _demonstrated)
+        block = check_numbers(block, kind, options.needs, source if not len(examples) + len(skipped) else None)
         encoded = tokenize(render(block, tokenizer, text), tokenizer)
         if has_preferences:
             encoded = each(encoded, _with_a_preference)
@@ -123,11 +131,15 @@ def _read_examples(
                 skipped.append(outcome)
             else:
                 sides = list(outcome.sides.values())
-                examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
+                examples.append(
+                    outcome.row, outcome.prompt, sides, outcome.label, outcome.learned, weight=outcome.weight,
+                    thread=outcome.thread, **numbers_of(outcome, kind, options.needs),
+                )  # fmt: skip
     _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
-    if has_preferences and kind == "labelled":
-        table = table.unpaired()
+    if has_preferences and kind != "pair":
+        table = table.unpaired(labelled=kind == "labelled")
+    table = table if controls is None else controls.before(table)
     return Dataset(
         examples=table,
         skipped=skipped,
@@ -145,6 +157,8 @@ def _read_examples(
 
 def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
     parts = character_parts(tokenizer)
+    if max_length < 2:
+        raise DataError("max_length leaves no room for a prompt and an answer behind the control text")
     return Room(max_length, tokenizer.bos_token_id, parts, text.truncation_mode, text.long_completions)
 
 
@@ -164,7 +178,8 @@ def load_prompts(
     records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
     source = name_of(source)
     text = text or TextOptions()
-    room = _room(max_length, tokenizer, text)
+    control = [] if text.control is None else control_ids(tokenizer, text.control)
+    room = _room(max_length - len(control), tokenizer, text)
     prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
@@ -174,7 +189,8 @@ def load_prompts(
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
+                ids = behind_control(outcome.prompt, control, tokenizer.bos_token_id)
+                prompts.append(Prompt(ids, _shown_text(read.prompt), outcome.row))
     rows = form.tally.rows
     _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
@@ -261,7 +277,8 @@ def _demonstrated(record: Record) -> Record:
         raise SetAside("its label is false, and sft learns from true ones only")
     side = "chosen" if "chosen" in record.sides else "completion"
     conversation = record.conversation and record.label is None  # a label is about the last answer
-    return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation)
+    weight = record.weight if len(record.sides) == 1 else None  # that of a pair is about the comparison
+    return replace(record, sides={side: record.sides[side]}, label=None, conversation=conversation, weight=weight)
 
 
 def _with_a_preference(record: Record) -> Record:

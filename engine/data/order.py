@@ -20,16 +20,16 @@ def generator(purpose: str, seed: int, epoch: int = 0) -> torch.Generator:
 
 
 def hold_out(
-    prompts: Sequence[list[int]], fraction: float, seed: int, at_least: int = 1
+    prompts: Sequence[list[int]], fraction: float, seed: int, at_least: int = 1, threads: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
     """Indices to train on and indices held out (of `at_least` so many prompts), in the order of the data.
 
-    Whole prompts are held out: rows that share a prompt stay on one side, so nothing held out was seen in training.
+    Whole prompts are held out: rows that share a prompt stay on one side, and so do the parts of one conversation
+    (equal numbers in `threads`, (E,)), so nothing held out was seen in training.
     """
     if fraction == 0:
         return list(range(len(prompts))), []
-    same = _same(prompts)
-    _, first = np.unique(same, return_index=True)
+    _, first, same = np.unique(joined(_same(prompts), threads), return_index=True, return_inverse=True)
     keys = [hashlib.sha256(f"{seed} {prompts[i]}".encode()).digest() for i in first.tolist()]  # by distinct prompt
     held = sorted(range(len(keys)), key=keys.__getitem__)[: max(at_least, round(fraction * len(keys)))]
     if fraction < 1 and len(held) == len(keys):
@@ -40,6 +40,22 @@ def hold_out(
     is_held = np.zeros(len(keys), bool)
     is_held[held] = True
     return np.flatnonzero(~is_held[same]).tolist(), np.flatnonzero(is_held[same]).tolist()
+
+
+def joined(same: np.ndarray, threads: np.ndarray | None) -> np.ndarray:  # (E,), (E,) -> (E,)
+    """The groups of `same`, those that share a thread made one: each with the number of its first group."""
+    if threads is None:
+        return same
+    threads = np.unique(threads, return_inverse=True)[1]
+    groups = same
+    while True:
+        before = groups
+        for parts in (threads, same):
+            least = np.full(int(parts.max(initial=-1)) + 1, len(same))
+            np.minimum.at(least, parts, groups)
+            groups = least[parts]
+        if (groups == before).all():
+            return groups
 
 
 def _same(prompts: Sequence[list[int]]) -> np.ndarray:  # (E,) equal for equal prompts, numbered as they first appear

@@ -85,15 +85,22 @@ class Ragged(Sequence):
 
 
 class RaggedBuilder:
-    """Rows that come one by one. `typecode`: of `array`, "i" for token ids and "B" for bytes."""
+    """Rows that come one by one. `typecode`: of `array`, "i" for token ids and "B" for bytes.
+
+    Token ids take 2 bytes each until one comes that needs 4: most vocabularies of up to 65,536 tokens never do.
+    """
 
     def __init__(self, typecode: str):
-        self.values = array(typecode)
+        self.values = array("H" if typecode == "i" else typecode)
         self.lengths = array("q")
 
-    def append(self, row: Iterable[int]) -> None:
+    def append(self, row: Sequence[int]) -> None:
         before = len(self.values)
-        self.values.extend(row)
+        try:
+            self.values.extend(row)
+        except OverflowError:
+            self.values = array("i", self.values[:before])
+            self.values.extend(row)
         self.lengths.append(len(self.values) - before)
 
     def finish(self) -> Ragged:

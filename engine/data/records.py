@@ -56,7 +56,10 @@ class Record:
     learned: list[bool] | None = None  # sft: which ids of the completion are learned; None: all
     conversation: bool = False  # turns of one column: every answer in it is one to learn from, not the last alone
     scores: dict[str, float] | None = None  # what the source says of each side: {"chosen": 4.0, "rejected": 1.5}
-    weight: float | None = None  # how sure a preference between 1 and 2 is: 0 (a tie) to 1
+    objectives: dict[str, float] | None = None  # what other objectives say of each side, weighted and added up
+    margin: float | None = None  # by how much the better side should win; of one answer, what other objectives say
+    weight: float | None = None  # of the row's loss; of a preference between 1 and 2 how sure it is: 0 (a tie) to 1
+    thread: str | None = None  # the conversation that it is a part of, where that is more than its row
 
 
 def describe(value: Any) -> str:

@@ -19,7 +19,7 @@ from prefuse.engine.data.fit import CharacterParts
 from prefuse.engine.data.ragged import Ragged, RaggedBuilder, Texts, as_numpy, encode, framed, framed_rows
 from prefuse.packing import fill
 
-Kind = Literal["pair", "labelled", "sft"]
+Kind = Literal["pair", "labelled", "scored", "sft"]
 Tokens = tuple[list[int], list[int]]  # a prompt and a completion
 
 
@@ -29,6 +29,8 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     row: str  # "pairs.json:17", for messages
+    weight: float | None = None  # what its loss is multiplied by; None: 1
+    margin: float | None = None  # by how much the chosen side should win; None: it was not asked for
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class Labelled:
     completion: list[int]
     label: bool
     row: str
+    weight: float | None = None
+    margin: float | None = None  # what other objectives say
+
+
+@dataclass(frozen=True)
+class Scored:
+    prompt: list[int]
+    completion: list[int]
+    score: float
+    row: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +58,16 @@ class Demonstration:
     completion: list[int]
     row: str
     learned: list[bool] | None = None  # which ids of the completion are learned; None: all
+    weight: float | None = None
 
 
-Example = Pair | Labelled | Demonstration
+Example = Pair | Labelled | Scored | Demonstration
+NUMBERS = ("labels", "weights", "margins", "scores")  # of a row, beside its tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence):
-    """A sequence of `Pair`, `Labelled` or `Demonstration`, each made when it is asked for."""
+    """A sequence of `Pair`, `Labelled`, `Scored` or `Demonstration`, each made when it is asked for."""
 
     prompts: Ragged  # (E,)
     completions: Ragged  # (E * sides,) a pair's stand side by side, chosen first
@@ -60,6 +75,11 @@ class Examples(Sequence):
     sides: int = 1  # 2 for pairs
     labels: np.ndarray | None = None  # (E,) bool
     learned: np.ndarray | None = None  # of each value of `completions`: bool; None: all are learned
+    weights: np.ndarray | None = None  # (E,) float64; None: all are 1
+    margins: np.ndarray | None = None  # (E,) float64, for a loss that needs them
+    scores: np.ndarray | None = None  # (E,) float64, for a loss that needs them
+    threads: np.ndarray | None = None  # (E,) int64, equal for parts of one conversation; None: each is its own
+    policy_weights: bool = False  # pairs count as much as the policy itself would write them (WPO)
     padding_free: bool = False  # their batches are flat
     bos: int | None = None  # the token that a prompt keeps where it loses its start
     parts: CharacterParts | None = None  # the bytes of a token: a prompt loses no half of a character
@@ -70,12 +90,14 @@ class Examples(Sequence):
         builder = ExamplesBuilder()
         for example in examples:
             match example:
-                case Pair(prompt, chosen, rejected, row):
-                    builder.append(row, prompt, [chosen, rejected])
-                case Labelled(prompt, completion, label, row):
-                    builder.append(row, prompt, [completion], label=label)
-                case Demonstration(prompt, completion, row, learned):
-                    builder.append(row, prompt, [completion], learned=learned)
+                case Pair(prompt, chosen, rejected, row, weight, margin):
+                    builder.append(row, prompt, [chosen, rejected], weight=weight, margins=[margin])
+                case Labelled(prompt, completion, label, row, weight, margin):
+                    builder.append(row, prompt, [completion], label=label, weight=weight, margins=[margin])
+                case Scored(prompt, completion, score, row, weight):
+                    builder.append(row, prompt, [completion], weight=weight, scores=[score])
+                case Demonstration(prompt, completion, row, learned, weight):
+                    builder.append(row, prompt, [completion], learned=learned, weight=weight)
         return replace(builder.finish(), bos=bos)
 
     def __len__(self) -> int:
@@ -86,12 +108,17 @@ class Examples(Sequence):
             return self.select(range(len(self))[index])
         index = range(len(self))[index]  # from the end where it is negative; IndexError
         prompt, row = self.prompts[index], self.rows[index]
+        weight, margin, score = (
+            None if of_rows is None else float(of_rows[index]) for of_rows in (self.weights, self.margins, self.scores)
+        )
         if self.sides == 2:
-            return Pair(prompt, self.completions[2 * index], self.completions[2 * index + 1], row)
+            return Pair(prompt, self.completions[2 * index], self.completions[2 * index + 1], row, weight, margin)
         if self.labels is not None:
-            return Labelled(prompt, self.completions[index], bool(self.labels[index]), row)
+            return Labelled(prompt, self.completions[index], bool(self.labels[index]), row, weight, margin)
+        if score is not None:
+            return Scored(prompt, self.completions[index], score, row, weight)
         learned = None if self.learned is None else self.learned_of(index).tolist()
-        return Demonstration(prompt, self.completions[index], row, learned)
+        return Demonstration(prompt, self.completions[index], row, learned, weight)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -145,14 +172,20 @@ class Examples(Sequence):
             prompts=self.prompts.take(chosen),
             completions=self.completions.take(sides),
             rows=Texts(self.rows.data.take(chosen)),
-            labels=None if self.labels is None else self.labels[chosen],
+            **{name: array[chosen] for name, array in self._of_rows().items()},
         )
 
-    def unpaired(self) -> Examples:
-        """Each pair as two labelled completions: chosen (true), then rejected (false)."""
+    def _of_rows(self) -> dict[str, np.ndarray]:
+        """The arrays with one number for each example, those that there are."""
+        found = {name: getattr(self, name) for name in (*NUMBERS, "threads")}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def unpaired(self, labelled: bool = True) -> Examples:
+        """Each pair as two completions, chosen (true), then rejected (false); margins and scores are of sides."""
         twice = np.repeat(np.arange(len(self)), 2)
-        labels, rows = np.tile([True, False], len(self)), Texts(self.rows.data.take(twice))
-        return replace(self, prompts=self.prompts.take(twice), rows=rows, sides=1, labels=labels)
+        of_pairs = {name: array[twice] for name, array in self._of_rows().items() if name in ("weights", "threads")}
+        labels, rows = np.tile([True, False], len(self)) if labelled else None, Texts(self.rows.data.take(twice))
+        return replace(self, prompts=self.prompts.take(twice), rows=rows, sides=1, labels=labels, **of_pairs)
 
     def bins(self, budget: int) -> Callable[[Sequence[int]], list[list[int]]]:
         """A function that cuts indices into flat batches of at most `budget` tokens, by first-fit-decreasing.
@@ -198,6 +231,9 @@ class Examples(Sequence):
         parts = [self.prompts, *(self._side(side) for side in range(self.sides))]
         if self.labels is not None:
             parts.append(Ragged.end_to_end(self.labels.astype(np.int32), np.ones(len(self), np.int64)))
+        for name in ("weights", "margins", "scores"):
+            if (array := getattr(self, name)) is not None:
+                parts.append(Ragged.end_to_end(array.view(np.int32), np.full(len(self), 2)))
         return self._digest(parts)
 
     def _side(self, side: int) -> Ragged:  # (E,)
@@ -236,15 +272,25 @@ class ExamplesBuilder:
         self.prompts, self.completions, self.rows = RaggedBuilder("i"), RaggedBuilder("i"), RaggedBuilder("B")
         self.sides = 1
         self.labels, self.learned = array("b"), array("b")
+        self.weights, self.margins, self.scores = array("d"), array("d"), array("d")
+        self.threads, self.names, self.last = array("q"), {}, ""  # of conversations that are more than a row
 
     def __len__(self) -> int:
         return len(self.rows.lengths)
 
     def append(
         self, row: str, prompt: list[int], sides: list[list[int]], label: bool | None = None,
-        learned: list[bool] | None = None,
+        learned: list[bool] | None = None, *, weight: float | None = None, margins: Sequence[float | None] = (),
+        scores: Sequence[float] = (), thread: str | None = None,
     ) -> None:  # fmt: skip
-        """`learned`: which ids of the only side are; None: all."""
+        """`learned`: which ids of the only side are; None: all. `margins`, `scores`: of the pair, or of its sides."""
+        if weight is not None and not self.weights:  # the first that says so: all before it count 1
+            self.weights = array("d", [1.0]) * len(self)
+        if weight is not None or self.weights:
+            self.weights.append(1.0 if weight is None else weight)
+        self.margins.extend(margin for margin in margins if margin is not None)
+        self.scores.extend(scores)
+        self._join(thread or place_of(row), thread is not None)
         self.rows.append(encode(row))
         self.prompts.append(prompt)
         for ids in sides:
@@ -258,8 +304,28 @@ class ExamplesBuilder:
         if learned is not None or self.learned:
             self.learned.extend(learned if learned is not None else repeat(1, tokens))
 
+    def _join(self, thread: str, may_come_again: bool) -> None:
+        """The number of the example's conversation: that of the last one, or (in a tree) of an earlier one, or new."""
+        if thread != self.last or not self.threads:
+            number = self.names.get(thread, len(self.threads))
+            if may_come_again:
+                self.names[thread] = number
+        else:
+            number = self.threads[-1]
+        self.last = thread
+        self.threads.append(number)
+
     def finish(self) -> Examples:
         labels = as_numpy(self.labels).astype(bool) if self.labels else None
         learned = as_numpy(self.learned).astype(bool) if self.learned else None
+        numbers = {"weights": self.weights, "margins": self.margins, "scores": self.scores}
+        of_rows = {name: as_numpy(values) for name, values in numbers.items() if values}
+        threads = as_numpy(self.threads)
+        of_rows |= {"threads": threads} if (threads != np.arange(len(threads))).any() else {}
         rows = Texts(self.rows.finish())
-        return Examples(self.prompts.finish(), self.completions.finish(), rows, self.sides, labels, learned)
+        return Examples(self.prompts.finish(), self.completions.finish(), rows, self.sides, labels, learned, **of_rows)
+
+
+def place_of(row: str) -> str:
+    """The row that an example comes from: "rows.json:3 (0 over 2)" is of rows.json:3."""
+    return row[: row.rindex(" (")] if row.endswith(")") and " (" in row else row

@@ -49,6 +49,8 @@ class TextOptions:
     learn_after_stop: bool = False  # TRL's way: what the template writes behind the stop token is learned too
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
     long_completions: Literal["skip", "cut"] = "skip"
+    controls: tuple[str, str] | None = None  # before the prompts of good and of bad answers
+    control: str | None = None  # before every prompt that is to be answered
 
 
 def render(

@@ -22,30 +22,34 @@ def rows_of(record: Record, target: str) -> Iterator[Row]:
     """The rows that a record becomes: one, or two where a pair is taken apart."""
     extras = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
     extras = {name: value for name, value in extras.items() if value}
+    own = {"weight": record.weight, "margin": record.margin}
+    own = {name: value for name, value in own.items() if value is not None}
+    weight = {name: value for name, value in own.items() if name == "weight"}
     scores = record.scores or {}
     if len(record.sides) == 2 and target != "sft" and record.sides["chosen"] == record.sides["rejected"]:
         raise BadRow("both sides are equal")
     if target == "pairs":
         numbers = {f"score_{side}": value for side, value in scores.items()}
-        sure = {} if record.weight is None else {"weight": record.weight}
-        yield {"prompt": record.prompt, **record.sides, **numbers, **sure, **extras}
+        yield {"prompt": record.prompt, **record.sides, **numbers, **own, **extras}
     elif target == "labelled":
+        own = own if len(record.sides) == 1 else weight  # a margin is the pair's
         for side, text in record.sides.items():
             label = record.label if side == "completion" else side == "chosen"
-            yield {"prompt": record.prompt, "completion": text, "label": label, **extras}
+            yield {"prompt": record.prompt, "completion": text, "label": label, **own, **extras}
     elif target == "scored":
         if not scores:
             raise SetAside("it has no scores")
         for side, text in record.sides.items():
-            yield {"prompt": record.prompt, "completion": text, "score": scores[side], **extras}
+            yield {"prompt": record.prompt, "completion": text, "score": scores[side], **weight, **extras}
     else:
         if record.label is False:
             raise SetAside("its label is false: no demonstration")
         text = record.sides.get("chosen", record.sides.get("completion"))
+        weight = weight if len(record.sides) == 1 else {}  # that of a pair is about the comparison
         if isinstance(record.prompt, list):
-            yield {"messages": record.prompt + text, **extras}
+            yield {"messages": record.prompt + text, **weight, **extras}
         else:
-            yield {"prompt": record.prompt, "completion": text, **extras}
+            yield {"prompt": record.prompt, "completion": text, **weight, **extras}
 
 
 def with_turns(record: Record) -> Record:

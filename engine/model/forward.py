@@ -70,12 +70,24 @@ def loss_of_states(
             batch.cu_seqlens,
             batch.ref_logps,
             loss=loss,
-            labels=batch.labels,
             z0=z0,
             num_items=num_items,
             impl=lm.impl,
+            **numbers_of(lm, hidden, batch),
             **lm.head.options(),
         )
+
+
+@torch.no_grad()
+def numbers_of(lm: LanguageModel, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """What the loss takes of the rows; with `policy_weights` the weights of WPO too (Zhou et al. 2024)."""
+    if not batch.policy_weights:
+        return batch.numbers
+    logps, outputs = prefuse.linear_logprobs(
+        hidden, lm.head.weight, batch.targets, outputs=("log_sum_sq_probs",), impl=lm.impl, **lm.head.options()
+    )
+    weights = prefuse.wpo_weights(logps, outputs["log_sum_sq_probs"], batch.cu_seqlens)
+    return batch.numbers | {"weights": weights * batch.numbers.get("weights", 1.0)}
 
 
 def logps_of_states(lm: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor:  # (N, D) -> (N,) float32
@@ -110,7 +122,8 @@ def reference_point(
     logps = torch.cat([none, *(token_logps(lm, batch) for batch in batches)])
     for batch in spare:
         token_logps(lm, batch)
-    ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)])
+    known = all(batch.ref_logps is not None for batch in (*batches, *spare))
+    ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)]) if known else None
     counts = torch.cat([none.int(), *(batch.cu_seqlens.diff() for batch in batches)])
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     return prefuse.kto_reference_point(logps, ref_logps, cu_seqlens, group=ranks.group)

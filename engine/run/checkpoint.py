@@ -2,6 +2,7 @@
 
 checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrained reads; with adapters, theirs alone
                  optimizer-00001.safetensors ...              <state>.<parameter name>
+                 reference-00001.safetensors ...              a reference that follows the policy
                  rng.safetensors                              the random state of every rank
                  rows.safetensors                             a digest of every training row
                  trainer_state.json                           step, settings, metrics since the last log line, hashes
@@ -29,6 +30,7 @@ from prefuse.engine.model.adapters import WEIGHTS, adapter_state
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import save_model, trained_weights
 from prefuse.engine.run.files import json_text, published_folder, require_space, sha256_of
+from prefuse.engine.run.following import Following
 from prefuse.engine.run.proof import checkpoints, fault_of_files, fault_of_tensors, read_state
 from prefuse.engine.run.ranks import ALONE, Ranks, check_same_weights, fill_, whole
 from prefuse.models.trunk import class_of
@@ -38,12 +40,13 @@ logger = logging.getLogger(__name__)
 FILE_BYTES = 4 << 30  # of optimizer states in a file
 
 
-def checkpoint_bytes(lm: LanguageModel) -> int:
+def checkpoint_bytes(lm: LanguageModel, following: Following | None = None) -> int:
     """About what one takes on the disk: weights, and two states of the optimizer for what is trained."""
     size = sum(
         p.numel() * p.element_size() * (3 if p.requires_grad else 1)
         for p in (lm.model.parameters() if lm.adapters is None else _trainable(lm).values())
     )
+    size += 0 if following is None else following.bytes
     return size + (size >> 5) + (1 << 20)
 
 
@@ -62,25 +65,25 @@ def save_checkpoint(
     state: dict,
     rows: Tensor,  # (E,) int64
     ranks: Ranks = ALONE,
+    following: Following | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` aside and publish it."""
     from safetensors.torch import save_file
 
     final = folder / f"checkpoint-{state['step']}"
     check_same_weights(lm.model, ranks)
-    size = checkpoint_bytes(lm)
+    size = checkpoint_bytes(lm, following)
     ranks.from_main(lambda: require_space(folder, size, final.name))
     weights = trained_weights(lm, ranks)
     random = _gather_rng(ranks)
-    optimizer_files = _optimizer_files(lm, optimizer, ranks)
+    gathered = _gathered_files(lm, optimizer, following, ranks)
 
     def write() -> None:
         try:
             with published_folder(final) as aside:
                 save_model(lm, tokenizer, aside, weights)
-                for number, (tensors, numbers) in enumerate(optimizer_files, 1):
-                    about = {"numbers": json.dumps(numbers)}
-                    save_file(tensors, aside / f"optimizer-{number:05}.safetensors", metadata=about)
+                for name, tensors, about in gathered:
+                    save_file(tensors, aside / f"{name}.safetensors", metadata=about)
                 save_file(random, aside / "rng.safetensors")
                 save_file({"rows": rows}, aside / "rows.safetensors")
                 files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -92,7 +95,7 @@ def save_checkpoint(
             drain()  # where writing failed, the others still wait to be asked for their parts
 
     def drain() -> None:
-        for _ in optimizer_files:
+        for _ in gathered:
             pass
 
     ranks.from_main(write, meanwhile=drain)
@@ -153,6 +156,7 @@ def load_newest(
     optimizer: torch.optim.Optimizer,
     ranks: Ranks = ALONE,
     agree: Callable[[Saved], None] = lambda saved: None,
+    following: Following | None = None,
 ) -> Saved | None:
     """Weights, optimizer and random state of the newest checkpoint in which nothing is wrong. `agree` raises UserError
     for one of another run."""
@@ -163,9 +167,16 @@ def load_newest(
         path = folder / newest
         saved = ranks.together(lambda path=path: _read(path))
         agree(saved)
-        fault = ranks.from_main(lambda saved=saved: fault_of_tensors(saved.path, saved.state, lm, _trainable(lm)))
+        fault = ranks.from_main(
+            lambda saved=saved: (
+                fault_of_tensors(saved.path, saved.state, lm, _trainable(lm))
+                or (following and following.fault_of(saved.path))
+            )
+        )
         if fault is None:
             _load(path, lm, optimizer, ranks)
+            if following is not None:
+                following.load(path)
             return saved
         if ranks.main:
             _pass_over(path, fault)
@@ -227,6 +238,16 @@ def _load(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks
 def _trainable(lm: LanguageModel) -> dict[str, Tensor]:
     """A tied parameter appears once."""
     return {name: parameter for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
+
+
+def _gathered_files(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, following: Following | None, ranks: Ranks
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str] | None]]:
+    """(name, tensors, metadata) of the files that all ranks gather together, one after the other."""
+    for number, (tensors, numbers) in enumerate(_optimizer_files(lm, optimizer, ranks), 1):
+        yield f"optimizer-{number:05}", tensors, {"numbers": json.dumps(numbers)}
+    for number, tensors in enumerate(following.files(ranks) if following else (), 1):
+        yield f"reference-{number:05}", tensors, None
 
 
 def _optimizer_files(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import Diverged
+from prefuse.losses.contract import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -117,25 +118,26 @@ class Guards:
                 "Raise beta, lower learning_rate, or drop pairs whose sides hardly differ",
             )
 
-    def check_labels(self, labels: Sequence[bool]) -> None:
-        """KTO, before the first step."""
+    def check_labels(self, labels: Sequence[bool], loss: Loss) -> None:
+        """Before the first step. The paper's ratio is of KTO's weights."""
         good = sum(labels)
         bad = len(labels) - good
-        config = self.config
         if not good or not bad:
             self._act(
                 "KTO labels",
-                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: KTO then only pulls the policy "
-                "one way. Add rows of the other kind, or use `prefuse sft` for good ones",
+                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: the loss then only pulls the "
+                "policy one way. Add rows of the other kind, or use `prefuse sft` for good ones",
             )
             return
-        ratio = config.desirable_weight * good / (config.undesirable_weight * bad) if config.undesirable_weight else 1.0
-        if config.desirable_weight and not KTO_RATIO[0] <= ratio <= KTO_RATIO[1]:
+        weights = getattr(loss, "desirable_weight", 0.0), getattr(loss, "undesirable_weight", 0.0)
+        ratio = weights[0] * good / (weights[1] * bad) if all(weights) else 1.0
+        if not KTO_RATIO[0] <= ratio <= KTO_RATIO[1]:
             name, value = ("undesirable_weight", good / bad) if good > bad else ("desirable_weight", bad / good)
             self._act(
                 "KTO labels",
-                f"{good} desirable rows of weight {config.desirable_weight:g} against {bad} undesirable ones of weight "
-                f"{config.undesirable_weight:g} make {ratio:.3g}, expected 1 to 4/3: set {name} to {value:.3g}",
+                f"{good} desirable rows of weight {weights[0]:g} against {bad} undesirable ones of weight "
+                f"{weights[1]:g} make {ratio:.3g}, expected 1 to 4/3: set {name} to {value:.3g}, or kto_weights to "
+                "auto",
             )
 
     def _act(self, name: str, message: str) -> None:

@@ -32,7 +32,7 @@ from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, progress, say
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
-from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.contract import Loss, is_batchwise, needs_of
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most
@@ -58,10 +58,11 @@ class HeldOut:
     kl_samples: dict[int, KLSample] | None = None  # by batch
 
 
-def evaluation_batches(examples: Examples, config: Config) -> list[list[int]]:
-    """All examples once, as indices."""
+def evaluation_batches(examples: Examples, config: Config, batchwise: bool = False) -> list[list[int]]:
+    """All examples once, as indices; for a loss that is `batchwise`, so many in each."""
     size = config.per_device_eval_batch_size
-    bins = examples.bins(config.token_budget(size, examples.sides)) if examples.padding_free else None
+    flat = examples.padding_free and not batchwise
+    bins = examples.bins(config.token_budget(size, examples.sides)) if flat else None
     return plan_evaluation(examples.lengths, size, bins)
 
 
@@ -72,13 +73,13 @@ def held_out_mismatches(examples: Examples, config: Config) -> Examples:
 
 def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Config, ranks: Ranks = ALONE) -> HeldOut:
     """Everything about the held-out rows that needs the reference, computed while it is here."""
-    batches = evaluation_batches(examples, config)
+    batches = evaluation_batches(examples, config, is_batchwise(loss))
+    mismatches = held_out_mismatches(examples, config) if "z0" in needs_of(loss) else None
     if ref is None:
-        return HeldOut(examples, batches)
+        return HeldOut(examples, batches, mismatches=mismatches)
     own = batches[ranks.rank :: ranks.size]
-    mismatches = mismatch_logps = None
-    if "z0" in needs_of(loss):
-        mismatches = held_out_mismatches(examples, config)
+    mismatch_logps = None
+    if mismatches is not None:
         mismatch_logps = reference_logps(ref, mismatches, own, config.reference_cache, ranks)
     ref_logps: list[Tensor | None] = [None] * len(examples)
     if config.reference_cache is not None:
@@ -154,7 +155,8 @@ def _measure(
 
 def _measure_unmoved(batch: Batch, loss: Loss, z0: Tensor | None, sample: KLSample | None) -> dict[str, Tensor]:
     """What `_measure` gives for a policy that is its own reference."""
-    out = prefuse.preference_loss(batch.ref_logps, batch.ref_logps, batch.cu_seqlens, loss, batch.labels, z0, 1)
+    logps = batch.ref_logps
+    out = prefuse.preference_loss(logps, logps, batch.cu_seqlens, loss, z0=z0, num_items=1, **batch.numbers)
     metrics = _with_loss(out, batch, loss)
     if sample is not None:
         metrics["kl_to_ref"] = torch.tensor([0.0, len(sample.positions)], dtype=torch.float64, device=out.loss.device)

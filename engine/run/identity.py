@@ -75,6 +75,9 @@ def row_digests(examples: Examples) -> Tensor:  # (E,) int64
             digest.update(np.asarray(examples.learned_of(index), bool).tobytes())
         if examples.labels is not None:
             digest.update(bytes([bool(examples.labels[index])]))
+        for name in ("weights", "margins", "scores"):
+            if (of_rows := getattr(examples, name)) is not None:
+                digest.update(np.float64(of_rows[index]).tobytes())
         digests += digest.digest()
     return torch.frombuffer(digests, dtype=torch.int64)
 

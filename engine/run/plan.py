@@ -16,11 +16,13 @@ from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import check_model, check_same_vocabulary, load_model, without_padding
 from prefuse.engine.report.log import say
+from prefuse.engine.run.following import Following
 from prefuse.engine.run.held_out import HeldOut, hold
 from prefuse.engine.run.identity import checksums
 from prefuse.engine.run.ranks import Ranks, share
 from prefuse.engine.run.reference_logps import Logps, reference_logps
-from prefuse.losses.contract import Loss, needs_of
+from prefuse.following import FollowingReference
+from prefuse.losses.contract import Loss, is_batchwise, needs_of
 
 Parts = list[list[list[int]]]  # of one step, by rank and microbatch: example indices
 
@@ -39,11 +41,12 @@ class Share:
 class Steps:
     """The optimizer steps of a run, of all its epochs; each is cut and shared among the ranks when it is asked for."""
 
-    def __init__(self, examples: Examples, config: Config, ranks: Ranks):
+    def __init__(self, examples: Examples, config: Config, ranks: Ranks, batchwise: bool = False):
         self.lengths, self.size, self.seed = examples.lengths, ranks.size, config.seed
         self.cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps * ranks.size)
         self.bins = None
-        if examples.padding_free and config.z0_scope == "step":  # else a microbatch is what it says, so many examples
+        # Where a microbatch is what the loss looks at, it has as many examples as it says.
+        if examples.padding_free and config.z0_scope == "step" and not batchwise:
             self.bins = examples.bins(config.token_budget(config.per_device_train_batch_size, examples.sides))
         self.per_epoch = math.ceil(len(examples) / math.prod(self.cut))
         self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.per_epoch)
@@ -75,6 +78,7 @@ class TrainingSet:
     mismatches: list[Examples] | None = None  # for a loss that needs z0, by epoch
     mismatch_ref_logps: list[Logps] | None = None  # by epoch, of the rows of its planned steps
     reference: dict[str, int] | None = None  # checksums of a second model's tensors
+    following: Following | None = None  # a reference that is asked about each batch anew
 
     @property
     def total_steps(self) -> int:
@@ -95,7 +99,7 @@ class TrainingSet:
             mismatches = []
             if self.mismatches is not None:
                 epoch = step // self.steps_per_epoch
-                other, logps = self.mismatches[epoch], self.mismatch_ref_logps[epoch]
+                other, logps = self.mismatches[epoch], self.mismatch_ref_logps and self.mismatch_ref_logps[epoch]
                 mismatches = [collate(other, indices, logps) for indices in own]
             rows = [[[self.examples.rows[i] for i in indices] for indices in part] for part in parts]
             yield Share(step, batches, mismatches, counts, rows)
@@ -105,31 +109,34 @@ def meet_reference(
     lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks
 ) -> tuple[TrainingSet, HeldOut | None]:
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
-    is gone afterwards."""
-    ref, second = lm, None
-    if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
-        ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)
+    is gone afterwards, unless it follows the policy."""
+    needs = needs_of(loss)
+    ref, second = (lm if "reference" in needs else None), None
+    if ref is not None and (config.ref_model_name_or_path is not None or config.sync_ref_model):
+        ref = load_model(config.ref_model_name_or_path or config.model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
-        check_same_vocabulary(lm, ref, config)
-        second = checksums(ref.model.state_dict(), ranks)
-    examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
+        if config.ref_model_name_or_path is not None:
+            check_same_vocabulary(lm, ref, config)
+            second = checksums(ref.model.state_dict(), ranks)
+    examples = without_padding(examples, (lm,) if ref in (lm, None) else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
-    steps = Steps(examples, config, ranks)
-    if "reference" not in needs_of(loss):
-        return TrainingSet(examples, steps, ranks), held and hold(held, None, loss, config, ranks)
-
-    say(f"reference log-probabilities of {_planned(steps, len(examples))} examples ...")
-    first = steps.microbatches_of(ranks.rank, 0)  # as the policy will meet them
-    logps = reference_logps(ref, examples, first, config.reference_cache, ranks)
-    mismatches = mismatch_logps = None
-    if "z0" in needs_of(loss):
+    steps = Steps(examples, config, ranks, is_batchwise(loss))
+    mismatches = None
+    if "z0" in needs:
         draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
         mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
-        mismatch_logps = [
+    logps = mismatch_logps = following = None
+    if config.sync_ref_model and ref is not None:
+        following = Following(ref, FollowingReference(config.ref_model_mixup_alpha, config.ref_model_sync_steps))
+    elif ref is not None:
+        say(f"reference log-probabilities of {_planned(steps, len(examples))} examples ...")
+        first = steps.microbatches_of(ranks.rank, 0)  # as the policy will meet them
+        logps = reference_logps(ref, examples, first, config.reference_cache, ranks)
+        mismatch_logps = mismatches and [
             reference_logps(ref, other, steps.microbatches_of(ranks.rank, epoch), config.reference_cache, ranks)
             for epoch, other in enumerate(mismatches)
         ]
-    data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps, second)
+    data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps, second, following)
     return data, held and hold(held, ref, loss, config, ranks)
 
 

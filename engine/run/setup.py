@@ -13,7 +13,7 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
-from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
+from prefuse.engine.data.dataset import read_training_data, settled, write_skipped
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_state
@@ -27,6 +27,7 @@ from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
+from prefuse.engine.run.following import Following
 from prefuse.engine.run.guards import Guards
 from prefuse.engine.run.health import largest_weight
 from prefuse.engine.run.held_out import HeldOut
@@ -48,10 +49,10 @@ from prefuse.losses.contract import Loss, needs_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     config: Config
-    loss: Loss
+    loss: Loss  # of the next step: some change from step to step
     home: RunFolder
     tokenizer: object
     lm: LanguageModel
@@ -117,6 +118,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
         )  # fmt: skip
     tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
+    loss = settled(loss, config, examples)
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
@@ -124,7 +126,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
-        guards.check_labels(examples.labels)
+        guards.check_labels(examples.labels, loss)
     model = checksums(base_state(lm.model), ranks)
     with adapters_off(lm.model), clock.part("reference"):
         data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
@@ -140,9 +142,10 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     largest = largest_weight(lm, ranks)
     state = {"step": 0, "lines": 0, "evaluate": True}
     if home.state != "set-up":
-        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks)
+        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks, data.following)
         if saved is not None:
             state = saved.state
+            loss = dataclasses.replace(loss, **state.get("loss", {}))
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
     newest = state["step"] or None
 
@@ -174,7 +177,8 @@ def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: Ru
     count = data.total_steps // config.save_steps if config.save_steps else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
-    return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
+    each = checkpoint_bytes(lm, data.following)
+    return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * each
 
 
 def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tuple[object, Examples, Examples | None]:
@@ -182,7 +186,7 @@ def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tup
 
     def read() -> tuple:
         tokenizer = load_tokenizer(config.model_name_or_path, config)
-        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
+        return tokenizer, *read_training_data(config, loss, tokenizer)
 
     with clock.part("data"):
         tokenizer, examples, held_examples, skipped = ranks.together(read)
@@ -193,7 +197,7 @@ def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tup
 
 def _load_newest(
     home: RunFolder, lm: LanguageModel, optimizer: torch.optim.Optimizer, identity: Identity, examples: Examples,
-    ranks: Ranks,
+    ranks: Ranks, following: Following | None,
 ) -> tuple[Saved | None, list[str]]:  # fmt: skip
     """The newest whole checkpoint, loaded, and what has changed since; None where the run begins again."""
     changes: list[str] = []
@@ -201,7 +205,7 @@ def _load_newest(
     def agree(saved: Saved) -> None:
         changes[:] = check_same(saved.state["identity"], saved.rows, identity, examples.rows, saved.state["step"])
 
-    saved = load_newest(home.path, lm, optimizer, ranks, agree)
+    saved = load_newest(home.path, lm, optimizer, ranks, agree, following)
     if saved is None and home.finished:
         raise UserError(
             f"the run in {home.path} is finished and has no whole checkpoint to go on from: start a new run from "
@@ -240,6 +244,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "guards": run.guards.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
+        "loss": {"baseline": run.loss.baseline} if hasattr(run.loss, "after") else {},
     }
 
 

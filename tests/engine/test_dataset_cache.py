@@ -320,7 +320,7 @@ def test_a_run_takes_the_folder_from_its_settings(rows, tmp_path, reads):
         model_name_or_path=save_model(tmp_path / "m"), dataset_name=rows, output_dir="o",
         dataset_cache=str(tmp_path / "own"), eval_fraction=0.2,
     )  # fmt: skip
-    one, two = (read_training_data(config, "pair", tiny_tokenizer()) for _ in range(2))
+    one, two = (read_training_data(config, config.loss(), tiny_tokenizer()) for _ in range(2))
     assert len(reads) == 1
     assert [list(part) for part in one] == [list(part) for part in two]
     assert len(list((tmp_path / "own").iterdir())) == 1

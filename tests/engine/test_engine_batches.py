@@ -150,7 +150,7 @@ def test_neighbours_with_the_same_prompt_share_it():
     batch = collate(FLAT, [2, 0, 1], refs)
     assert batch.tokens.input_ids.tolist() == [[1, 2, 3, 5, 6, 4, 9, 8, 7]]
     assert batch.rows == ["f:2", "f:0", "f:1"]
-    assert batch.labels.tolist() == [False, True, False]
+    assert batch.numbers["labels"].tolist() == [False, True, False]
     assert batch.ref_logps.tolist() == pytest.approx([2.0, 2.1, 0.0, 1.0, 1.1])
     assert batch.targets.tolist() == [5, 6, 4, 8, 7]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 5]

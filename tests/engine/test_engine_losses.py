@@ -14,7 +14,8 @@ LN2 = math.log(2)
 FIRST_LOSS = {  # of a policy that is its reference
     "sigmoid": LN2, "sigmoid_norm": LN2, "hinge": 1.0, "robust": LN2, "nca_pair": 2 * LN2, "bco_pair": 2 * LN2,
     "exo_pair": -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3)), "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0,
-    "discopop": 0.5 * LN2 + 0.5, "f_dpo": LN2, "ld_dpo": LN2, "una": LN2, "una_pair": 2 * LN2,
+    "discopop": 0.5 * LN2 + 0.5, "f_dpo": LN2, "ld_dpo": LN2, "una": LN2, "una_pair": 2 * LN2, "aot": LN2,
+    "aot_unpaired": LN2, "beta_dpo": LN2,
 }  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo", "cpo", "slic")
 
@@ -39,7 +40,9 @@ def run(loss_type, model, pairs, out, **changes):
 
 
 def test_every_loss_type_is_tried_here_or_with_dpo():
-    assert {*FIRST_LOSS, *WITHOUT_REFERENCE, "rpo", "dpo", "ipo", "kto", "ppo_clip"} == set(LOSS_TYPES)
+    """Those that rows must feed with more than text are tried in test_losses_learn.py alone."""
+    fed = {"odpo", "modpo", "mo_kto", "una_score", "csft"}
+    assert {*FIRST_LOSS, *WITHOUT_REFERENCE, *fed, "rpo", "dpo", "ipo", "kto", "ppo_clip"} == set(LOSS_TYPES)
 
 
 @pytest.mark.parametrize("loss_type", FIRST_LOSS)

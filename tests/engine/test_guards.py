@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import prefuse
 from prefuse.engine import train as train_module
 from prefuse.engine.config.settings import FIELDS
 from prefuse.engine.errors import UserError
@@ -171,7 +172,7 @@ def test_kl_has_a_limit_only_if_given(caplog):
     ],
 )
 def test_kto_labels_out_of_balance_are_named_with_the_weight_that_mends_them(good, bad, changes, message, caplog):
-    guards(loss_type="kto", **changes).check_labels([True] * good + [False] * bad)
+    guards(loss_type="kto", **changes).check_labels([True] * good + [False] * bad, prefuse.KTO(**changes))
     assert message in caplog.text
     assert bool(caplog.text) == bool(message)
 

@@ -16,6 +16,7 @@ from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tre
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
 from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
 from prefuse.engine.data.forms.names import MEDIA, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain
+from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
 from prefuse.engine.data.forms.rankings import find_ranking
 from prefuse.engine.data.forms.verdicts import find_verdict
@@ -52,6 +53,8 @@ def detect_form(look: Look, kind: str, options: ReadOptions) -> Form:
     for form in _forms(look, named, options, kind):
         if form.kind in OF_KIND[kind]:
             form = _with_extras(look, form, extras)
+            if kind != "prompt" and (form.kind, kind) != ("pair", "sft"):  # a pair's numbers are about the comparison
+                form = _with_numbers(look, form, named, options)
             _refuse_unused_text(look, form, kind)
             return form
         fitting = fitting or form
@@ -81,6 +84,14 @@ def _with_extras(look: Look, form: Form, extras: tuple[str | None, str | None]) 
     nested = None if extras[0] else next((column for column in form.columns if _holds_tools(look, column)), None)
     became += [(f"{nested}.tools", "tools")] if nested else []
     return replace(form, became=(*form.became, *became), optional=optional, extras=extras, nested_tools=nested)
+
+
+def _with_numbers(look: Look, form: Form, named: dict[str, list[str]], options: ReadOptions) -> Form:
+    found = find_numbers(replace(look, used=set(look.used)), form, named, options)
+    if not found.became:
+        return form
+    optional = (*form.optional, *(column for column, _ in found.became))
+    return replace(form, became=(*form.became, *found.became), optional=optional, numbers=found.read)
 
 
 def _holds_tools(look: Look, column: str) -> bool:

@@ -27,6 +27,9 @@ class ReadOptions:
     pairs: Literal["best_worst", "all", "best_vs_random"] = "best_worst"  # which pairs a list of answers gives
     seed: int = 0  # of best_vs_random
     keep_scores: bool = False  # scores stay scores, and no threshold is asked for
+    row_weights: bool = True  # a column of weights counts
+    objective_weights: str | None = None  # "safety=0.3": the objectives whose scores make the margin
+    needs: tuple[str, ...] = ("margins", "scores")  # of the numbers beside a text, those that are looked for
     dataset_config: str | None = None  # of a dataset with several configurations, the one to read
 
 
@@ -55,6 +58,7 @@ class Form:
     extras: tuple[str | None, str | None] = (None, None)  # the columns of tools and of chat_template_kwargs
     nested_tools: str | None = None  # a column of objects that may hold tools beside their messages
     gather: Callable[[Iterator[tuple[str, Any]]], Iterator[Any]] | None = None  # where a record needs several rows
+    numbers: Callable[[Row, Record], Record] | None = None  # adds what stands beside the text
     tally: Tally = field(default_factory=Tally)
 
     def __str__(self) -> str:

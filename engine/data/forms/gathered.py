@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from prefuse.engine.data.forms.demonstrations import find_answers
@@ -93,9 +94,12 @@ def _attempt_all(name: str, records: Any) -> Iterator[Record | Skipped]:
 # Trees
 
 
+NODE = ("message_id", "parent_id", "text", "role", "rank")
+
+
 def find_tree(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
     """OpenAssistant's messages, one a row with the id of its parent, or a whole tree a row."""
-    flat = [look.find(name) for name in ("message_id", "parent_id", "text", "role", "rank")]
+    flat = [look.find(name) for name in NODE]
     if all(flat):
         message, parent, text, role, rank = flat
         became = (
@@ -105,7 +109,7 @@ def find_tree(look: Look, named: dict[str, list[str]], options: ReadOptions) -> 
             (message, "id"),
             (parent, "id of the turn before"),
         )
-        return _tree_form("/".join(flat), became, (message, text, role), _gather_flat, options)  # type: ignore[arg-type]
+        return _tree_form("/".join(flat), became, tuple(flat), _gather_flat, options)  # type: ignore[arg-type]
     root = look.find("prompt")
     if root and any(isinstance(value, dict) and "replies" in value for value in look.values[root]):
         return _tree_form(f"{root} (a tree)", ((root, "tree of turns"),), (root,), _gather_nested, options)
@@ -118,10 +122,11 @@ def _tree_form(name: str, became: Any, columns: tuple[str, ...], gather: Any, op
     def read(name: str, row: Row) -> Iterable[Record]:
         yield from ()
 
+    required = tuple(column for column, key in zip(columns, NODE, strict=False) if key not in ("parent_id", "rank"))
     return Form(
         "pair",
         name,
-        columns,
+        required,
         became,
         read,
         gather=lambda rows: gather(rows, columns, options, notes),
@@ -132,36 +137,45 @@ def _tree_form(name: str, became: Any, columns: tuple[str, ...], gather: Any, op
 def _gather_flat(rows: Iterator[Named], columns: tuple[str, ...], options: ReadOptions, notes: Counter[str]) -> Any:
     nodes: dict[Any, tuple[str, Row]] = {}
     children: dict[Any, list[Any]] = {}
+    required = [column for column, key in zip(columns, NODE, strict=True) if key in ("message_id", "text", "role")]
     for name, row in rows:
-        outcome = attempt(name, row, columns, lambda name, row: row)
-        if isinstance(outcome, Skipped):
-            yield outcome
+        node = attempt(name, row, tuple(required), lambda name, row: _node(row, columns))
+        if isinstance(node, Skipped):
+            yield node
             continue
-        if any(isinstance(row.get(column), dict | list) for column in ("message_id", "parent_id")):
-            yield Skipped(name, "its message_id and parent_id must be texts or numbers")
-            continue
-        nodes[row["message_id"]] = (name, row)
-        children.setdefault(row.get("parent_id"), []).append(row["message_id"])
+        nodes[node["message_id"]] = (name, node)
+        children.setdefault(node["parent_id"], []).append(node["message_id"])
 
-    def path(node: Any) -> list[Any]:
-        turns: list[Any] = []
+    def path(node: Any) -> list[str]:
+        """The ids from the root to a node."""
+        ids: list[Any] = []
         while node is not None:
-            if node not in nodes or len(turns) > 1000:
+            if node not in nodes or len(ids) > 1000:
                 raise BadRow(f"the turn before it, {node!r:.60}, is in no row")
-            row = nodes[node][1]
-            turns.append({"role": row["role"], "content": row["text"]})
-            node = row.get("parent_id")
-        return turns[::-1]
+            ids.append(node)
+            node = nodes[node][1]["parent_id"]
+        return ids[::-1]
+
+    def pairs(name: str, parent: Any, answers: list[Row]) -> Iterable[Record]:
+        ids = path(parent)
+        turns = [{"role": nodes[node][1]["role"], "content": nodes[node][1]["text"]} for node in ids]
+        for record in _ranked(name, read_turns(turns, "text"), answers, options, notes):
+            yield replace(record, thread=nodes[ids[0]][0])
 
     for parent, replies in children.items():
         answers = [nodes[node][1] for node in replies if str(nodes[node][1]["role"]).lower() != "prompter"]
         if parent is None or not answers:
             continue
         name = nodes[parent][0] if parent in nodes else nodes[replies[0]][0]
-        turns = lambda parent=parent: read_turns(path(parent), "text")  # noqa: E731
-        yield from _attempt_all(
-            name, lambda turns=turns, answers=answers, name=name: _ranked(name, turns(), answers, options, notes)
-        )
+        yield from _attempt_all(name, lambda args=(name, parent, answers): pairs(*args))
+
+
+def _node(row: Row, columns: tuple[str, ...]) -> Row:
+    """A message, its keys spelled as OpenAssistant does."""
+    node = {key: row.get(column) for key, column in zip(NODE, columns, strict=True)}
+    if any(isinstance(node[key], dict | list) for key in ("message_id", "parent_id")):
+        raise BadRow("its message_id and parent_id must be texts or numbers")
+    return node
 
 
 def _gather_nested(rows: Iterator[Named], columns: tuple[str, ...], options: ReadOptions, notes: Counter[str]) -> Any:

@@ -80,7 +80,8 @@ def holds_text(value: Any, depth: int = 6) -> bool:
 
 ROLES = (
     "prompt", "input", "system", "history", "messages", "completion", "chosen", "rejected", "first", "second",
-    "verdict", "answers", "scores", "label", "score", "text", "tools", "chat_template_kwargs", "unused",
+    "verdict", "answers", "scores", "label", "score", "weight", "margin", "text", "tools", "chat_template_kwargs",
+    "unused",
 )  # fmt: skip
 
 

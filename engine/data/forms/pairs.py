@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
@@ -44,7 +43,7 @@ def find_pair(look: Look, named: dict[str, list[str]], options: ReadOptions) -> 
             if ends_answered and _is_answered(text, chosen, rejected):
                 notes[ANSWERED] += 1
                 text = text[:-1]
-            yield _scored(row, sides, pair(name, text, chosen, rejected, notes))
+            yield pair(name, text, chosen, rejected, notes)
 
         return Form(
             "pair", "/".join([prompt.text, *sides]), (prompt.text, *sides), tuple(became), read,
@@ -96,7 +95,7 @@ def _implicit_form(look: Look, named: Any, sides: tuple[str, str], became: list[
 
     def read(name: str, row: Row) -> Iterable[Record]:
         prompt, chosen, rejected = split(row)
-        yield _scored(row, sides, make_record(name, prompt, {"chosen": chosen, "rejected": rejected}))
+        yield make_record(name, prompt, {"chosen": chosen, "rejected": rejected})
 
     optional = (system,) if system else ()
     return Form("pair", "/".join(sides), sides, tuple(became), read, optional=optional, tally=Tally(notes))
@@ -186,18 +185,6 @@ def _side(row: Row, column: str, notes: Counter[str]) -> Text:
             notes[FIRST_OF_SEVERAL] += 1
             return text[:1]
     return text
-
-
-def _score_names(side: str) -> tuple[str, ...]:
-    return (f"score_{side}", f"{side}_score", f"{side}_rating", f"{side}-rating")
-
-
-def _scored(row: Row, sides: tuple[str, str], record: Record) -> Record:
-    """Keeps the scores that stand beside the two sides."""
-    values = [next((row[name] for name in _score_names(side) if name in row), None) for side in sides]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return replace(record, scores={"chosen": float(values[0]), "rejected": float(values[1])})
-    return record
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
+from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import ANSWER_LISTS, BEST_INDEX, SCORE_LISTS, plain
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
-from prefuse.engine.data.forms.turns import read_text
+from prefuse.engine.data.forms.turns import read_text, turn_of
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Text
 
 TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")
@@ -53,6 +53,9 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
             raise BadRow(f'"{column}" must be a list of answers')
         goodness = _goodness(answers, row, column, scores, best, key)
         scored = [(_text_of(answer, column), good) for answer, good in zip(answers, goodness, strict=True)]
+        if options.keep_scores:
+            yield from answers_of(name, prompt.read(row), scored)
+            return
         yield from pairs_of(name, prompt.read(row), scored, options, notes)
 
     became = [*prompt.became, (column, "answers")]
@@ -61,7 +64,7 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     elif key:
         became[-1] = (column, f"answers, by their {key}")
     return Form(
-        "pair", "/".join([prompt.text, column, *filter(None, (scores, best))]),
+        "scored" if options.keep_scores else "pair", "/".join([prompt.text, column, *filter(None, (scores, best))]),
         (prompt.text, column, *filter(None, (scores, best))), tuple(became), read, prompt.read,
         as_turns=prompt.as_turns, optional=tuple(prompt.optional), tally=Tally(notes),
     )  # fmt: skip
@@ -83,6 +86,18 @@ def pairs_of(
         notes["pairs from lists of answers"] += 1
         yield pair(place, prompt, chosen, rejected, notes, scores=numbers)
     notes[f"answers in no pair (--pairs {options.pairs})"] += len(scored) - 2 if options.pairs != "all" else 0
+
+
+def answers_of(name: str, prompt: Text, scored: list[Scored]) -> Iterable[Record]:
+    """Each answer by itself, with its score."""
+    for place, (answer, value) in enumerate(scored):
+        both = (prompt, answer)
+        if isinstance(prompt, list) != isinstance(answer, list):
+            both = tuple(
+                [turn_of(role, text, "answer")] if isinstance(text, str) else text
+                for role, text in zip(("user", "assistant"), both, strict=True)
+            )
+        yield make_record(f"{name} ({place})", both[0], {"completion": both[1]}, scores={"completion": float(value)})
 
 
 def _chosen_pairs(values: list[float], options: ReadOptions, name: str) -> list[tuple[int, int]]:

@@ -90,7 +90,7 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
         yield from form.gather(rows)
         return
 
-    has_extras = any((*form.extras, form.nested_tools))
+    has_extras = any((*form.extras, form.nested_tools, form.numbers))
 
     def read(name: str, row: dict[str, Any]) -> list[Record]:
         if kind == "prompt" and form.prompt is not None:
@@ -108,7 +108,10 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
 
 
 def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
-    """What the chat template gets beside the turns; each may stand as JSON text."""
+    """What the chat template gets beside the turns (each may stand as JSON text), and what the loss gets."""
+    record = record if form.numbers is None else form.numbers(row, record)
+    if not any((*form.extras, form.nested_tools)):
+        return record
     tools, settings = (row.get(column or "") for column in form.extras)
     if form.nested_tools and isinstance(row.get(form.nested_tools), dict):
         tools = row[form.nested_tools].get("tools")

@@ -50,11 +50,14 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
             texts.reverse()
         notes["rows whose first answer is the chosen one"] += first > 0.5
         notes["rows whose second answer is the chosen one"] += first < 0.5
-        weight = None if first in (0, 1) else abs(2 * first - 1)
+        more = {} if first in (0, 1) else {"weight": abs(2 * first - 1)}
+        if len(verdicts) == 2:
+            better, worse = sorted((float(row[column]) for column in verdicts), reverse=True)
+            more["scores"] = {"chosen": better, "rejected": worse}
         if prompt:
-            yield pair(name, prompt.read(row), *texts, notes, weight=weight)
+            yield pair(name, prompt.read(row), *texts, notes, **more)
         else:
-            yield _without_prompt(name, texts, notes, weight)
+            yield _without_prompt(name, texts, notes, more)
 
     became = [
         *(prompt.became if prompt else ()),
@@ -70,7 +73,7 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     )  # fmt: skip
 
 
-def _without_prompt(name: str, texts: list[Any], notes: Counter[str], weight: float | None) -> Record:
+def _without_prompt(name: str, texts: list[Any], notes: Counter[str], more: dict[str, Any]) -> Record:
     """Whole conversations beside each other, as chatbot arenas keep them."""
     if all(isinstance(text, list) for text in texts):
         prompt, chosen, rejected = split_turns(*texts)
@@ -78,7 +81,7 @@ def _without_prompt(name: str, texts: list[Any], notes: Counter[str], weight: fl
         prompt, chosen, rejected = split_strings(*texts, notes)
     else:
         raise BadRow("the two answers must both be strings or both be messages")
-    return make_record(name, prompt, {"chosen": chosen, "rejected": rejected}, weight=weight)
+    return make_record(name, prompt, {"chosen": chosen, "rejected": rejected}, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------
