@@ -265,7 +265,7 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except (OSError, ValueError) as error:
         raise UserError(f"{args.tokenizer}: no tokenizer there: {error}") from None
-    options = {name: value for name, value in vars(args.options).items() if name != "keep_scores"}
+    options = {name: value for name, value in vars(args.options).items() if name not in ("keep_scores", "needs")}
     data = load_examples(args.source, kind, tokenizer, args.max_length, split=args.split, max_skipped=1.0, **options)
     stats.records = data.rows - len(data.skipped)
     stats.count_skipped(data.skipped)

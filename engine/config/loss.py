@@ -62,10 +62,14 @@ class LossSettings(Topic):
         "bce", "una, una_pair, una_score: distance of the implicit reward from what is known."
     )
     score_low: float | None = setting(
-        None, "una_score: the score that counts as 0. None: the least of the rows of dataset_name, which is said."
+        None,
+        "una_score: the score that counts as 0. None: the least of the rows of dataset_name, which is said.",
+        rule=Rule("a number", lambda value: value == value),
     )
     score_high: float | None = setting(
-        None, "una_score: the score that counts as 1. None: the greatest of the rows of dataset_name, which is said."
+        None,
+        "una_score: the score that counts as 1. None: the greatest of the rows of dataset_name, which is said.",
+        rule=Rule("a number", lambda value: value == value),
     )
     odpo_scale: float | None = setting(None, "odpo: what margins are multiplied by. None: 1.")
     modpo_weight: float | None = setting(

@@ -111,14 +111,14 @@ def meet_reference(
     """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
     is gone afterwards, unless it follows the policy."""
     needs = needs_of(loss)
-    ref, second = (lm if "reference" in needs else None), None
-    if ref is not None and (config.ref_model_name_or_path is not None or config.sync_ref_model):
+    has_reference, ref, second = "reference" in needs, lm, None
+    if has_reference and (config.ref_model_name_or_path is not None or config.sync_ref_model):
         ref = load_model(config.ref_model_name_or_path or config.model_name_or_path, config, lm.device, ranks)
         check_model(ref, examples)
         if config.ref_model_name_or_path is not None:
             check_same_vocabulary(lm, ref, config)
             second = checksums(ref.model.state_dict(), ranks)
-    examples = without_padding(examples, (lm,) if ref in (lm, None) else (lm, ref), config)
+    examples = without_padding(examples, (lm,) if ref is lm else (lm, ref), config)
     held = held and dataclasses.replace(held, padding_free=examples.padding_free)
     steps = Steps(examples, config, ranks, is_batchwise(loss))
     mismatches = None
@@ -126,9 +126,9 @@ def meet_reference(
         draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
         mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
     logps = mismatch_logps = following = None
-    if config.sync_ref_model and ref is not None:
+    if has_reference and config.sync_ref_model:
         following = Following(ref, FollowingReference(config.ref_model_mixup_alpha, config.ref_model_sync_steps))
-    elif ref is not None:
+    elif has_reference:
         say(f"reference log-probabilities of {_planned(steps, len(examples))} examples ...")
         first = steps.microbatches_of(ranks.rank, 0)  # as the policy will meet them
         logps = reference_logps(ref, examples, first, config.reference_cache, ranks)
@@ -137,7 +137,7 @@ def meet_reference(
             for epoch, other in enumerate(mismatches)
         ]
     data = TrainingSet(examples, steps, ranks, logps, mismatches, mismatch_logps, second, following)
-    return data, held and hold(held, ref, loss, config, ranks)
+    return data, held and hold(held, ref if has_reference else None, loss, config, ranks)
 
 
 def _planned(steps: Steps, count: int) -> int:

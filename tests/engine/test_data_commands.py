@@ -105,10 +105,12 @@ CONVERTED = {
         {"prompt": user("Q"), "completion": assistant("b"), "label": True},
         {"prompt": user("Q"), "completion": assistant("a"), "label": False},
     ],
-    "scored": [
-        {"prompt": user("Q"), "completion": assistant("b"), "score": 3.0},
+    "scored": [  # those of a tie too: each has a score of its own
         {"prompt": user("Q"), "completion": assistant("a"), "score": 1.0},
+        {"prompt": user("Q"), "completion": assistant("b"), "score": 3.0},
         {"prompt": user("Q"), "completion": assistant("c"), "score": 2.0},
+        {"prompt": user("R"), "completion": assistant("a"), "score": 1.0},
+        {"prompt": user("R"), "completion": assistant("b"), "score": 1.0},
     ],
     "sft": [{"messages": user("Q") + assistant("b")}],
 }

@@ -122,7 +122,8 @@ FORMS = {
             }
         ],
         [TURNS],
-        "messages -> not used: it repeats chosen; prompt, chosen, rejected",
+        "messages -> not used: it repeats chosen; score_chosen -> score; score_rejected -> score; "
+        "prompt, chosen, rejected",
     ),
     "openai": (
         [
