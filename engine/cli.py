@@ -42,6 +42,12 @@ def _train(config: Config) -> None:
     train(config, "train")
 
 
+def _reward(config: Config) -> None:
+    from prefuse.engine.train import train
+
+    train(config, "reward")
+
+
 def _eval(config: Config) -> None:
     from prefuse.engine.evaluate import evaluate_command
 
@@ -65,6 +71,7 @@ def _merge(config: Config) -> None:
 COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
+    "reward": Command("Train a reward model from preferences; AutoModelForSequenceClassification loads it.", _reward),
     "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
@@ -121,6 +128,7 @@ OTHER_NAMES = {
     "finetune": "sft",
     "fine-tune": "sft",
     "align": "train",
+    "rm": "reward",
     "sample": "generate",
 }
 
