@@ -124,6 +124,8 @@ def needs_of(loss: Loss) -> frozenset[Need]:
     A loss may say `uses_reference` instead, true or false, and a subclass may so change what it inherits. Raises
     TypeError for what is no loss, ValueError for a need that nobody can meet.
     """
+    if not isinstance(loss, type) and hasattr(loss, "policy_losses") and not hasattr(loss, "losses"):
+        raise TypeError(f"{type(loss).__name__} is a loss over sampled tokens: give it to prefuse.linear_policy_loss")
     if isinstance(loss, type) or not hasattr(loss, "losses"):
         raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
     needs = frozenset(getattr(loss, "needs", ()))
