@@ -1,4 +1,6 @@
-"""A preference loss whose gradients are made in the forward, a few whole pairs at a time: see `kernels.grouped`.
+"""A preference loss whose gradients are computed in its forward, a few whole pairs at a time.
+
+`prefuse.kernels.logprobs.grouped` does the head's part.
 
 N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,).
 """
@@ -52,19 +54,22 @@ def gradients_in_forward(
     groups: list[ItemGroup],
     call: HeadCall,
     loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
-) -> tuple[Tensor, Gradients]:
-    """(N,) log-probabilities, and d(sum of `loss_of` over the groups) by hidden, weight and bias."""
-    head = GroupedHead(call)
-    logps = []
+    outputs: tuple[str, ...] = (),
+) -> tuple[Tensor, Gradients, dict[str, Tensor]]:
+    """(N,) log-probabilities, d(sum of `loss_of` over the groups) by hidden, weight and bias, and the outputs (N,)."""
+    head = GroupedHead(call, outputs)
+    logps, extra = [], []
     for group in groups:
         logps.append(head.forward(group.tokens))
+        extra.append(head.saved.extra)
         leaf = logps[-1].detach().requires_grad_()
         head.backward(torch.autograd.grad(loss_of(leaf, group.sequences, group.tokens), leaf)[0])
-    return torch.cat(logps), head.gradients
+    named = dict(zip(outputs, torch.cat(extra, -1), strict=True)) if outputs else {}
+    return torch.cat(logps), head.gradients, named
 
 
 class WithGradients(torch.autograd.Function):
-    """A loss whose gradients exist already: backward multiplies them by what comes from above."""
+    """A loss whose gradients exist already: the backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:

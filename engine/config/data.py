@@ -26,11 +26,12 @@ class DataSettings(Topic):
     eval_fraction: float | None = setting(
         None,
         "Share of dataset_name's prompts that is held out (chosen by seed) when eval_dataset is not given. None: 0.05 "
-        "for `train` and `sft`; `eval` and `generate` then look at all rows.",
+        "for `train`, `reward` and `sft`; `eval` and `generate` then look at all rows.",
     )
     max_length: int = setting(
         1024,
-        "Most tokens of a prompt and its completion. A longer prompt loses its start; a completion is never cut.",
+        "Most tokens of a prompt and its completion together. A longer prompt loses its start (or, by truncation_mode, "
+        "its end); what happens to a longer completion is long_completions.",
         rule=at_least(1),
     )
 

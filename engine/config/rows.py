@@ -16,11 +16,12 @@ class RowSettings(Topic):
     commands: ClassVar[tuple[str, ...]] = EVERY
 
     # A resumed run compares its rows by their tokens, so how they were read may differ.
-    columns: str | None = setting(
+    columns: str | dict | None = setting(
         None,
-        "Which column is what, as in prompt=question,chosen=better,rejected=worse,unused=notes. Roles: prompt, input, "
-        "system, history, messages, completion, chosen, rejected, first, second, verdict, answers, scores, label, "
-        "score, text, tools, chat_template_kwargs, unused.",
+        "Which column is what, as in prompt=question,chosen=better,rejected=worse,unused=notes; in YAML also a "
+        "mapping, {prompt: question, unused: [notes, remarks]}. Roles: prompt, input, system, history, messages, completion, "
+        "chosen, rejected, first, second, verdict, answers, scores, label, score, weight, margin, text, tools, "
+        "chat_template_kwargs, unused.",
         may_differ=True,
     )
     verdict_column: str | None = setting(

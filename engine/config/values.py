@@ -109,4 +109,6 @@ def _type_name(option: object) -> str:
         return "one of " + ", ".join(typing.get_args(option))
     if typing.get_origin(option) is list:
         return "a list of texts" if typing.get_args(option)[0] is str else "a list of `name: value` lines"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option]
+    return {dict: "`role: column` lines", bool: "true or false", int: "a whole number", float: "a number", str: "text"}[
+        option
+    ]

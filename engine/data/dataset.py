@@ -52,7 +52,7 @@ def text_options(config: Config) -> TextOptions:
         date=config.template_date or first_day(Path(config.model_name_or_path)),
         eos_token=config.eos_token,
         multi_turn=config.multi_turn,
-        learn_after_stop=config.learn_after_stop,
+        learn_after_stop=bool(config.learn_after_stop),
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
         controls=(config.control_good, config.control_bad) if config.loss_type == "csft" else None,
@@ -80,7 +80,8 @@ def reading_of(config: Config, loss: Loss) -> dict[str, Any]:
     text = replace(text_options(config), control=None)
     rest = {"max_skipped": config.max_skipped, "text": text, "cache": config.dataset_cache}
     needs = tuple(sorted(needs_of(loss) & {"margins", "scores"}))
-    return {**config.reading(), "needs": needs, **rest}
+    takes = tuple(sorted(getattr(loss, "takes", frozenset()) & {"margins"}))
+    return {**config.reading(), "needs": needs, "takes": takes, **rest}
 
 
 def read_examples(
@@ -144,7 +145,7 @@ def _split(examples: Examples, config: Config) -> tuple[Examples, Examples | Non
         return examples, None
     say(f"  {len(held)} of {len(examples)} held out for evaluation (eval_fraction {config.eval_fraction})")
     if len(held) < FEW_HELD_OUT:
-        say("  so few say little: raise eval_fraction, or give an eval_dataset")
+        say("  too few for a reliable number: raise eval_fraction, or give an eval_dataset")
     return examples.select(kept), examples.select(held)
 
 

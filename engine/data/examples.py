@@ -119,7 +119,10 @@ def _read_examples(
     for block in _blocks(records, BLOCK_ROWS):
         if kind == "sft":
             block = each(block, _demonstrated)
-        block = check_numbers(block, kind, options.needs, source if not len(examples) + len(skipped) else None)
+        is_first = not len(examples) + len(skipped)
+        if is_first and options.takes and any(isinstance(row, Record) and row.margin is not None for row in block):
+            options = replace(options, needs=(*options.needs, *options.takes))
+        block = check_numbers(block, kind, options.needs, source if is_first else None)
         encoded = tokenize(render(block, tokenizer, text), tokenizer)
         if has_preferences:
             encoded = each(encoded, _with_a_preference)

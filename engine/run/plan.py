@@ -34,7 +34,7 @@ class Share:
     step: int
     batches: list[Batch]
     mismatches: list[Batch]  # for a loss that needs z0: one for each batch
-    counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
+    counts: list[bool]  # of each batch; False: run only because another rank has one more; its numbers are dropped
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
 
 
@@ -45,7 +45,7 @@ class Steps:
         self.lengths, self.size, self.seed = examples.lengths, ranks.size, config.seed
         self.cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps * ranks.size)
         self.bins = None
-        # Where a microbatch is what the loss looks at, it has as many examples as it says.
+        # Where the loss looks at a microbatch as a whole, microbatches have a fixed number of examples.
         if examples.padding_free and config.z0_scope == "step" and not batchwise:
             self.bins = examples.bins(config.token_budget(config.per_device_train_batch_size, examples.sides))
         self.per_epoch = math.ceil(len(examples) / math.prod(self.cut))
@@ -108,8 +108,8 @@ class TrainingSet:
 def meet_reference(
     lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks
 ) -> tuple[TrainingSet, HeldOut | None]:
-    """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
-    is gone afterwards, unless it follows the policy."""
+    """Plans the run, and computes all numbers of the reference that it needs. The reference is the initial model, or a
+    second model, which is freed afterwards unless it follows the policy."""
     needs = needs_of(loss)
     has_reference, ref, second = "reference" in needs, lm, None
     if has_reference and (config.ref_model_name_or_path is not None or config.sync_ref_model):

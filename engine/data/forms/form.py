@@ -30,6 +30,7 @@ class ReadOptions:
     row_weights: bool = True  # a column of weights counts
     objective_weights: str | None = None  # "safety=0.3": the objectives whose scores make the margin
     needs: tuple[str, ...] = ("margins", "scores")  # of the numbers beside a text, those that are looked for
+    takes: tuple[str, ...] = ()  # those that are taken where the first rows have them: "margins"
     dataset_config: str | None = None  # of a dataset with several configurations, the one to read
 
 

@@ -93,12 +93,11 @@ def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str,
         parts = [part.partition("=") for part in columns.split(",") if part.strip()]
         pairs = [(role.strip(), column.strip()) for role, _, column in parts]
     else:
-        pairs = [
-            (role, name) for role, value in columns.items() for name in ([value] if isinstance(value, str) else value)
-        ]
+        lists = {role: value if isinstance(value, list) else [value] for role, value in columns.items()}
+        pairs = [(role, name) for role, names in lists.items() for name in names]
     named: dict[str, list[str]] = {}
     for role, column in pairs:
-        if role not in ROLES or not column:
+        if role not in ROLES or not column or not isinstance(column, str):
             raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
         if column not in look.values:
             raise DataError(f'{look.source}: --columns names "{column}", and its columns are {", ".join(look.values)}')

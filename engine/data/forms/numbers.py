@@ -88,7 +88,7 @@ def find_numbers(look: Look, form: Form, named: dict[str, list[str]], options: R
         return Numbers()
     look.used |= form.used
     weight = named.get("weight", [None])[0] or (_numeric(look, *WEIGHTS) if options.row_weights else None)
-    wants_margin, is_pair = "margins" in options.needs, form.kind == "pair"
+    wants_margin, is_pair = "margins" in (*options.needs, *options.takes), form.kind == "pair"
     margin = (named.get("margin", [None])[0] or _numeric(look, *MARGINS)) if wants_margin else None
     sides = [column for column, role in form.became if role in ("chosen", "rejected")] if options.needs else []
     scores = next((pair for pair in _score_names(sides) if all(_numeric(look, name) for name in pair)), ())
