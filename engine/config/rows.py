@@ -19,9 +19,9 @@ class RowSettings(Topic):
     columns: str | dict | None = setting(
         None,
         "Which column is what, as in prompt=question,chosen=better,rejected=worse,unused=notes; in YAML also a "
-        "mapping, {prompt: question, unused: [notes, remarks]}. Roles: prompt, input, system, history, messages, completion, "
-        "chosen, rejected, first, second, verdict, answers, scores, label, score, weight, margin, text, tools, "
-        "chat_template_kwargs, unused.",
+        "mapping, {prompt: question, unused: [notes, remarks]}. Roles: prompt, input, system, history, messages, "
+        "completion, chosen, rejected, first, second, verdict, answers, scores, label, score, weight, margin, text, "
+        "tools, chat_template_kwargs, unused.",
         may_differ=True,
     )
     verdict_column: str | None = setting(
