@@ -35,6 +35,7 @@ from prefuse.engine.data.tokenize import tokenize
 
 logger = logging.getLogger(__name__)
 
+BEST_ONLY = "of rows with a better and a worse answer, or with ranked ones, the best is learned and no other"
 BLOCK_ROWS = 2048  # rows that stand in memory as texts and lists of ids at once
 
 
@@ -152,7 +153,7 @@ def _read_examples(
         form=str(form),
         ignored_columns=ignored,
         columns=form.roles,
-        notes=form.tally.lines,
+        notes=form.tally.lines + ([BEST_ONLY] if kind == "sft" and form.kind == "pair" else []),
         completions_cut=completions_cut,
         is_paired=form.kind == "pair",
     )

@@ -265,6 +265,22 @@ def test_the_parts_of_one_conversation_stay_on_one_side():
     assert {examples.threads[i] for i in alone} & {examples.threads[i] for i in range(60) if i not in alone}
 
 
+def test_sft_learns_the_best_ranked_answers_of_trees_and_says_so():
+    tree = [
+        {"message_id": "a", "parent_id": None, "text": "q", "role": "prompter", "rank": None},
+        {"message_id": "b", "parent_id": "a", "text": "middling", "role": "assistant", "rank": 1},
+        {"message_id": "c", "parent_id": "a", "text": "best", "role": "assistant", "rank": 0},
+        {"message_id": "d", "parent_id": "a", "text": "worst", "role": "assistant", "rank": 2},
+    ]
+    tokenizer = tiny_tokenizer()
+    data = load_examples(rows_file(tree), "sft", tokenizer, 64)
+    (learned,) = data.examples
+    assert tokenizer.decode(learned.completion, skip_special_tokens=True).strip() == "best"
+    assert (
+        "of rows with a better and a worse answer, or with ranked ones, the best is learned and no other" in data.notes
+    )
+
+
 def test_texts_without_a_prompt_are_held_out_too(model, tmp_path):
     texts = write_rows(tmp_path / "t.jsonl", [{"text": f"the sky is {word}"} for word in ("blue", "green", "a", "no")])
     out = {"model_name_or_path": model, "dataset_name": texts, "output_dir": str(tmp_path / "run")}
