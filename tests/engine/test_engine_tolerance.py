@@ -39,7 +39,9 @@ def test_a_run_logs_what_its_head_skipped(kind, base, tmp_path):
     assert not any("head/skipped_mass" in row for row in exact)
     steps = [row for row in sparse if "loss" in row]
     assert len(steps) == 2
-    assert all(0 < row["head/skipped_mass"] <= TOLERANCE for row in steps)
+    shares = [row["head/skipped_mass"] for row in steps]
+    assert all(0 <= share <= TOLERANCE for share in shares)
+    assert any(shares)  # (a block beyond the promise is exact)
     assert not any("eval_head/skipped_mass" in row for row in sparse)
     assert steps[0]["loss"] == next(row for row in exact if "loss" in row)["loss"]
     a, b = (weights(tmp_path / f"{tolerance}") for tolerance in (0.0, TOLERANCE))

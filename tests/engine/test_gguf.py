@@ -13,7 +13,7 @@ from prefuse.engine.model import load
 from prefuse.engine.train import train
 from tiny_run import PAIRS, settings, write_rows
 
-HEADS, WIDTH, VOCABULARY = 4, 32, 258
+HEADS, WIDTH, VOCABULARY = 4, 32, 259
 
 
 def write_gguf(path: Path) -> None:
@@ -33,11 +33,11 @@ def write_gguf(path: Path) -> None:
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(ByteLevel.alphabet()), "<s>", "</s>"])
+    writer.add_token_list([*sorted(ByteLevel.alphabet()), "ab", "<s>", "</s>"])
     writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * 256 + [3, 3])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
+    writer.add_token_types([1] * 257 + [3, 3])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(258)
     shapes = {
         "token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH),
         "blk.0.attn_norm": (WIDTH,), "blk.0.ffn_norm": (WIDTH,), "blk.0.attn_q": (WIDTH, WIDTH),

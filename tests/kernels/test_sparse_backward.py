@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import prefuse
+from memory import peak_bytes
 from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
@@ -296,3 +297,20 @@ def test_the_page_that_explains_it_runs(monkeypatch):
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "docs/sparse_backward.md", "exec"), {})
+
+
+def test_it_takes_the_gathered_rows_beyond_the_exact_mode():
+    """The kept rows of the weight and their gradient, and some numbers for each column; here a small part is kept."""
+    n, d, v = 64, 64, 6000
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, d), 0.9 * torch.randn(v, d)
+    targets = torch.multinomial((hidden @ weight.T).softmax(-1), 1)[:, 0]
+    x, grad, peaks = (hidden, weight, targets), torch.ones(n), {}
+    for tolerance in (0.0, 2**-4):
+        peaks[tolerance] = peak_bytes(lambda tolerance=tolerance: gradients(x, grad, tolerance, "torch"))
+    record = gradients(x, grad, 2**-4, "torch")[2]
+    most = max(record.kept_columns // record.blocks * 2, 1)
+    assert most < v // 4
+    blocks = n // 16
+    per_column = 4 * (2 * blocks + 1) + 8 * 4  # statistic, what is dropped of it, and the order of one block
+    assert peaks[2**-4] <= peaks[0.0] + 2 * 4 * d * most + v * per_column + 4 * 256 * d
