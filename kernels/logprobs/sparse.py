@@ -12,7 +12,7 @@ w_i guesses p_iy. Backward, block by block:
    sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
 4. The dropped columns of row i add -g_i m_i mean(W) to dhidden, with their mean weighted by s_v.
 
-The guess decides which columns are dropped, and never what is promised.
+A bad guess costs time, since more blocks take the exact backward. It never breaks the tolerance.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
 # With a guess of each p_y the columns are chosen for this part of the tolerance, so that few blocks miss it. Without
 # one p_y is taken for too large, which is margin enough.
 MARGIN = 0.9
-# Rows that choose their columns together, rounded to whole row tiles: fewer keep fewer columns, more share a gather.
+# Rows of a block, rounded to whole row tiles. Smaller blocks keep fewer columns; larger ones gather W less often.
 BLOCK_ROWS = 512
 # A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
 MOST_COLUMNS = 0.9
@@ -102,7 +102,7 @@ def choose_columns(
     share: float,
 ) -> Tensor:  # (V,) bool
     """The columns to keep: all but those of the smallest statistic that together have `share` of the mass."""
-    # A row far under another logit may overflow: keep what it points at, and count the others alone.
+    # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
     order = s.argsort(stable=True)
     cumulative = s[order].double().cumsum(0)
@@ -138,7 +138,7 @@ def backward(
     tolerance: float,
     meter: Tensor | None = None,  # (2,) to be filled with the skipped and the whole mass
 ) -> Gradients:
-    """`module.backward` up to `tolerance` of the gradient's mass; bit for bit where no block can be sparse."""
+    """`module.backward`, except for `tolerance` of the gradient's mass; the same bits where no block is sparse."""
     blocks, exact = _blocks(hidden, weight, targets, row.q, options, statistic, tolerance)
     acc = accumulator_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden) if needs.hidden else None
@@ -202,7 +202,7 @@ def _sparse_block(
     module, hidden: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor, row: RowGrads, logps: Tensor,
     options: HeadOptions, needs: Needs, block: Block, tolerance: float,
 ) -> tuple[Tensor, Gradients | None]:  # fmt: skip
-    """(R,) each row's skipped mass, and the gradients of hidden, W[kept] and bias[kept]: None beyond the promise."""
+    """(R,) each row's skipped mass; and the gradients of hidden, W[kept], bias[kept], or None above `tolerance`."""
     rows, columns, mean = block
     h, row = hidden[rows], row[rows]
     place = torch.searchsorted(columns, targets[rows])  # targets are always kept
@@ -222,7 +222,7 @@ def _record(
     hidden: Tensor, row: RowGrads, skipped: Tensor, blocks: list[Block], exact: list[slice], weight: Tensor,
     options: HeadOptions, needs: Needs, meter: Tensor | None,
 ) -> None:  # fmt: skip
-    """Tells `meter` and everybody who records."""
+    """Writes the masses into `meter` and into every open `record_skipped_mass`."""
     mass = row.grad.abs().double()
     whole = torch.stack([(mass * skipped).sum(), (mass * row.q).sum()])
     if meter is not None:
