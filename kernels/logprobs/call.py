@@ -77,7 +77,7 @@ def stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
 
 
 def implementation(impl: str):
-    """The module of `impl`, "torch" or "triton", with `forward`, `backward`, `backward_stashed`, `backward_measured`."""
+    """The module of `impl`, "torch" or "triton": `forward`, `backward`, `backward_stashed`, `backward_measured`."""
     if impl == "torch":
         return portable
     from prefuse.kernels.logprobs import launch
