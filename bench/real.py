@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; transformers reads 
 
 import torch
 
-from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_json, write_text
 
 SEED = 0
 TOLERANCE = 2**-9
@@ -209,8 +208,8 @@ def run_one(arguments: argparse.Namespace) -> None:
 # ---- All variants ----
 
 
-def measure(arguments: argparse.Namespace, run: Callable[[list[str]], str] | None = None) -> dict[str, Any]:
-    """Every variant in turn; what is known so far is on disk after each."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every variant in turn; what is known so far is on disk after each, and is added to by the next call."""
     name = arguments.name or Path(arguments.model_name_or_path).name
     settings = {
         "model": name, "train": arguments.train, "dataset": Path(arguments.dataset_name).name, "skip": arguments.skip,
@@ -219,17 +218,20 @@ def measure(arguments: argparse.Namespace, run: Callable[[list[str]], str] | Non
     }  # fmt: skip
     file = RESULTS / f"real-{slug(name)}-{arguments.train}-{slug(cpu_model())}-{arguments.threads}threads.json"
     result = {"environment": environment(), "settings": settings, "variants": {}}
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    if before.get("settings") == settings:  # other variants, or more rounds, of the same comparison
+        result["variants"] = before["variants"]
     given = [word for word in sys.argv[1:] if word not in ("--variants", *VARIANTS)]
     for number in range(arguments.rounds):
         for variant in arguments.variants[:: 1 if number % 2 == 0 else -1]:
-            line = (run or in_a_process)([*again("train"), *given, "--variant", variant])
+            line = in_a_process([*again("train"), *given, "--variant", variant])
             found = json.loads(line)
             result["variants"].setdefault(variant, []).append(found)
             pairs = arguments.steps * arguments.batch_size
             print(f"{name}, {arguments.train}, round {number + 1}, {variant}: {found['seconds']:.1f} CPU s, "
                   f"{pairs / found['seconds']:.3f} pairs/s, {found['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
             write_json(file, result)
-            file.with_suffix(".md").write_text(report(result))
+            write_text(file.with_suffix(".md"), report(result))
     return result
 
 
@@ -248,7 +250,8 @@ def report(result: dict[str, Any]) -> str:
         for name, found in result["variants"].items()
     }
     base = middle.get("TRL")
-    for name, found in result["variants"].items():
+    for name in filter(result["variants"].get, VARIANTS):
+        found = result["variants"][name]
         x, steps = middle[name], found[0]["steps"]
         ratios = (
             [f"{base['seconds'] / x['seconds']:.2f}", f"{x['peak_mib'] / base['peak_mib']:.2f}"] if base else ["", ""]
