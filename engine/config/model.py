@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import EVERY, LOADING, TRAINING, Topic, require, setting
+from prefuse.engine.config.setting import LOADING, TRAINING, Topic, require, setting
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ModelSettings(Topic):
         None,
         "A file in GGUF form in the folder of model_name_or_path (or of the reference) to read weights and tokenizer "
         "from. What is saved is safetensors. Needs `pip install gguf`.",
-        commands=EVERY,
+        commands=("sft", "train", "eval", "generate"),
     )
     ref_model_name_or_path: str | None = setting(
         None,

@@ -16,6 +16,7 @@ class SpeedSettings(Topic):
         0.0,
         "Share of the head's gradient mass that its backward may skip, measured and logged as head/skipped_mass; 0 is "
         "exact. A trained model with a large vocabulary takes 0.001953125 (2 ** -9): docs/sparse_backward.md.",
+        commands=("sft", "train"),  # where the head has a vocabulary
         rule=Rule("at least 0 and below 1", lambda value: 0.0 <= value < 1.0),
     )
     gradient_checkpointing: bool = setting(
