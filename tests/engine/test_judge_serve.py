@@ -32,7 +32,7 @@ def test_a_judge_behind_transformers_serve(tmp_path):
     server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "serve.log")
-        config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, judge_workers=1,
+        config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft", judge_workers=1,
                           score_cache=str(tmp_path / "cache"), judge_mode="reason", judge_max_tokens=6)  # fmt: skip
         sides = (["the sky?", "grass?"], ["it is blue", "green"], ["no", "hello there"])
         served = scorer_of([f"judge=http://127.0.0.1:{port}/v1#{model}"], config, torch.device("cpu"))

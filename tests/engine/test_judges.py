@@ -51,6 +51,11 @@ def test_both_orders(orders, expected):
     assert both_orders(*orders) == pytest.approx(expected)
 
 
+def sides_of(messages):
+    """The two answers in a question."""
+    return [part.split("\n\n[End]")[0][3:].strip() for part in messages[0]["content"].split("[Answer ")[1:]]
+
+
 class Scripted:
     """A backend that says what a function of (answer A, answer B) says."""
 
@@ -63,8 +68,7 @@ class Scripted:
         replies = {}
         for key, question in zip(keep, questions, strict=True):
             self.asked += 1
-            a, b = (part.split("\n\n[")[0] for part in question[0]["content"].split("[Answer ")[1:])
-            said = self.say(a[3:], b[3:])
+            said = self.say(*sides_of(question))
             replies[key] = said if isinstance(said, NoScore) else Reply(said)
         return replies
 
@@ -122,7 +126,7 @@ def folder(tmp_path_factory):
 
 
 def judge_settings(**changes):
-    return settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, **changes)
+    return settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft", **changes)
 
 
 def test_a_model_in_this_process_judges_by_its_probabilities(folder):
@@ -207,7 +211,7 @@ def completion(text, shares=None):
 
 
 def longer(body):
-    a, b = (part.split("\n\n[")[0] for part in body["messages"][0]["content"].split("[Answer ")[1:])
+    a, b = sides_of(body["messages"])
     return ("A", {"A": 0.8, " B": 0.1, "x": 0.1}) if len(a) > len(b) else ("B", {"A": 0.2, "B": 0.7})
 
 
@@ -279,7 +283,7 @@ def test_a_server_that_dies_half_way_is_met_again_by_the_cache(tmp_path):
     prompts, first, second = [f"q{i}" for i in range(8)], [f"a long {i}" for i in range(8)], ["b"] * 8
     with serving(answer) as (url, seen):
         cut = judge_at(url, Cache(tmp_path, "judge")).compare(prompts, first, second)
-        assert cut.outcomes == {"first": 2, "server": 1, "not asked": 5}
+        assert cut.outcomes == {"first": 2, "server": 2, "not asked": 4}
         assert cut.values[:2].tolist() == [1, 1]
         assert cut.values[2:].isnan().all()
         assert len(seen) == alive + 3 * 3  # three questions in all their tries, and then it is left alone
