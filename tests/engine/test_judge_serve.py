@@ -32,8 +32,9 @@ def test_a_judge_behind_transformers_serve(tmp_path):
     server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "serve.log")
-        config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft", judge_workers=1,
-                          score_cache=str(tmp_path / "cache"), judge_mode="reason", judge_max_tokens=6)  # fmt: skip
+        names = {"model_name_or_path": "-", "dataset_name": "-", "eval_fraction": 1.0, "loss_type": "sft"}
+        how = {"judge_workers": 1, "judge_mode": "reason", "judge_max_tokens": 6}
+        config = settings("eval", **names, **how, score_cache=str(tmp_path / "cache"))
         sides = (["the sky?", "grass?"], ["it is blue", "green"], ["no", "hello there"])
         served = scorer_of([f"judge=http://127.0.0.1:{port}/v1#{model}"], config, torch.device("cpu"))
         found = served.compare(*sides)
