@@ -38,7 +38,6 @@ class Cache:
         self._known: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._path: Path | None = None
-        self.hits = 0
         if folder is None:
             return
         try:
@@ -62,14 +61,10 @@ class Cache:
                 damaged += 1
         return damaged
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def get(self, key: str) -> Any:
         """The value, or None."""
         with self._lock:
             value = self._known.get(key)
-            self.hits += value is not None
         return value
 
     def put(self, key: str, value: Any) -> None:

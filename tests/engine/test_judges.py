@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.01)
-        direction = torch.randn(32)
+        direction = 3 * torch.randn(32)
         model.lm_head.weight[a], model.lm_head.weight[b] = direction, -direction
     return save_model(path, model=model)
 
@@ -217,7 +217,7 @@ def longer(body):
 
 def judge_at(url, cache=None, **changes):
     options = {"secret": KEY, "retries": 2, "first_pause": 0.0, "workers": 1, "timeout": 5.0} | changes
-    return Judge(Server(url, "tiny", **options), cache=cache or Cache(None, ""))
+    return Judge(Server(url, "tiny", **options), cache=Cache(None, "") if cache is None else cache)
 
 
 SIDES = (["q1", "q2", "q3"], ["a long one", "x", "some"], ["short", "longer", "b"])
