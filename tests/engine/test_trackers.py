@@ -130,9 +130,9 @@ def test_tensorboard_writes_events(tmp_path):
 
 @pytest.mark.parametrize("library", ["wandb", "trackio"])
 def test_the_real_one_offline(library, tmp_path, monkeypatch, capfd):
-    module = pytest.importorskip(library, reason=f"{library} is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    module = pytest.importorskip(library, reason=f"{library} is not installed")
     writer = Trackers(config_of(tmp_path, library), {"beta": 0.1})
     writer.write(3, 0.5, METRICS)
     assert list(writer._writers) == [library]
