@@ -99,6 +99,7 @@ def won(
         say("  the same command asks again only about what has no verdict")
     if found.first_shown is not None:
         metrics["first_shown_wins"] = found.first_shown
+    metrics |= scorer.spent() if hasattr(scorer, "spent") else {}
     if gold is not None:
         other = preferences(gold, prompts, first, second, columns)
         say_reasons(gold.name, other.reasons, rows)

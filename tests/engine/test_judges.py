@@ -231,7 +231,7 @@ def test_a_server_judges_by_its_probabilities():
     assert found.soft[0].item() == pytest.approx((0.8 / 0.9 + 1 - 0.2 / 0.9) / 2)
     assert len(seen) == 6
     assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers in seen)
-    assert judge.backend.tokens == [240, 6]
+    assert judge.spent() == {"judge_tokens_read": 240, "judge_tokens_written": 6, "judge_cost": judge.backend.cost()}
     assert judge.backend.cost() == pytest.approx(240 * 2e-6 + 6 * 10e-6)
 
 

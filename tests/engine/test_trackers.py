@@ -1,7 +1,7 @@
 """report_to: the libraries' own writers get TRL's names; none is needed, and one that fails ends no run.
 
 Where a library is not installed a stand-in takes its place, whose functions have the parameters of the real ones
-(wandb 0.28, trackio 0.30, tensorboard 2.21 through torch.utils.tensorboard).
+(wandb 0.31, trackio 0.43, tensorboard 2.21 through torch.utils.tensorboard).
 """
 
 import importlib.util
