@@ -7,6 +7,7 @@ from prefuse.losses.dpo_family import FDPO, LDDPO, MODPO, ODPO, BetaDPO
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO, SLiC
 from prefuse.losses.names import loss_named
 from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
+from prefuse.losses.rewards import AllPairs, BradleyTerry, PlackettLuce, StepReward
 from prefuse.losses.row_weights import objective_margins, wpo_weights
 from prefuse.losses.unpaired import KTO, MOKTO, SFT, UNA, ConditionalSFT, PPOClip, kto_weights
 from prefuse.preference import (
@@ -17,6 +18,7 @@ from prefuse.preference import (
     preference_loss,
     reduce_metrics,
 )
+from prefuse.reward import RewardOutput, reward_loss
 
 __version__ = "0.1.0"
 
@@ -40,7 +42,9 @@ __all__ = [
     "SFT",
     "SPPO",
     "UNA",
+    "AllPairs",
     "BetaDPO",
+    "BradleyTerry",
     "ChosenNLL",
     "ConditionalSFT",
     "DPONorm",
@@ -50,10 +54,13 @@ __all__ = [
     "Mismatched",
     "Mixture",
     "PPOClip",
+    "PlackettLuce",
     "PreferenceOutput",
+    "RewardOutput",
     "RobustDPO",
     "SLiC",
     "SimPO",
+    "StepReward",
     "kl_estimate",
     "kto_reference_point",
     "kto_weights",
@@ -64,5 +71,6 @@ __all__ = [
     "objective_margins",
     "preference_loss",
     "reduce_metrics",
+    "reward_loss",
     "wpo_weights",
 ]

@@ -28,6 +28,11 @@ SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
 
 SHOWN = (  # on the screen, as far as a run has them
     "loss",
+    "accuracy",
+    "margin",
+    "mean_reward",
+    "ece",
+    "length_correlation",
     "rewards/accuracies",
     "rewards/ties",
     "rewards/margins",

@@ -21,10 +21,12 @@ from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_mismatches, check_rows
 from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
+from prefuse.engine.model.reward_model import load_reward_model, pad_apart
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
 from prefuse.engine.report.trackers import Trackers, wanted_trackers
+from prefuse.engine.run.about import write_about
 from prefuse.engine.run.best import Best
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
@@ -46,6 +48,7 @@ from prefuse.engine.run.plan import TrainingSet, meet_reference
 from prefuse.engine.run.proof import checkpoints
 from prefuse.engine.run.ranks import Ranks, join
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.rewards import reads_scores
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def is_finished(home: RunFolder, config: Config) -> bool:
 def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None) -> Run:
     """Reads, loads and checks everything and computes the reference's numbers, so that later only training can fail."""
     ranks = join(config) if ranks is None else ranks
-    loss = prefuse.SFT() if command == "sft" else config.loss()
+    loss = loss_of(config, command)
     wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
@@ -122,11 +125,14 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
     tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
-    lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
+    load = load_reward_model if reads_scores(loss) else load_model
+    lm = load(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     best = Best(config)
+    if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
+        say(said)
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
@@ -156,16 +162,29 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
+        write_about(home.path, tokenizer, examples, held_examples, device)
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
-    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
-    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main, trackers=trackers)
+    log = _open_log(config, home, state["lines"], identity, ranks)
     kept = Checkpoints(config.save_total_limit, ranks, newest, best if config.load_best_model_at_end else None)
     return Run(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], kept, largest, best,
     )  # fmt: skip
+
+
+def loss_of(config: Config, command: str) -> Loss:
+    """What the command trains with."""
+    if command == "reward":
+        return config.scores_loss()
+    return prefuse.SFT() if command == "sft" else config.loss()
+
+
+def _open_log(config: Config, home: RunFolder, lines: int, identity: Identity, ranks: Ranks) -> MetricsLog:
+    """metrics.jsonl behind its first `lines`, and where report_to wants the metrics too."""
+    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
+    return MetricsLog(home.path / "metrics.jsonl", lines, writes=ranks.main, trackers=trackers)
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
