@@ -23,7 +23,7 @@ from prefuse.engine.data.records import Record, Skipped
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import base_of
+from prefuse.engine.model.adapters import base_of, quiet
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
 from prefuse.engine.score.cache import Cache, digest
@@ -240,7 +240,8 @@ def _with_adapters(path: str, base: str, trust_remote_code: bool) -> Any:
             model = AutoModelForSequenceClassification.from_pretrained(
                 base, num_labels=1, trust_remote_code=trust_remote_code
             )
-        return PeftModel.from_pretrained(model, path).merge_and_unload()
+        with quiet():
+            return PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:  # whatever files of another's making make peft and transformers do
         raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
 

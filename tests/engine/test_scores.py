@@ -269,6 +269,7 @@ def test_a_model_that_takes_no_flat_batch_is_padded(tmp_path, monkeypatch):
     assert torch.allclose(padded.score(PROMPTS, ANSWERS).values, flat.values, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
 def test_adapters_of_a_reward_model(tmp_path):
     from peft import LoraConfig, get_peft_model
 
