@@ -14,11 +14,21 @@ import yaml
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
 from prefuse.engine.data.controls import control_of_run
-from prefuse.engine.data.examples import Kind, describe_learned, load_examples, summarize_skipped
+from prefuse.engine.data.examples import (
+    Kind,
+    Prompt,
+    describe_learned,
+    load_examples,
+    load_prompts,
+    summarize_skipped,
+)
 from prefuse.engine.data.feed import one_of_each_prompt, scaled, span_of
 from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
+from prefuse.engine.data.forms.look import columns_by_role
+from prefuse.engine.data.forms.mixture import parts_of, sources_of
 from prefuse.engine.data.order import hold_out
+from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stops import describe_unstopped
 from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
@@ -183,6 +193,48 @@ def settled(loss: Loss, config: Config, examples: Examples) -> Loss:
         f"undesirable_weight {weights[1]:.6g}, for w_d n_d / (w_u n_u) = {ratio:.3g} (the paper's [1, 4/3])"
     )
     return replace(loss, desirable_weight=weights[0], undesirable_weight=weights[1])
+
+
+def read_prompts(config: Config, tokenizer, columns: Sequence[str] = ()) -> list[Prompt]:
+    """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out.
+
+    `columns`: those that a scorer reads (`columns_of_rows`), and that are no part of the prompt.
+    """
+    rest, reading = (tokenizer, config.max_length), {**config.reading(), "text": text_options(config)}
+    if columns:
+        roles = columns_by_role(config.columns)
+        named = {column for given in roles.values() for column in given}
+        unused = [*roles.get("unused", []), *(name for name in columns if name not in named)]
+        reading["columns"] = {**roles, "unused": unused}
+    source, split = _prompts_from(config)
+    prompts = load_prompts(source, *rest, split=split, **reading)
+    if config.eval_dataset is None:
+        _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
+        prompts = [prompts[i] for i in held]
+    prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each
+    return prompts[: config.num_prompts or None]
+
+
+def columns_of_rows(config: Config, prompts: Sequence[Prompt], columns: Sequence[str]) -> dict[str, list[Any]]:
+    """{column: its value in the row of each prompt}; None where a row lacks it."""
+    if not columns:
+        return {}
+    source, split = _prompts_from(config)
+    one = isinstance(source, str)
+    sources = [open_source(source, split, config.dataset_config)] if one else sources_of(parts_of(source), split)
+    wanted, found = {prompt.row for prompt in prompts}, {}
+    for name, row in (both for part in sources for both in part.rows()):
+        if name in wanted and isinstance(row, dict):
+            if name in found:
+                raise UserError(f"two sources of the mixture have a row {name}: their columns cannot be told apart")
+            found[name] = row
+    return {column: [found.get(prompt.row, {}).get(column) for prompt in prompts] for column in columns}
+
+
+def _prompts_from(config: Config) -> tuple[Any, str]:
+    if config.eval_dataset is not None:
+        return config.eval_dataset, config.dataset_test_split
+    return config.datasets or config.dataset_name, config.dataset_train_split
 
 
 def hold_out_rows(

@@ -43,6 +43,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str  # what to show: a string prompt, or the last turn of a conversation
     row: str
+    raw: str | list[Message] = ""  # as the row has it, before any template
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def load_prompts(
                 skipped.append(outcome)
             else:
                 ids = behind_control(outcome.prompt, control, tokenizer.bos_token_id)
-                prompts.append(Prompt(ids, _shown_text(read.prompt), outcome.row))
+                prompts.append(Prompt(ids, _shown_text(read.prompt), outcome.row, read.prompt))
     rows = form.tally.rows
     _require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:

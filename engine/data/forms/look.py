@@ -85,16 +85,21 @@ ROLES = (
 )  # fmt: skip
 
 
+def columns_by_role(columns: str | dict[str, Any] | None) -> dict[str, list[Any]]:
+    """{role: columns} of "prompt=question,unused=notes" or of {"prompt": "question", "unused": ["notes"]}, as given."""
+    if isinstance(columns, dict):
+        return {role: value if isinstance(value, list) else [value] for role, value in columns.items()}
+    roles: dict[str, list[Any]] = {}
+    for part in (columns or "").split(","):
+        role, _, column = part.partition("=")
+        if part.strip():
+            roles.setdefault(role.strip(), []).append(column.strip())
+    return roles
+
+
 def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str, list[str]]:
     """{role: columns} of "prompt=question,unused=notes" or of {"prompt": "question"}; checked."""
-    if not columns:
-        return {}
-    if isinstance(columns, str):
-        parts = [part.partition("=") for part in columns.split(",") if part.strip()]
-        pairs = [(role.strip(), column.strip()) for role, _, column in parts]
-    else:
-        lists = {role: value if isinstance(value, list) else [value] for role, value in columns.items()}
-        pairs = [(role, name) for role, names in lists.items() for name in names]
+    pairs = [(role, column) for role, given in columns_by_role(columns).items() for column in given]
     named: dict[str, list[str]] = {}
     for role, column in pairs:
         if role not in ROLES or not column or not isinstance(column, str):
