@@ -141,12 +141,10 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     model = checksums(base_state(lm.model), ranks)
     with adapters_off(lm.model), clock.part("reference"):
         data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
-        command, per_step, data.total_steps, data.steps_per_epoch, deciding_settings(config), row_digests(examples),
-        model, libraries(), data.reference,
+        command, math.prod(_cut(config, ranks)), data.total_steps, data.steps_per_epoch, deciding_settings(config),
+        row_digests(examples), model, libraries(), data.reference,
     )  # fmt: skip
-
     peak = peak_flops(lm)
     window = Window(peak and peak * ranks.size, "pair" if loss.per == "pair" else "sample")
     optimizer = make_optimizer(lm.model, config)

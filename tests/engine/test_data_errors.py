@@ -154,7 +154,7 @@ def test_no_usable_row_stops_the_run_with_the_first_reasons(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "max_length", "message"),
     [
-        ("pairs", 64, 'kind must be "pair", "labelled" or "sft", got \'pairs\''),
+        ("pairs", 64, 'kind must be "pair", "labelled", "scored" or "sft", got \'pairs\''),
         ("pair", 1, "max_length must be at least 2, a prompt token and a completion token; got 1"),
     ],
 )
