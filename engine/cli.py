@@ -43,9 +43,18 @@ def _train(config: Config) -> None:
 
 
 def _eval(config: Config) -> None:
-    from prefuse.engine.evaluate import evaluate_command
+    if config.checkpoints:
+        from prefuse.engine.watch import watch
 
-    evaluate_command(config)
+        watch(config)
+    elif config.scorer:
+        from prefuse.engine.compare import compare_answers
+
+        compare_answers(config)
+    else:
+        from prefuse.engine.evaluate import evaluate_command
+
+        evaluate_command(config)
 
 
 def _generate(config: Config) -> None:
@@ -65,7 +74,7 @@ def _merge(config: Config) -> None:
 COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
-    "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
+    "eval": Command("Compare a model with its reference: accuracy, margin, KL; with --scorer, win rates.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }

@@ -24,6 +24,8 @@ from prefuse.engine.model.load import check_model, device_of, load_model, load_t
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
+from prefuse.engine.report.trackers import Trackers, wanted_trackers
+from prefuse.engine.run.best import Best
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
@@ -67,6 +69,7 @@ class Run:
     evaluate_first: bool  # the evaluation after step `start` is still to be made
     checkpoints: Checkpoints
     largest: float  # of the weights it began with
+    best: Best
 
     @property
     def folder(self) -> Path:
@@ -109,6 +112,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     """Read, load, check, and ask the reference; from here on nothing but training can fail."""
     ranks = join(config) if ranks is None else ranks
     loss = prefuse.SFT() if command == "sft" else config.loss()
+    wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
     if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
@@ -122,6 +126,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     check_model(lm, examples)
     _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
+    best = Best(config)
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
@@ -144,6 +149,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         if saved is not None:
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
+            best.restore(state.get("best"))
     newest = state["step"] or None
 
     def begin() -> None:
@@ -153,10 +159,12 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
-    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main)
+    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
+    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main, trackers=trackers)
+    kept = Checkpoints(config.save_total_limit, ranks, newest, best if config.load_best_model_at_end else None)
     return Run(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
-        state["evaluate"], Checkpoints(config.save_total_limit, ranks, newest), largest,
+        state["evaluate"], kept, largest, best,
     )  # fmt: skip
 
 
@@ -171,9 +179,12 @@ def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
     """Bytes for the model and for as many checkpoints as will stand side by side, but for those that do already."""
-    count = data.total_steps // config.save_steps if config.save_steps else 0
+    count = {"no": 0, "epoch": data.total_steps // data.steps_per_epoch}.get(config.save_strategy)
+    if count is None:
+        count = data.total_steps // config.save_steps if config.save_steps else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
+    count += config.load_best_model_at_end
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
 
 
@@ -238,6 +249,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "cut": _cut(run.config, run.ranks),
         "window": run.window.state(),
         "guards": run.guards.state(),
+        "best": run.best.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
     }
