@@ -17,12 +17,13 @@ class GenerationSettings(Topic):
         rule=at_least(0),
     )
     max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
-    temperature: float = setting(
-        0.0,
+    temperature: float | None = setting(
+        None,
         "0 takes the most likely token; above it, samples from the whole distribution. Nothing else shapes the text: "
-        "no penalty, top_p or beam of the model's generation_config.json.",
+        "no penalty, top_p or beam of the model's generation_config.json. None: 0, and 1 for `online`.",
+        commands=("generate", "eval", "online"),
         rule=Rule("0, or at least 0.001 and at most 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3),
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:
-        return {"num_prompts": 0 if command == "eval" else 8}
+        return {"num_prompts": 8 if command == "generate" else 0, "temperature": float(command == "online")}

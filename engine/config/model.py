@@ -18,7 +18,7 @@ class ModelSettings(Topic):
     ref_model_name_or_path: str | None = setting(
         None,
         "Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with.",
-        commands=("train", "eval", "generate"),
+        commands=("train", "eval", "generate", "online"),
     )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32",

@@ -28,7 +28,6 @@ class OnlineSettings(Topic):
         "best against worst, the reference is the first model; iterative_dpo: it is the policy as the round began. kto: "
         "above or below the mean of their group. best_of_n: the best of each group as a demonstration.",
     )  # fmt: skip
-    num_generations: int = setting(8, "Answers that are sampled for each prompt: its group.", rule=at_least(1))
     max_completion_length: int = setting(256, "Most tokens of an answer.", rule=at_least(1))
     top_p: float = setting(1.0, "Sample from the likeliest tokens that together have this probability.", rule=SHARE)
     min_p: float | None = setting(

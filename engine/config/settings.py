@@ -15,6 +15,7 @@ from prefuse.engine.config.guards import GuardSettings
 from prefuse.engine.config.lora import LoraSettings
 from prefuse.engine.config.loss import LOSS_SETTINGS, LOSS_TYPES, LossSettings
 from prefuse.engine.config.model import ModelSettings
+from prefuse.engine.config.online import OnlineSettings
 from prefuse.engine.config.optimization import BITSANDBYTES, OptimizationSettings
 from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
@@ -39,6 +40,7 @@ class Config(
     EvaluationSettings,
     GenerationSettings,
     ScoringSettings,
+    OnlineSettings,
     OutputSettings,
     SpeedSettings,
     LoraSettings,

@@ -57,6 +57,11 @@ class HeldOut:
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: dict[int, KLSample] | None = None  # by batch
 
+    @property
+    def meets_reference(self) -> bool:
+        """Whether there is a reference, whose numbers are known."""
+        return self.ref_logps is not None
+
 
 def evaluation_batches(examples: Examples, config: Config) -> list[list[int]]:
     """All examples once, as indices."""
@@ -111,6 +116,8 @@ def evaluate(
     `unmoved`: the policy still is its reference, so its log-ratios are 0 and the model does not run. Each rank takes
     some of the batches; `between` is called before each.
     """
+    if not isinstance(held, HeldOut):  # held-out prompts, whose answers are sampled and scored
+        return held.evaluate(lm, ranks, between)
     own = _own_batches(held.batches, ranks)
     z0 = None
     if held.mismatches is not None:
