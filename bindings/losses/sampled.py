@@ -10,7 +10,7 @@ N completion tokens, end to end, of S answers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ class PolicyLoss:
     """What the losses below share: the entropy bonus, the way from tokens to an answer, and TRL's clip metrics."""
 
     entropy_coef: float = 0.0
-    reduction: ClassVar[Reduction] = "token"
-    beta: ClassVar[float] = 0.0
+    reduction = "token"  # not annotated: fields of subclasses keep their own order
+    beta = 0.0
 
     def __post_init__(self):
         check_weight("entropy_coef", self.entropy_coef)
