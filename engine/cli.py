@@ -42,6 +42,13 @@ def _train(config: Config) -> None:
     train(config, "train")
 
 
+def _online(config: Config) -> None:
+    from prefuse.engine.online import PromptRows
+    from prefuse.engine.train import train
+
+    train(config, "online", PromptRows())
+
+
 def _eval(config: Config) -> None:
     if config.checkpoints:
         from prefuse.engine.watch import watch
@@ -74,6 +81,7 @@ def _merge(config: Config) -> None:
 COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
+    "online": Command("Sample answers, score them, learn from them, again: GRPO, RLOO, online DPO, ...", _online),
     "eval": Command("Compare a model with its reference: accuracy, margin, KL; with --scorer, win rates.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),

@@ -15,8 +15,8 @@ class EvaluationSettings(Topic):
 
     num_generations: int | None = setting(
         None,
-        "Answers sampled for each prompt. `eval`: from 2 on, best-of-n is drawn up too. `online`: the group whose rewards "
-        "are compared. None: 1 for `eval`, 8 for `online`.",
+        "Answers sampled for each prompt. `eval`: from 2 on, best-of-n is drawn up too. `online`: the group whose "
+        "rewards are compared. None: 1 for `eval`, 8 for `online`.",
         commands=("eval", "online"),
         rule=at_least(1),
         most=1024,

@@ -24,9 +24,10 @@ class OnlineSettings(Topic):
         "grpo", "rloo", "reinforce", "ppo", "online_dpo", "iterative_dpo", "kto", "best_of_n"
     ] = setting(
         "grpo",
-        "How scored samples are learned from. grpo, rloo, reinforce and ppo: by the advantage of each answer. online_dpo: "
-        "best against worst, the reference is the first model; iterative_dpo: it is the policy as the round began. kto: "
-        "above or below the mean of their group. best_of_n: the best of each group as a demonstration.",
+        "How scored samples are learned from. grpo, rloo, reinforce and ppo: by the advantage of each answer. "
+        "online_dpo: best against worst, the reference is the first model; iterative_dpo: the policy as "
+        "the round began. kto: above or below the mean of their group. best_of_n: the best of each group as a "
+        "demonstration.",
     )  # fmt: skip
     max_completion_length: int = setting(256, "Most tokens of an answer.", rule=at_least(1))
     top_p: float = setting(1.0, "Sample from the likeliest tokens that together have this probability.", rule=SHARE)
@@ -46,7 +47,9 @@ class OnlineSettings(Topic):
     importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "grpo: one ratio for each token, or one for each answer (GSPO)."
     )
-    epsilon: float = setting(0.2, "grpo, rloo, ppo: how far a ratio may fall below 1 and still count.", rule=at_least(0))
+    epsilon: float = setting(
+        0.2, "grpo, rloo, ppo: how far a ratio may fall below 1 and still count.", rule=at_least(0)
+    )
     epsilon_high: float | None = setting(
         None, "grpo, rloo, ppo: how far it may rise above 1; cispo: its bound. None: epsilon.", rule=at_least(0)
     )
@@ -131,6 +134,10 @@ class OnlineSettings(Topic):
             )
         if self.beta_horizon is not None and self.kl_target is None:
             raise UserError("beta_horizon is how fast beta follows kl_target: give kl_target, or drop beta_horizon")
+        if self.beta_horizon is not None and self.algorithm not in ("rloo", "ppo"):
+            raise UserError(
+                f"beta_horizon moves the KL's part of a reward: it is for rloo and ppo, not {self.algorithm}"
+            )
         if self.temperature <= 0:
             raise UserError("temperature must be above 0: the most likely answer alone leaves nothing to compare")
         self._check_belongs()

@@ -9,12 +9,21 @@ import yaml
 from prefuse.engine.config.settings import Config, settings_of
 
 NOT_IN_CARD = {"output_dir", "resume", "device", "nproc", "max_restarts", "output_file"}  # of the machine
-METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl_to_ref", "loss")
+METRICS = (
+    "eval_reward",
+    "eval_gold",
+    "reward",
+    "eval_loss",
+    "eval_rewards/accuracies",
+    "eval_rewards/margins",
+    "eval_kl_to_ref",
+    "loss",
+)
 
 
 def model_card(config: Config, command: str, metrics: Mapping[str, float]) -> str:
     base, name = config.model_name_or_path, Path(config.output_dir).resolve().name
-    loss = "sft" if command == "sft" else config.loss_type
+    loss = {"sft": "sft", "online": config.algorithm}.get(command, config.loss_type)
     about = {
         "base_model": base,
         "library_name": "peft" if config.use_peft else "transformers",

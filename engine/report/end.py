@@ -24,7 +24,7 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({run!r})"
     if config.use_peft:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
-    how = "--loss_type sft" if command == "sft" else against
+    how = {"sft": "--loss_type sft", "online": f"{against} --temperature 1"}.get(command, against)
     lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
     if config.use_peft:
         adapters, whole = shlex.quote(run), shlex.quote(f"{run}-merged")

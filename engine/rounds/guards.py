@@ -58,8 +58,8 @@ class OnlineGuards(Guards):
             self._act(
                 "rewards all equal",
                 f"in {sum(last) / LAST:.0%} of the groups of the last {LAST} rounds all rewards are equal (round "
-                f"{number}): they teach nothing. Take harder or easier prompts, a finer scorer, more num_generations or "
-                "a higher temperature",
+                f"{number}): they teach nothing. Take harder or easier prompts, a finer scorer, more num_generations "
+                "or a higher temperature",
             )
         if means.get("unscored", 0.0) > 0.5:
             self._act(
@@ -82,8 +82,8 @@ class OnlineGuards(Guards):
         if len(last) == LAST and min(last) > self.config.max_duplicates:
             self._act(
                 "duplicate samples",
-                f"{sum(last) / LAST:.0%} of the answers repeat another one to the same prompt by round {number}: groups "
-                "hold little to compare. Raise temperature or entropy_coef, or stop here",
+                f"{sum(last) / LAST:.0%} of the answers repeat another one to the same prompt by round {number}: "
+                "groups hold little to compare. Raise temperature or entropy_coef, or stop here",
             )
 
     def _on_truncated(self, number: int, means: dict[str, float]) -> None:
@@ -108,8 +108,9 @@ class OnlineGuards(Guards):
         if both is not None and both[1] < self.config.min_entropy * both[0]:
             self._act(
                 "entropy collapse",
-                f"the policy's entropy is {both[1]:.3g} nats per token at step {step}, where {both[0]:.3g} was usual at "
-                "first: it has stopped to try. Raise entropy_coef, temperature or epsilon_high, or lower learning_rate",
+                f"the policy's entropy is {both[1]:.3g} nats per token at step {step}, where {both[0]:.3g} was usual "
+                "at first: it no longer tries anything new. Raise entropy_coef, temperature or epsilon_high, or lower "
+                "learning_rate",
             )
 
     def on_kl(self, step: int, kl: float, answers: int) -> None:
@@ -123,14 +124,14 @@ class OnlineGuards(Guards):
         elif kl > target:
             self._act(
                 "KL budget",
-                f"the policy is {kl:.4g} nats per token from its reference at step {step}, above kl_target {target:.4g}: "
-                "raise beta, set beta_horizon so that beta follows, or stop here",
+                f"the policy is {kl:.4g} nats per token from its reference at step {step}, above kl_target "
+                f"{target:.4g}: raise beta, set beta_horizon so that beta follows, or stop here",
             )
 
     # ---- every evaluation --------------------------------------------------------------------
 
     def on_evaluation(self, step: int, means: dict[str, float]) -> None:
-        """`means`: of the held-out prompts; `gold` is the second scorer's, or the first one's on prompts never learned."""
+        """`means`: of the held-out prompts. Where there is no gold score, the first scorer's counts in its place."""
         gold, spread = means.get("gold", means.get("reward")), means.get("gold_std", means.get("reward_std"))
         reward = self._mean_reward()
         if gold is None or gold != gold or reward is None:

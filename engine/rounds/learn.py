@@ -1,7 +1,7 @@
 """From a scored round to the batches of its optimizer steps, by algorithm.
 
-Over tokens (grpo, rloo, reinforce, ppo) every answer is learned, weighed by its advantage. Over pairs and labels a round
-becomes the examples that `prefuse train` reads from a file, and the same batches are made of them.
+Over tokens (grpo, rloo, reinforce, ppo) every answer is learned, weighed by its advantage. Over pairs and labels a
+round becomes the examples that `prefuse train` reads from a file, and the same batches are made of them.
 
 P prompts with K answers each; N tokens of all of them, end to end.
 """
@@ -59,6 +59,17 @@ def material_of(
     return Material(Examples.of(rows), owners) if rows else None
 
 
+def spare_of(made: Round, prompts: Sequence[Sequence[int]], config: Config) -> Material:
+    """One example of the algorithm's kind, for a rank that has none: it runs beside the others, and counts nowhere."""
+    prompt, ids, row = list(prompts[made.prompts[0]]), made.ids[0][0], made.rows[0]
+    if config.algorithm in OVER_TOKENS:
+        own = [torch.zeros(len(ids))]
+        return Material(Examples.of([Demonstration(prompt, ids, row)]), [0], own, [0], None)
+    kinds = {name: Pair(prompt, ids, ids, row) for name in PAIRED}
+    kinds |= {"kto": Labelled(prompt, ids, True, row), "best_of_n": Demonstration(prompt, ids, row)}
+    return Material(Examples.of([kinds[config.algorithm]]), [0])
+
+
 def _examples_of(made: Round, p: int, scores: list[float], prompt: list[int], config: Config) -> list[Example]:
     ids, row = made.ids[p], made.rows[p]
     known = [k for k, score in enumerate(scores) if score == score]
@@ -93,20 +104,24 @@ def _over_tokens(
             scores = scores - beta * _kl_of_answers(made, cu_seqlens).reshape(scores.shape)
         advantages = _by_groups(scores, config, ranks).flatten()
         tokens = advantages.repeat_interleave(cu_seqlens.diff().long())
-    rows, owners = [], []
-    for p, k in made.answers:
-        learned = None
-        if config.mask_truncated_completions and not made.stopped[p][k]:
-            learned = [False] * len(made.ids[p][k])
-        rows.append(Demonstration(list(prompts[made.prompts[p]]), made.ids[p][k], f"{made.rows[p]}#{k}", learned))
-        owners.append(p)
-    if all(row.learned is not None for row in rows):
+    bare = answers_of(made, prompts)
+    kept = [stop or not config.mask_truncated_completions for own in made.stopped for stop in own]
+    if not any(kept):
         return None
-    if any(row.learned is not None for row in rows):
-        rows = [replace(row, learned=row.learned or [True] * len(row.completion)) for row in rows]
+    examples = bare.examples
+    if not all(kept):
+        examples = replace(examples, learned=np.repeat(kept, examples.completions.lengths))
     split = made.tokens_of(tokens.float())
     split_returns = None if returns is None else made.tokens_of(returns.float())
-    return Material(Examples.of(rows), owners, split, list(range(len(rows))), split_returns)
+    return Material(examples, bare.owners, split, bare.answers, split_returns)
+
+
+def answers_of(made: Round, prompts: Sequence[Sequence[int]]) -> Material:
+    """All answers of a round, end to end."""
+    rows = [
+        Demonstration(list(prompts[made.prompts[p]]), made.ids[p][k], f"{made.rows[p]}#{k}") for p, k in made.answers
+    ]
+    return Material(Examples.of(rows), [p for p, _ in made.answers], None, list(range(len(rows))))
 
 
 def _by_groups(scores: Tensor, config: Config, ranks: Ranks) -> Tensor:  # (P, K) of this rank
@@ -138,7 +153,9 @@ def _by_values(
     rewards = prefuse.token_rewards(flat.nan_to_num(0.0), made.old_logps, ref, cu_seqlens, beta)
     advantages, returns = prefuse.gae(rewards, made.old_values, cu_seqlens, config.gamma, config.lam)
     counted = known.repeat_interleave(cu_seqlens.diff().long())
-    total = ranks.sum_(torch.stack([counted.sum().double(), advantages[counted].sum(), advantages[counted].square().sum()]))
+    total = ranks.sum_(
+        torch.stack([counted.sum().double(), advantages[counted].sum(), advantages[counted].square().sum()])
+    )
     mean = total[1] / total[0].clamp_min(1)
     spread = (total[2] / total[0].clamp_min(1) - mean.square()).clamp_min(0)
     white = (advantages - mean) * torch.rsqrt(spread + 1e-8)
@@ -149,7 +166,7 @@ def _by_values(
 
 
 def parts_of(material: Material, prompts: int, config: Config) -> list[list[list[int]]]:
-    """Of each of the round's steps, its microbatches: indices of examples. A step takes the next part of the prompts."""
+    """Of each of the round's steps, its microbatches: indices of examples. A step takes the next of the prompts."""
     examples, steps = material.examples, config.steps_per_generation
     size = config.per_device_train_batch_size
     cut = None
@@ -200,7 +217,9 @@ def summary_of(made: Round, ranks: Ranks, name: str) -> dict[str, Tensor]:
     scores = ranks.gather(made.scores).reshape(-1, made.scores.shape[1])
     known = ~scores.isnan()
     flat = scores[known]
-    spread = torch.stack([row[k].std() if k.sum() > 1 else row.new_zeros(()) for row, k in zip(scores, known, strict=True)])
+    spread = torch.stack(
+        [row[k].std() if k.sum() > 1 else row.new_zeros(()) for row, k in zip(scores, known, strict=True)]
+    )
     repeated = sum(len(own) - len(set(map(tuple, own))) for own in made.ids)
     sums = {
         "completions/mean_length": (lengths.sum(), len(lengths)),
@@ -220,7 +239,9 @@ def summary_of(made: Round, ranks: Ranks, name: str) -> dict[str, Tensor]:
         "unscored": (~known).double().mean(),
     }  # fmt: skip
     one |= {f"rewards/{name}/mean": one["reward"], f"rewards/{name}/std": one["reward_std"]}
-    return found | {key: torch.stack([value.double(), value.new_ones((), dtype=torch.float64)]) for key, value in one.items()}
+    return found | {
+        key: torch.stack([value.double(), value.new_ones((), dtype=torch.float64)]) for key, value in one.items()
+    }
 
 
 def _score_of(made: Round, chosen: Tensor) -> tuple[Tensor, Tensor]:

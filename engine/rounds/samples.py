@@ -41,6 +41,7 @@ class Round:
     old_logps: Tensor | None = None  # (N,) of all answers end to end, at the sampling temperature
     ref_logps: Tensor | None = None  # (N,)
     old_values: Tensor | None = None  # (N,) ppo
+    example_ref_logps: Tensor | None = None  # iterative_dpo: of the pairs made of it, by the policy that sampled
 
     @property
     def answers(self) -> list[tuple[int, int]]:  # (P * K,) place of each, end to end
@@ -54,7 +55,7 @@ class Round:
         return list(x.split(self.lengths))
 
 
-TENSORS = ("old_logps", "ref_logps", "old_values")
+TENSORS = ("old_logps", "ref_logps", "old_values", "example_ref_logps")
 
 
 def path_of(folder: Path, number: int, ranks: Ranks) -> Path:
