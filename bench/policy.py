@@ -157,7 +157,7 @@ LOSSES: dict[str, PolicyObjective] = {
     "GRPO luspo (sequence)": GRPO("luspo", importance_sampling_level="sequence"),
     "GRPO grpo, sequence (GSPO)": GRPO("grpo", importance_sampling_level="sequence", epsilon=0.02, epsilon_high=0.03),
     "GRPO dapo, epsilon_high 0.28": GRPO("dapo", epsilon_high=0.28),
-    "GRPO grpo, delta 1.3": GRPO("grpo", delta=1.3),
+    "GRPO grpo, epsilon 0.05, delta 1.1": GRPO("grpo", epsilon=0.05, delta=1.1),
     "GRPO grpo, beta 0.04 (k3)": GRPO("grpo", beta=0.04),
     "GRPO dapo, beta 0.04, bias correction": GRPO("dapo", beta=0.04, use_bias_correction_kl=True),
     "GRPO dapo, entropy_coef 0.01": GRPO("dapo", entropy_coef=0.01),

@@ -1,4 +1,4 @@
-"""The rule of the sorting task, with TRL's signature of a reward function: --scorer examples/sorting_rule.py:ascending"""
+"""The rule of the sorting task, as TRL writes reward functions: --scorer examples/sorting_rule.py:ascending"""
 
 
 def ascending(prompts: list[str], completions: list[str], **_) -> list[float]:

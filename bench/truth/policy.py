@@ -119,7 +119,7 @@ def ppo_clip(answers: list[Answer], loss) -> float:
 
 def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     """Schulman et al. 2016, eq. 16, as the sum it is: sum over l of (gamma lam)^l delta_{t+l}."""
-    after = [*values[1:], 0.0]
+    after = [*values[1:], *([0.0] if values else [])]
     deltas = [r + gamma * nxt - v for r, v, nxt in zip(rewards, values, after, strict=True)]
     return [math.fsum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
 
