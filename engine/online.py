@@ -12,7 +12,7 @@ ratio is 1. Samples and scores stand in the run folder before the first update; 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from prefuse.engine.data.order import generator
 from prefuse.engine.data.table import Demonstration
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off
-from prefuse.engine.model.forward import LanguageModel, token_logps
+from prefuse.engine.model.forward import LanguageModel, token_logps, token_values
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
 from prefuse.engine.model.rollouts import Shape
@@ -50,6 +50,7 @@ from prefuse.engine.rounds.learn import (
 )
 from prefuse.engine.rounds.sampler import Sampler, seed_of
 from prefuse.engine.rounds.samples import Round, forget_tensors, load_round, save_round
+from prefuse.engine.rounds.values import ValueHead
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.plan import Share
 from prefuse.engine.run.proof import checkpoints
@@ -124,6 +125,9 @@ class PromptRows(FileRows):
         synced = ranks.sharded and ranks.size > 1
         sampler = Sampler(lm, self.tokenizer, self.scorer, shape, size, self.columns[0], synced)
         rounds = Rounds(config, lm, ref, self.prompts, examples, sampler, ranks, home.path, guards)
+        if config.algorithm == "ppo":
+            width = lm.model.config.get_text_config().hidden_size
+            rounds.values = ValueHead(width, config.value_learning_rate, lm.device)
         held_out = replace(sampler, columns=self.columns[1])
         return rounds, HeldPrompts(self.held, held_out, self.gold, config.seed) if self.held else None
 
@@ -159,6 +163,7 @@ class Rounds:
         None  # no second model to be compared when resumed: its weights are those that the run starts from
     )
     last: Share | None = None
+    values: ValueHead | None = None  # ppo
 
     @property
     def per_step(self) -> int:
@@ -193,6 +198,18 @@ class Rounds:
             self._epoch = epoch
             self._order = torch.randperm(len(self.prompts), generator=generator("prompts", self.config.seed, epoch))
         return int(self._order[index])
+
+    def after_step(self) -> None:
+        """After each update of the policy."""
+        if self.values is not None:
+            self.values.step(self.ranks)
+
+    def state(self) -> dict:
+        return {} if self.values is None else {"values": self.values.state()}
+
+    def restore(self, state: dict) -> None:
+        if self.values is not None and "values" in state:
+            self.values.restore(state["values"])
 
     def first_share(self) -> Share | None:
         return self.last
@@ -248,9 +265,14 @@ class Rounds:
         if config.algorithm == "iterative_dpo" and self.ref is self.lm:
             material = self.material(made)
             if material is not None:
-                made = replace(made, example_ref_logps=self.token_logps(material, made, self.lm, 1.0))
+                made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, token_logps))
         if over_tokens and (self.steps_per_round > 1 or needs_ref or config.algorithm == "ppo"):
             made = replace(made, old_logps=self.logps_of(made, self.lm))
+        if self.values is not None:
+            values = partial(token_values, head=self.values)
+            made = replace(
+                made, old_values=self.of_tokens(self.like_prompts(answers_of(made, self.ids)), made, self.lm, values)
+            )
         if needs_ref:
             with self.as_reference():
                 made = replace(made, ref_logps=self.logps_of(made, self.ref))
@@ -258,16 +280,20 @@ class Rounds:
 
     def logps_of(self, made: Round, model: LanguageModel) -> Tensor:  # (N,)
         """Of all answers, in the batches that the policy will meet."""
-        return self.token_logps(self.like_prompts(answers_of(made, self.ids)), made, model, self.config.temperature)
+        logps = partial(token_logps, temperature=self.config.temperature)
+        return self.of_tokens(self.like_prompts(answers_of(made, self.ids)), made, model, logps)
 
-    def token_logps(self, material: Material, made: Round, model: LanguageModel, temperature: float) -> Tensor:  # (N,)
+    def of_tokens(
+        self, material: Material, made: Round, model: LanguageModel, measure: Callable[[LanguageModel, Batch], Tensor]
+    ) -> Tensor:  # (N,)
+        """A number for each token of the material, in its order."""
         examples = material.examples
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         batches = [indices for part in parts_of(material, len(made.prompts), self.config) for indices in part]
         for indices, counts in self.ranks.in_step(batches, [0]):
-            logps = token_logps(model, collate(examples, indices).to(model.device), temperature).float().cpu()
+            numbers = measure(model, collate(examples, indices).to(model.device)).float().cpu()
             if counts:
-                for index, own in zip(indices, logps.split(examples.counts[indices].tolist()), strict=True):
+                for index, own in zip(indices, numbers.split(examples.counts[indices].tolist()), strict=True):
                     found[index] = own
         return torch.cat(found)
 
@@ -327,7 +353,8 @@ class Rounds:
         config = self.config
         if config.algorithm in OVER_TOKENS:
             needs_ref = "ref_logps" in config.policy_loss().policy_needs
-            return [batch_of(material, indices, made, config, needs_ref=needs_ref) for indices in parts]
+            rest = {"needs_ref": needs_ref, "values": self.values}
+            return [batch_of(material, indices, made, config, **rest) for indices in parts]
         if config.algorithm == "best_of_n":
             return [collate(material.examples, indices) for indices in parts]
         if config.algorithm == "iterative_dpo" and self.ref is self.lm:

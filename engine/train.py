@@ -126,6 +126,7 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
+                run.data.after_step()
                 window.add({**metrics, **share.metrics})
                 window.count(*done_by_all)
                 done = share.step + 1

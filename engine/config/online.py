@@ -69,7 +69,7 @@ class OnlineSettings(Topic):
     )
     gamma: float = setting(1.0, "ppo: discount of what comes later.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
     lam: float = setting(0.95, "ppo: decay of generalized advantages.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
-    vf_coef: float = setting(0.1, "ppo: weight of the value head's loss.", rule=at_least(0))
+    value_learning_rate: float = setting(1e-3, "ppo: learning rate of the value head.", rule=above(0))
     cliprange_value: float = setting(0.2, "ppo: how far a value may move and still count.", rule=above(0))
 
     kl_target: float | None = setting(
@@ -153,7 +153,7 @@ class OnlineSettings(Topic):
             "scale_rewards": ("grpo",), "grpo_loss_type": ("grpo",), "importance_sampling_level": ("grpo",),
             "delta": ("grpo",), "epsilon": CLIPPED, "epsilon_high": CLIPPED, "kl_estimator": ("grpo", "reinforce"),
             "entropy_coef": OVER_TOKENS, "mask_truncated_completions": OVER_TOKENS, "pairs_per_prompt": PAIRED,
-            "gamma": ("ppo",), "lam": ("ppo",), "vf_coef": ("ppo",), "cliprange_value": ("ppo",),
+            "gamma": ("ppo",), "lam": ("ppo",), "value_learning_rate": ("ppo",), "cliprange_value": ("ppo",),
             "beta": tuple(BETAS),
         }  # fmt: skip
         defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}

@@ -108,6 +108,13 @@ def token_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Te
 
 
 @torch.no_grad()
+@where_weights_are
+def token_values(lm: LanguageModel, batch: Batch, head: torch.nn.Module) -> Tensor:  # (N,) float32
+    """What PPO's value head says of each completion token."""
+    return head(completion_states(lm, batch))
+
+
+@torch.no_grad()
 def reference_point(
     lm: LanguageModel, batches: Sequence[Batch], ranks: Ranks = ALONE, spare: Sequence[Batch] = ()
 ) -> Tensor:  # () >= 0

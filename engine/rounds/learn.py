@@ -9,6 +9,7 @@ P prompts with K answers each; N tokens of all of them, end to end.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,8 +184,10 @@ def parts_of(material: Material, prompts: int, config: Config) -> list[list[list
     return parts
 
 
-def batch_of(material: Material, indices: list[int], made: Round, config: Config, *, needs_ref: bool) -> Batch:
-    """One microbatch, without a reference's numbers unless the round has them."""
+def batch_of(
+    material: Material, indices: list[int], made: Round, config: Config, *, needs_ref: bool, values: Any = None
+) -> Batch:
+    """One microbatch. `values`: PPO's value head."""
     batch = collate(material.examples, indices)
     if material.advantages is None:
         return batch
@@ -199,7 +202,7 @@ def batch_of(material: Material, indices: list[int], made: Round, config: Config
     returns = None if material.returns is None else torch.cat([material.returns[i] for i in indices])
     sampled = SampledTokens(
         torch.cat([material.advantages[i] for i in indices]), picked(made.old_logps), config.temperature,
-        picked(made.old_values), returns,
+        picked(made.old_values), returns, values, config.cliprange_value,
     )  # fmt: skip
     return replace(batch, sampled=sampled, ref_logps=picked(made.ref_logps) if needs_ref else None)
 

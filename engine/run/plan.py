@@ -87,6 +87,16 @@ class TrainingSet:
     def steps_per_epoch(self) -> int:
         return self.steps.per_epoch
 
+    def after_step(self) -> None:
+        """After each update; other stories have something to do here."""
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """What `state` gave."""
+
     def first_share(self) -> "Share | None":
         return next(self.steps_from(0))
 

@@ -131,6 +131,7 @@ class FileRows:
         home: RunFolder, guards: Guards,
     ) -> tuple[TrainingSet, HeldOut | None]:  # fmt: skip
         """The steps of the run, with all that the reference will be asked for."""
+        _check_rows_fit(lm, examples, held, loss, config)
         with adapters_off(lm.model), clock.part("reference"):
             return meet_reference(lm, examples, held, loss, config, ranks)
 
@@ -154,7 +155,6 @@ def prepare(
     torch.manual_seed(config.seed + ranks.rank)
     lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
-    _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     best = Best(config)
     guards = rows.guards(config, loss, examples)
@@ -177,6 +177,7 @@ def prepare(
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
             best.restore(state.get("best"))
+            data.restore(state.get("data", {}))
     newest = state["step"] or None
 
     def begin() -> None:
@@ -277,6 +278,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "window": run.window.state(),
         "guards": run.guards.state(),
         "best": run.best.state(),
+        "data": run.data.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
     }
