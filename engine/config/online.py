@@ -88,7 +88,7 @@ class OnlineSettings(Topic):
         0.1, "Guard: entropy of the policy as a share of that of the first rounds.", rule=at_least(0), may_differ=True
     )
     max_duplicates: float = setting(
-        0.5, "Guard: share of answers that another answer to the same prompt repeats.", rule=SHARE, may_differ=True
+        0.9, "Guard: share of answers that another answer to the same prompt repeats.", rule=SHARE, may_differ=True
     )
     max_zero_std: float = setting(
         0.9, "Guard: share of groups whose rewards are all equal, over the last rounds.", rule=SHARE, may_differ=True

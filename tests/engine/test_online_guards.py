@@ -24,7 +24,7 @@ def rounds(guard: OnlineGuards, count: int, **changes) -> None:
 
 PROVOKED = {
     "length growth": {"completions/mean_length": 41.0},
-    "duplicate samples": {"completions/duplicates": 0.6},
+    "duplicate samples": {"completions/duplicates": 0.95},
     "rewards all equal": {"frac_reward_zero_std": 1.0},
     "truncated answers rewarded": {"completions/clipped_ratio": 0.5, "reward": 0.5, "reward_truncated": 0.9},
     "answers without a score": {"unscored": 0.75},
