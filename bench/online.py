@@ -2,7 +2,7 @@
 
     prefuse bench online            # groups of 8 answers, prompts as long as answers, one thread, float32
 
-Both take the same model, prompts, answers and advantages: forward, backward, clipping of the norm and AdamW's step, what
+Both take the same model, prompts, answers and advantages: forward, backward, clipping and AdamW's step, what
 lies between sampling and the next round. TRL's side is `GRPOTrainer._compute_loss`, its fused head and all, without
 gradient checkpointing, which would cost it a third more. Both in turn; the ratio is the median over rounds.
 

@@ -48,5 +48,6 @@ class ModelSettings(Topic):
     )
 
     def check(self, command: str) -> None:
-        if not (command == "eval" and (self.model_answers or self.checkpoints)):
+        answered = command == "label" or (command == "eval" and (self.model_answers or self.checkpoints))
+        if not answered:
             require(self, "model_name_or_path")

@@ -1,8 +1,10 @@
 """Settings of `prefuse online`: the algorithm, what a round samples, and how it is learned from."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from prefuse.engine.config.generation import SAMPLING
 from prefuse.engine.config.setting import Rule, Topic, above, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.policy import GRPO, RLOO, PPOClip, Reinforce
@@ -30,9 +32,14 @@ class OnlineSettings(Topic):
         "demonstration.",
     )  # fmt: skip
     max_completion_length: int = setting(256, "Most tokens of an answer.", rule=at_least(1))
-    top_p: float = setting(1.0, "Sample from the likeliest tokens that together have this probability.", rule=SHARE)
+    top_p: float = setting(
+        1.0, "Sample from the likeliest tokens that together have this probability.", commands=SAMPLING, rule=SHARE
+    )
     min_p: float | None = setting(
-        None, "Sample from the tokens with at least this share of the likeliest one's probability.", rule=SHARE
+        None,
+        "Sample from the tokens with at least this share of the likeliest one's probability.",
+        commands=SAMPLING,
+        rule=SHARE,
     )
     steps_per_generation: int = setting(
         1, "Optimizer steps that a round of samples is dealt to. (TRL counts microbatches.)", rule=at_least(1)
@@ -63,9 +70,6 @@ class OnlineSettings(Topic):
     )
     missing_eos_penalty: float | None = setting(
         None, "What the score of an answer loses that max_completion_length cut off.", rule=at_least(0)
-    )
-    pairs_per_prompt: Literal["best_worst", "all"] = setting(
-        "best_worst", "online_dpo, iterative_dpo: the pairs of a group: the best against the worst, or every two."
     )
     gamma: float = setting(1.0, "ppo: discount of what comes later.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
     lam: float = setting(0.95, "ppo: decay of generalized advantages.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
@@ -152,11 +156,11 @@ class OnlineSettings(Topic):
         readers = {
             "scale_rewards": ("grpo",), "grpo_loss_type": ("grpo",), "importance_sampling_level": ("grpo",),
             "delta": ("grpo",), "epsilon": CLIPPED, "epsilon_high": CLIPPED, "kl_estimator": ("grpo", "reinforce"),
-            "entropy_coef": OVER_TOKENS, "mask_truncated_completions": OVER_TOKENS, "pairs_per_prompt": PAIRED,
+            "entropy_coef": OVER_TOKENS, "mask_truncated_completions": OVER_TOKENS, "pairs": PAIRED,
             "gamma": ("ppo",), "lam": ("ppo",), "value_learning_rate": ("ppo",), "cliprange_value": ("ppo",),
             "beta": tuple(BETAS),
         }  # fmt: skip
-        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, algorithms in readers.items():
             if getattr(self, name) != defaults[name] and self.algorithm not in algorithms:
                 raise UserError(

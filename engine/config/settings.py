@@ -12,6 +12,7 @@ from prefuse.engine.config.data import DataSettings
 from prefuse.engine.config.evaluation import EvaluationSettings
 from prefuse.engine.config.generation import GenerationSettings
 from prefuse.engine.config.guards import GuardSettings
+from prefuse.engine.config.labelling import LabellingSettings
 from prefuse.engine.config.lora import LoraSettings
 from prefuse.engine.config.loss import LOSS_SETTINGS, LOSS_TYPES, LossSettings
 from prefuse.engine.config.model import ModelSettings
@@ -40,6 +41,7 @@ class Config(
     EvaluationSettings,
     GenerationSettings,
     ScoringSettings,
+    LabellingSettings,
     OnlineSettings,
     OutputSettings,
     SpeedSettings,

@@ -22,6 +22,7 @@ from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.order import draw_mismatches
 from prefuse.engine.data.table import Demonstration, Example, Labelled, Pair
 from prefuse.engine.model.policy import SampledTokens
+from prefuse.engine.rounds.sampler import seed_of
 from prefuse.engine.rounds.samples import Round
 from prefuse.engine.run.ranks import Ranks
 
@@ -76,17 +77,29 @@ def _examples_of(made: Round, p: int, scores: list[float], prompt: list[int], co
     known = [k for k, score in enumerate(scores) if score == score]
     if len({scores[k] for k in known}) < 2:  # no answer is better than another
         return []
-    best, worst = max(known, key=lambda k: scores[k]), min(known, key=lambda k: scores[k])
+    best = max(known, key=lambda k: scores[k])
     if config.algorithm in PAIRED:
-        pairs = [(best, worst)]
-        if config.pairs_per_prompt == "all":
-            both = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(known, 2)]
-            pairs = [(i, j) for i, j in both if scores[i] != scores[j]]
+        pairs = pairs_of(scores, config.pairs, config.seed, made.number, row)
         return [Pair(prompt, ids[i], ids[j], f"{row}#{i}>{j}") for i, j in pairs]
     if config.algorithm == "kto":
         mean = sum(scores[k] for k in known) / len(known)
         return [Labelled(prompt, ids[k], scores[k] > mean, f"{row}#{k}") for k in known if scores[k] != mean]
     return [Demonstration(prompt, ids[best], f"{row}#{best}")]  # best_of_n
+
+
+def pairs_of(scores: Sequence[float], which: str, *drawn_from: object) -> list[tuple[int, int]]:
+    """(better, worse) of answers with these scores, as `--pairs` says; none of equal scores, none of NaN."""
+    known = [k for k, score in enumerate(scores) if score == score]
+    best = max(known, key=lambda k: scores[k], default=None)
+    worse = [k for k in known if scores[k] < scores[best]]
+    if not worse:
+        return []
+    if which == "all":
+        both = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(known, 2)]
+        return [(i, j) for i, j in both if scores[i] != scores[j]]
+    if which == "best_vs_random":
+        return [(best, worse[seed_of("pair", *drawn_from) % len(worse)])]
+    return [(best, min(worse, key=lambda k: scores[k]))]
 
 
 # ---- over tokens ---------------------------------------------------------------------------------

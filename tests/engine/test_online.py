@@ -27,7 +27,7 @@ def rounds_of(folder):
 
 SETTINGS = {
     "grpo": {"beta": 0.1}, "rloo": {}, "reinforce": {}, "ppo": {}, "online_dpo": {},
-    "iterative_dpo": {"pairs_per_prompt": "all"}, "kto": {}, "best_of_n": {},
+    "iterative_dpo": {"pairs": "all"}, "kto": {}, "best_of_n": {},
 }  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_pairs_labels_and_demonstrations_of_scores():
     scores = [[1.0, 3.0, 2.0, nan], [5.0, 5.0, 5.0, 5.0], [0.0, 1.0, 1.0, nan]]
     best, _ = made(scores, "online_dpo")
     assert [(e.prompt, e.chosen[0], e.rejected[0]) for e in best.examples] == [([1, 2, 3], 6, 5), ([9], 6, 5)]
-    every, _ = made(scores, "online_dpo", pairs_per_prompt="all")
+    every, _ = made(scores, "online_dpo", pairs="all")
     assert [(e.chosen[0], e.rejected[0]) for e in every.examples] == [(6, 5), (7, 5), (6, 7), (6, 5), (7, 5)]
     labels, _ = made(scores, "kto")
     assert [(e.completion[0], e.label) for e in labels.examples] == [
