@@ -11,7 +11,7 @@ from prefuse.engine.run.guards import Guards
 
 FIRST = 5  # rounds that say what was usual
 LAST = 3  # rounds that say how it is now
-KEPT = ("reward", "completions/mean_length", "completions/duplicates", "frac_reward_zero_std", "entropy", "kl")
+KEPT = ("reward", "completions/mean_length", "completions/duplicates", "frac_reward_zero_std", "entropy", "kl", "paid")
 
 
 class OnlineGuards(Guards):
@@ -91,7 +91,9 @@ class OnlineGuards(Guards):
         if cut is None or reward is None or of_cut is None or not 0.05 < cut < 1:
             return
         finished = (reward - cut * of_cut) / (1 - cut)
-        if of_cut > finished:
+        self._keep({"paid": of_cut - finished})
+        paid = self.last["paid"]
+        if len(paid) == LAST and min(paid) > 0:
             self._act(
                 "truncated answers rewarded",
                 f"{cut:.0%} of the answers of round {number} are cut off by max_completion_length, and their mean "

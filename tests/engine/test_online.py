@@ -275,9 +275,3 @@ def test_a_run_without_any_pair_says_so(model, tmp_path, caplog):
     """All rewards equal: no step makes an update, and the guard names the reason."""
     with pytest.raises(UserError, match="no round had anything to learn from: with online_dpo"):
         online(model, tmp_path, algorithm="online_dpo", rule="same", max_steps=4)
-
-
-def test_a_long_prompt_is_named(tmp_path):
-    short = save_model(tmp_path / "short", max_position_embeddings=16)
-    with pytest.raises(UserError, match="takes at most 16 tokens"):
-        online(short, tmp_path, max_completion_length=14)

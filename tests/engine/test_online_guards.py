@@ -125,11 +125,12 @@ def test_a_run_with_equal_rewards_is_told_so(tmp_path, caplog):
 
 
 def test_a_rule_that_pays_what_gold_does_not(tmp_path, caplog):
-    """The rule pays vowels, gold takes them off: as the reward rises, gold falls, and the run ends there."""
+    """The rule pays vowels, gold takes them off: as the reward rises, gold falls."""
     model = save_model(tmp_path / "model")
     steps = online(
-        model, tmp_path, max_steps=40, learning_rate=5e-3, eval_fraction=0.25, eval_steps=2, guard_action="stop",
-        gold_scorer=[f"{tmp_path / 'rules.py'}:gold"], max_gold_drop=0.3, per_device_eval_batch_size=16,
+        model, tmp_path, max_steps=10, learning_rate=1e-2, eval_fraction=0.25, eval_steps=2, missing_eos_penalty=0.0,
+        gold_scorer=[f"{tmp_path / 'rules.py'}:gold"], per_device_eval_batch_size=16,
     )  # fmt: skip
-    assert "guard, over-optimization" in caplog.text
-    assert steps[-1]["step"] < 40
+    assert "guard, over-optimization: the reward in training has risen" in caplog.text
+    gold = [line["eval_gold"] for line in steps if "eval_gold" in line]
+    assert gold[-1] < gold[0]
