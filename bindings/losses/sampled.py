@@ -81,7 +81,6 @@ class PolicyLoss:
 
     entropy_coef: float = 0.0
     reduction = "token"  # not annotated: fields of subclasses keep their own order
-    beta = 0.0
 
     def __post_init__(self):
         check_weight("entropy_coef", self.entropy_coef)

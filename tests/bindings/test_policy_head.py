@@ -46,7 +46,7 @@ def test_it_is_the_loss_of_the_heads_log_probabilities(loss, workspace):
     with torch.no_grad():
         old = prefuse.linear_logprobs(hidden + 0.1 * ref_hidden, weight, targets, **HEAD)
         ref = prefuse.linear_logprobs(ref_hidden, weight, targets, **HEAD)
-    ref_logps = ref if loss.beta else None
+    ref_logps = ref if "ref_logps" in loss.policy_needs else None
     out = prefuse.linear_policy_loss(
         hidden,
         weight,
@@ -164,13 +164,13 @@ def test_ignored_tokens_count_nowhere(loss):
         cu,
         old[keep],
         a[keep],
-        ref_logps=ref[keep] if loss.beta else None,
+        ref_logps=ref[keep] if "ref_logps" in loss.policy_needs else None,
         loss=loss,
     )
     nan = torch.where(keep, 0.0, math.nan)
     full = prefuse.linear_policy_loss(
         hidden, weight, torch.where(keep, targets, -100), CU_SEQLENS, old + nan, a + nan,
-        ref_logps=ref + nan if loss.beta else None, loss=loss,
+        ref_logps=ref + nan if "ref_logps" in loss.policy_needs else None, loss=loss,
     )  # fmt: skip
     assert full.loss.item() == pytest.approx(short.loss.item(), rel=1e-6)
     ours, theirs = gradients(full.loss, hidden, weight), gradients(short.loss, hidden, weight)

@@ -33,7 +33,7 @@ LOSSES = [
     (GRPO("cispo", epsilon_high=1.1), truth.grpo),
     (GRPO("sapo"), truth.grpo),
     (GRPO("luspo", importance_sampling_level="sequence"), truth.grpo),
-    (GRPO("grpo", importance_sampling_level="sequence", epsilon=3e-2, epsilon_high=4e-2), truth.grpo),
+    (GRPO("grpo", importance_sampling_level="sequence", epsilon=0.3, epsilon_high=0.4), truth.grpo),
     (GRPO("dapo", epsilon_high=0.28, entropy_coef=0.3), truth.grpo),
     (GRPO("grpo", delta=1.1, epsilon=0.1), truth.grpo),
     *((GRPO("grpo", beta=0.4, kl_estimator=k), truth.grpo) for k in ("k1", "k2", "k3", "exact")),
