@@ -64,7 +64,8 @@ def label_and_train(folder: Path, url: str) -> dict[str, float]:
     demo.prefuse(
         "label", model_name_or_path=folder / "sft", dataset_name=folder / "prompts.jsonl", num_generations=4,
         scorer=f"judge={url}#rule", constitution=constitution, gold_scorer=f"{online.RULE}:ascending",
-        score_cache="none", max_new_tokens=10, per_device_eval_batch_size=100, judge_workers=2, output_file=folder / "ai_pairs.jsonl",
+        score_cache="none", max_new_tokens=10, per_device_eval_batch_size=100, judge_workers=2,
+        output_file=folder / "ai_pairs.jsonl",
     )  # fmt: skip
     demo.prefuse(
         "train", loss_type="dpo", beta=0.5, model_name_or_path=folder / "sft", dataset_name=folder / "ai_pairs.jsonl",
@@ -99,8 +100,8 @@ def main() -> int:
     server.shutdown()
     before, after = (share_of_ascending(folder, model) for model in ("sft", "dpo"))
     demo.console.print(
-        f"kappa of judge and rule {trust['gold_kappa']:.2f}; first shown wins {trust['first_shown_wins']:.2f}; ascending "
-        f"answers {before:.1%} before, {after:.1%} after"
+        f"kappa of judge and rule {trust['gold_kappa']:.2f}; first shown wins {trust['first_shown_wins']:.2f}; "
+        f"ascending answers {before:.1%} before, {after:.1%} after"
     )
     return int(not (trust["gold_kappa"] > 0.9 and after > before + 0.1))
 

@@ -1,4 +1,4 @@
-"""Each algorithm of `prefuse online` learns the sorting task from its rule alone: held-out prompts are answered better."""
+"""Each algorithm of `prefuse online` learns to sort from the rule alone: held-out prompts are answered better."""
 
 import importlib
 import sys
