@@ -50,6 +50,8 @@ def compare_answers(config: Config) -> dict[str, float]:
     gold = scorer_of(config.gold_scorer, config, device) if config.gold_scorer else None
     for one in (scorer, gold):
         refuse_self_judge(one, config)
+    if hasattr(scorer, "compare") and not (config.ref_model_name_or_path or config.ref_answers):
+        raise UserError(f"{scorer.name} compares two answers: give --ref_model_name_or_path too")
     needed = dict.fromkeys([*scorer.columns, *(gold.columns if gold else ()), *(config.scorer_columns or ())])
     answered = read_answered(config) if config.model_answers else sampled(config, device, list(needed))
     metrics: dict[str, float] = {"prompts": len(answered.rows), "length": lengths(answered.answers)}
@@ -98,6 +100,7 @@ def won(
         say("  the same command asks again only about what has no verdict")
     if found.first_shown is not None:
         metrics["first_shown_wins"] = found.first_shown
+    metrics |= scorer.spent() if hasattr(scorer, "spent") else {}
     if gold is not None:
         other = preferences(gold, prompts, first, second, columns)
         say_reasons(gold.name, other.reasons, rows)

@@ -38,22 +38,22 @@ class Cache:
         self._known: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._path: Path | None = None
-        self.hits = 0
         if folder is None:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / f"{digest(about)[:32]}.jsonl"
-            damaged = self._read(self._path)
-            self._append(b"\n" if damaged else b"")
+            content = self._path.read_bytes() if self._path.exists() else b""
+            damaged = self._read(content)
+            self._append(b"" if content.endswith(b"\n") or not content else b"\n")
             if damaged:
                 say(f"{self._path}: {damaged} damaged lines are passed over, and asked for again")
         except OSError as error:
             raise UserError(f"score_cache: cannot use {folder}: {error}; give another folder, or none") from None
 
-    def _read(self, path: Path) -> int:
+    def _read(self, content: bytes) -> int:
         damaged = 0
-        for line in path.read_bytes().splitlines() if path.exists() else []:
+        for line in content.splitlines():
             try:
                 entry = json.loads(line) if line else None
                 if entry is not None:
@@ -62,14 +62,10 @@ class Cache:
                 damaged += 1
         return damaged
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def get(self, key: str) -> Any:
         """The value, or None."""
         with self._lock:
             value = self._known.get(key)
-            self.hits += value is not None
         return value
 
     def put(self, key: str, value: Any) -> None:

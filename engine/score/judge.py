@@ -115,6 +115,12 @@ class Judge:
                     wins[p, k] = math.nan
         return Scores(wins, reasons)
 
+    def spent(self) -> dict[str, float]:
+        """What this run has asked of a server: tokens, and USD where prices are known; what the cache had is free."""
+        tokens, cost = getattr(self.backend, "tokens", None), getattr(self.backend, "cost", lambda: None)()
+        counted = {} if tokens is None else {"judge_tokens_read": tokens[0], "judge_tokens_written": tokens[1]}
+        return counted | ({} if cost is None else {"judge_cost": cost})
+
     def verdict(self, reply: Reply | NoScore) -> float | NoScore:
         """The probability that A is better: of the letters where it is known, else 1, 0 or 0.5 by its words."""
         if isinstance(reply, NoScore):

@@ -63,7 +63,7 @@ def best_of_n(proxy: Tensor, gold: Tensor) -> list[dict[str, float]]:  # (P, N),
     if not len(proxy):
         return []
     gold = torch.stack([_shared(*row) for row in zip(proxy, gold, strict=True)])
-    order = proxy.argsort(1, stable=True)
+    order = proxy.argsort(dim=1, stable=True)
     proxy, gold = proxy.gather(1, order), gold.gather(1, order)
     curve = []
     for n in range(1, size + 1):

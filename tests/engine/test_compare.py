@@ -86,7 +86,7 @@ def test_win_rate_of_two_models_by_a_function(made, tmp_path, capsys):
 
 
 def test_best_of_n_and_two_scorers(made, tmp_path):
-    options = ["--num_generations", "4", "--temperature", "1", "--num_prompts", "5"]
+    options = ["--num_generations", "4", "--temperature", "1", "--num_prompts", "5", "--columns", "unused=solution"]
     found = evaluated(made, tmp_path, "--scorer", "length", "--gold_scorer", r"regex=\w", *options)
     assert found["prompts"] == 5
     assert found["comparisons"] == 20
@@ -120,7 +120,8 @@ def test_a_model_does_not_judge_itself(made, tmp_path, capsys):
 
 def test_what_cannot_be(made, tmp_path, capsys):
     words = ["--model_name_or_path", made["model"], "--eval_dataset", made["prompts"]]
-    assert "give --scorer" in refused(capsys, "--checkpoints", str(tmp_path))
+    named = ["--ref_model_name_or_path", made["other"], "--eval_dataset", made["prompts"]]
+    assert "give --scorer" in refused(capsys, "--checkpoints", str(tmp_path), *named)
     assert "temperature above 0" in refused(capsys, *words, "--scorer", "length", "--num_generations", "2")
     assert "give both" in refused(capsys, *words, "--scorer", "length", "--model_answers", "a.json")
     assert "its columns are prompt, solution" in refused(capsys, *words, "--scorer", "exact=truth")

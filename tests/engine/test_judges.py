@@ -51,6 +51,11 @@ def test_both_orders(orders, expected):
     assert both_orders(*orders) == pytest.approx(expected)
 
 
+def sides_of(messages):
+    """The two answers in a question."""
+    return [part.split("\n\n[End]")[0][3:].strip() for part in messages[0]["content"].split("[Answer ")[1:]]
+
+
 class Scripted:
     """A backend that says what a function of (answer A, answer B) says."""
 
@@ -63,8 +68,7 @@ class Scripted:
         replies = {}
         for key, question in zip(keep, questions, strict=True):
             self.asked += 1
-            a, b = (part.split("\n\n[")[0] for part in question[0]["content"].split("[Answer ")[1:])
-            said = self.say(a[3:], b[3:])
+            said = self.say(*sides_of(question))
             replies[key] = said if isinstance(said, NoScore) else Reply(said)
         return replies
 
@@ -116,13 +120,13 @@ def folder(tmp_path_factory):
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.01)
-        direction = torch.randn(32)
+        direction = 3 * torch.randn(32)
         model.lm_head.weight[a], model.lm_head.weight[b] = direction, -direction
     return save_model(path, model=model)
 
 
 def judge_settings(**changes):
-    return settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, **changes)
+    return settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft", **changes)
 
 
 def test_a_model_in_this_process_judges_by_its_probabilities(folder):
@@ -207,13 +211,13 @@ def completion(text, shares=None):
 
 
 def longer(body):
-    a, b = (part.split("\n\n[")[0] for part in body["messages"][0]["content"].split("[Answer ")[1:])
+    a, b = sides_of(body["messages"])
     return ("A", {"A": 0.8, " B": 0.1, "x": 0.1}) if len(a) > len(b) else ("B", {"A": 0.2, "B": 0.7})
 
 
 def judge_at(url, cache=None, **changes):
     options = {"secret": KEY, "retries": 2, "first_pause": 0.0, "workers": 1, "timeout": 5.0} | changes
-    return Judge(Server(url, "tiny", **options), cache=cache or Cache(None, ""))
+    return Judge(Server(url, "tiny", **options), cache=Cache(None, "") if cache is None else cache)
 
 
 SIDES = (["q1", "q2", "q3"], ["a long one", "x", "some"], ["short", "longer", "b"])
@@ -227,7 +231,7 @@ def test_a_server_judges_by_its_probabilities():
     assert found.soft[0].item() == pytest.approx((0.8 / 0.9 + 1 - 0.2 / 0.9) / 2)
     assert len(seen) == 6
     assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers in seen)
-    assert judge.backend.tokens == [240, 6]
+    assert judge.spent() == {"judge_tokens_read": 240, "judge_tokens_written": 6, "judge_cost": judge.backend.cost()}
     assert judge.backend.cost() == pytest.approx(240 * 2e-6 + 6 * 10e-6)
 
 
@@ -279,7 +283,7 @@ def test_a_server_that_dies_half_way_is_met_again_by_the_cache(tmp_path):
     prompts, first, second = [f"q{i}" for i in range(8)], [f"a long {i}" for i in range(8)], ["b"] * 8
     with serving(answer) as (url, seen):
         cut = judge_at(url, Cache(tmp_path, "judge")).compare(prompts, first, second)
-        assert cut.outcomes == {"first": 2, "server": 1, "not asked": 5}
+        assert cut.outcomes == {"first": 2, "server": 2, "not asked": 4}
         assert cut.values[:2].tolist() == [1, 1]
         assert cut.values[2:].isnan().all()
         assert len(seen) == alive + 3 * 3  # three questions in all their tries, and then it is left alone

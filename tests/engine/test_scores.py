@@ -256,7 +256,7 @@ def test_folders_that_are_no_reward_model(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="has 2 labels"):
         load_classifier(str(tmp_path / "two"), CPU, 2, None)
-    config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0)
+    config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft")
     for spec in ("absent", "exac=answer", str(tmp_path)):
         with pytest.raises(UserError, match=r"scorer|reward model"):
             scorer_of([spec], config, CPU)
@@ -296,7 +296,9 @@ def test_a_cache_in_a_place_that_cannot_be(tmp_path):
 
 
 def test_scores_are_a_type(tmp_path):
-    config = settings("eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, scorer_combine="min")
+    config = settings(
+        "eval", model_name_or_path="-", dataset_name="-", eval_fraction=1.0, loss_type="sft", scorer_combine="min"
+    )
     ones = file_of(tmp_path, "def f(completions, **k): return [1] * len(completions)")
     scorer = scorer_of([ones, "length"], config, CPU)
     scores = scorer.score(PROMPTS, ANSWERS)
