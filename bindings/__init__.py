@@ -9,6 +9,7 @@ from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, Mixture, SimPO,
 from prefuse.losses.names import loss_named
 from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
 from prefuse.losses.policy import GRPO, RLOO, PPOClip, Reinforce, clipped_value_loss
+from prefuse.losses.rewards import AllPairs, BradleyTerry, PlackettLuce, StepReward
 from prefuse.losses.row_weights import objective_margins, wpo_weights
 from prefuse.losses.unpaired import KTO, MOKTO, SFT, UNA, ConditionalSFT, kto_weights
 from prefuse.policy import PolicyOutput, linear_policy_loss, policy_loss
@@ -20,6 +21,7 @@ from prefuse.preference import (
     preference_loss,
     reduce_metrics,
 )
+from prefuse.reward import RewardOutput, reward_loss
 
 __version__ = "0.1.0"
 
@@ -45,7 +47,9 @@ __all__ = [
     "SFT",
     "SPPO",
     "UNA",
+    "AllPairs",
     "BetaDPO",
+    "BradleyTerry",
     "ChosenNLL",
     "ConditionalSFT",
     "DPONorm",
@@ -55,12 +59,15 @@ __all__ = [
     "Mismatched",
     "Mixture",
     "PPOClip",
+    "PlackettLuce",
     "PolicyOutput",
     "PreferenceOutput",
     "Reinforce",
+    "RewardOutput",
     "RobustDPO",
     "SLiC",
     "SimPO",
+    "StepReward",
     "batch_advantages",
     "clipped_value_loss",
     "gae",
@@ -77,6 +84,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "reduce_metrics",
+    "reward_loss",
     "token_rewards",
     "whiten",
     "wpo_weights",

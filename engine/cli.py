@@ -42,6 +42,12 @@ def _train(config: Config) -> None:
     train(config, "train")
 
 
+def _reward(config: Config) -> None:
+    from prefuse.engine.train import train
+
+    train(config, "reward")
+
+
 def _online(config: Config) -> None:
     from prefuse.engine.online import PromptRows
     from prefuse.engine.train import train
@@ -93,6 +99,7 @@ def _merge(config: Config) -> None:
 COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
+    "reward": Command("Train a reward model from preferences; AutoModelForSequenceClassification loads it.", _reward),
     "online": Command("Sample answers, score them, learn from them, again: GRPO, RLOO, online DPO, ...", _online),
     "label": Command("Prefer answers by a judge, a rule or a reward model: rows to train on.", _label),
     "revise": Command("Critique and revise answers by a constitution: rows for sft.", _revise),
@@ -110,6 +117,7 @@ OTHER_NAMES = {
     "finetune": "sft",
     "fine-tune": "sft",
     "align": "train",
+    "rm": "reward",
     "sample": "generate",
 }
 

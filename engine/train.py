@@ -1,7 +1,8 @@
 """The training run: rows -> examples -> flat batch -> trunk -> fused loss -> step -> metrics -> checkpoint.
 
-    prefuse sft   --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
-    prefuse train --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
+    prefuse sft    --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
+    prefuse train  --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
+    prefuse reward --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir rm
 
 An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items of every rank, and its loss is
 their sum divided by their true number, so how they are cut into microbatches does not matter, nor who works on them
@@ -255,6 +256,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         z0 = reference_point(lm, own, ranks, spare=mismatches[len(own) :])
     totals: dict[str, Tensor] = {}
     finite = torch.ones(ranks.size, len(share.batches), device=lm.device, dtype=torch.float64)
+    extremes = torch.zeros(*finite.shape, 2, device=lm.device, dtype=torch.float64)  # of scores, by microbatch
     for number, batch in enumerate(share.batches):
         if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
@@ -266,6 +268,8 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
+        if lm.scores and "min_reward" in metrics:
+            extremes[ranks.rank, number] = torch.stack([metrics.pop(name)[0] for name in EXTREMES])
         add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
     with clock.part("optimizer"):
@@ -275,14 +279,29 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     saved = [padded - sum(batch.tokens.num_tokens for batch in own), padded]
     totals["tokens_saved"] = torch.tensor(saved, device=lm.device, dtype=torch.float64)
 
-    packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), finite.reshape(-1, 1).expand(-1, 2)]))
-    totals = dict(zip(totals, packed, strict=False))
+    flags = finite.reshape(-1, 1).expand(-1, 2)
+    packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), flags, extremes.reshape(-1, 2)]))
+    totals, (flags, extremes) = dict(zip(totals, packed, strict=False)), packed[len(totals) :].chunk(2)
+    if "mean_reward" in totals:
+        totals |= least_and_largest(share, extremes.reshape(ranks.size, -1, 2))
     suspects = []
     if not torch.isfinite(totals["loss"][0]):
-        flags = packed[len(totals) :, 0].reshape(ranks.size, -1).tolist()  # ranks.size where every loss is a number
+        flags = flags[:, 0].reshape(ranks.size, -1).tolist()  # ranks.size where every loss is a number
         for part, part_flags in zip(share.rows, flags, strict=True):
             suspects += [row for rows, flag in zip(part, part_flags, strict=False) if flag < ranks.size for row in rows]
     return totals, suspects
+
+
+EXTREMES = ("min_reward", "max_reward")
+
+
+def least_and_largest(share: Share, extremes: Tensor) -> dict[str, Tensor]:  # (ranks, microbatches, 2)
+    """Of the scores of a whole step, however it was cut: TRL's min_reward and max_reward."""
+    counted = torch.tensor([[n < len(part) for n in range(extremes.shape[1])] for part in share.rows])
+    least, largest = extremes[counted.to(extremes.device)].unbind(-1)
+    one = torch.ones((), dtype=torch.float64, device=extremes.device)
+    values = zip(EXTREMES, (least.min(), largest.max()), strict=True)
+    return {name: torch.stack([value, one]) for name, value in values}
 
 
 def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:

@@ -26,7 +26,7 @@ class DataSettings(Topic):
     eval_fraction: float | None = setting(
         None,
         "Share of dataset_name's prompts that is held out (chosen by seed) when eval_dataset is not given. None: 0.05 "
-        "for `train` and `sft`; `eval` and `generate` then look at all rows.",
+        "for `train`, `reward` and `sft`; `eval` and `generate` then look at all rows.",
     )
     max_length: int = setting(
         1024,

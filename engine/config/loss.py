@@ -40,6 +40,7 @@ class LossSettings(Topic):
         None,
         "The share of pairs whose preference is thought to be flipped, in [0, 0.5). None: 0, but 0.1 for robust and "
         "0.001 for exo_pair.",
+        commands=("train", "eval", "reward"),
     )
     nll_weight: float | None = setting(
         None,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from prefuse.engine.errors import UserError
 
-TRAINING = ("sft", "train", "online")  # the commands that train
+TRAINING = ("sft", "train", "reward", "online")  # the commands that train
 EVERY = (*TRAINING, "eval", "generate", "label", "revise")  # the commands that load a model and read rows
 SCORING = ("eval", "online", "label", "revise")  # the commands that take scorers
 LOADING = (*EVERY, "merge")  # the commands that load a model

@@ -20,6 +20,7 @@ from prefuse.engine.config.online import OnlineSettings
 from prefuse.engine.config.optimization import BITSANDBYTES, OptimizationSettings
 from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
+from prefuse.engine.config.rewards import RewardSettings
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.scoring import ScoringSettings
 from prefuse.engine.config.setting import TRAINING, Topic, check_value, known
@@ -48,6 +49,7 @@ class Config(
     LoraSettings,
     OptimizationSettings,
     BatchSettings,
+    RewardSettings,
     LossSettings,
     TextSettings,
     DataSettings,

@@ -55,7 +55,7 @@ def text_options(config: Config) -> TextOptions:
         date=config.template_date or first_day(Path(config.model_name_or_path)),
         eos_token=config.eos_token,
         multi_turn=config.multi_turn,
-        learn_after_stop=config.learn_after_stop,
+        learn_after_stop=bool(config.learn_after_stop),
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse import PolicyOutput, PreferenceOutput
+from prefuse import PolicyOutput, PreferenceOutput, RewardOutput
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.model.policy import policy_loss_of_states
 from prefuse.engine.model.sharding import where_weights_are
@@ -17,7 +17,7 @@ from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
 from prefuse.models.flat import completion_hidden
-from prefuse.models.head import Head
+from prefuse.models.head import Head, check_head, head_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +34,31 @@ class LanguageModel:
     impl: str
     adapters: "PeftModel | None" = None  # the same model, as peft sees it
 
+    @property
+    def scores(self) -> bool:
+        """Whether its head makes scores (`RewardModel`), not logits of tokens."""
+        return False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.weight.shape[0]
+
+    @staticmethod
+    def head_layer(model: torch.nn.Module) -> torch.nn.Module:
+        return model.get_output_embeddings()
+
+    @staticmethod
+    def head_of(model: torch.nn.Module) -> Head:
+        return head_of(model)
+
+    def states(self, batch: Batch) -> Tensor:  # (N, D)
+        """What its head reads: the hidden states that predict the completion tokens."""
+        return completion_hidden(self.model, batch.tokens)
+
+    def check(self, input_ids: Tensor) -> None:  # (1, T)
+        """UnsupportedModel if what is computed here of a row is not what the model's own forward makes of it."""
+        check_head(self.model, input_ids, impl=self.impl)
+
     def autocast(self) -> AbstractContextManager:
         weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters always are float32
         mixed = self.compute_dtype != weights
@@ -49,9 +74,9 @@ def count_items(batch: Batch, loss: Loss) -> int:
 
 
 def completion_states(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
-    """The hidden states that predict the completion tokens: one run of the trunk."""
+    """What the head reads of the completions: one run of the trunk."""
     with clock.part("trunk"), lm.autocast():
-        return completion_hidden(lm.model, batch.tokens)
+        return lm.states(batch)
 
 
 def loss_of_states(
@@ -61,10 +86,12 @@ def loss_of_states(
     loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
-) -> PreferenceOutput | PolicyOutput:
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
     if batch.sampled is not None:
         return policy_loss_of_states(lm, hidden, batch, loss, num_items)
+    if lm.scores:
+        return lm.loss_of_states(hidden, batch, loss, num_items)
     with lm.autocast():
         return prefuse.linear_preference_loss(
             hidden,
@@ -92,7 +119,7 @@ def logps_of_states(
 @where_weights_are
 def fused_loss(
     lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
-) -> PreferenceOutput | PolicyOutput:
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
     """The loss of one batch; its backward begins in the head and goes on in the trunk."""
     hidden = completion_states(lm, batch)
     if hidden.requires_grad:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.head import Head
 from prefuse.models.probes import check_padded_trunk
 from prefuse.models.rope import hold_rope
 from prefuse.models.trunk import UnsupportedModel
@@ -92,9 +92,11 @@ def load_tokenizer(
 
 
 def load_model(
-    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
-) -> LanguageModel:
-    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained.
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False,
+    read: "Callable[[str, Config], PreTrainedModel] | None" = None, make: type[LanguageModel] = LanguageModel,
+) -> LanguageModel:  # fmt: skip
+    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained. `read` and
+    `make`: another kind than a causal LM (engine/model/reward_model.py).
 
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
@@ -109,7 +111,7 @@ def load_model(
                 f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
         path = base
-    model = _read_model(path, config)
+    model = (_read_model if read is None else read)(path, config)
     _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
@@ -125,37 +127,45 @@ def load_model(
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
-        head = head_of(model)
+        head = make.head_of(model)
     except UnsupportedModel as error:
         raise UserError(str(error)) from None
     dtype = compute_dtype(config, device)
     if ranks.sharded:
         model = shard(model, ranks, device, dtype)
     if ranks.sharded or adapters is not None:
-        head = LiveHead(model.get_output_embeddings(), head)
-    return LanguageModel(model, head, device, dtype, config.impl, adapters)
+        head = LiveHead(make.head_layer(model), head)
+    return make(model, head, device, dtype, config.impl, adapters)
 
 
 def _read_model(path: str, config: Config) -> "PreTrainedModel":
     """The whole causal LM of a folder or of the hub, in the settings' dtype."""
     from transformers import AutoModelForCausalLM
 
+    return read_weights(AutoModelForCausalLM, "a causal LM", path, config)
+
+
+def read_weights(auto: type, what: str, path: str, config: Config, new: str = "", **options) -> "PreTrainedModel":
+    """The model of a folder or of the hub, by one of transformers' Auto classes. Weights whose names begin with `new`
+    may be absent: transformers draws them."""
     _require_model_folder(path)
     try:
         with file_faults_as_oserror():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 path,
                 dtype=getattr(torch, config.dtype),
                 output_loading_info=True,
                 trust_remote_code=config.trust_remote_code,
+                **options,
             )
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
+        raise UserError(f"cannot load {what} from {path}: {_fault(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    absent = [name for name in absent if not (new and name.startswith(new))]
     if absent:
         raise UserError(
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
-            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+            f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
 
@@ -185,7 +195,7 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
         # So are adapters, in float32 whatever the base has.
         mixed = hasattr(lm.model, "with_weights") or lm.adapters is not None
         with lm.autocast() if mixed else contextlib.nullcontext():
-            where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
+            where_weights_are(lambda lm: lm.check(probe))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
@@ -263,7 +273,9 @@ def save_model(
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:
             save_adapters(lm.adapters, folder, weights)
-            if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
+            if (
+                getattr(lm.model, "generation_config", None) is not None
+            ):  # peft leaves it out; it says where answers stop
                 lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -6,6 +6,11 @@ from prefuse.engine.report.log import read_metrics
 
 PANELS = {  # title -> metrics that share an axis
     "loss": ("loss",),
+    "accuracy": ("accuracy",),
+    "margin of scores": ("margin",),
+    "scores": ("min_reward", "mean_reward", "max_reward"),
+    "calibration error": ("ece",),
+    "length: correlation of scores": ("length_correlation",),
     "reward margin": ("rewards/margins",),
     "reward accuracy": ("rewards/accuracies",),
     "rewards": ("rewards/chosen", "rewards/rejected"),

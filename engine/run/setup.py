@@ -21,6 +21,7 @@ from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_mismatches, check_rows
 from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
+from prefuse.engine.model.reward_model import load_reward_model, pad_apart
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
@@ -46,6 +47,7 @@ from prefuse.engine.run.plan import TrainingSet, meet_reference
 from prefuse.engine.run.proof import checkpoints
 from prefuse.engine.run.ranks import Ranks, join
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.rewards import reads_scores
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ class FileRows:
     """What `sft` and `train` learn from: the rows of files. Another story brings its own (engine/online.py)."""
 
     def loss(self, config: Config, command: str) -> Loss:
-        return prefuse.SFT() if command == "sft" else config.loss()
+        return loss_of(config, command)
 
     def read(
         self, config: Config, loss: Loss, home: RunFolder, ranks: Ranks
@@ -153,10 +155,13 @@ def prepare(
         )  # fmt: skip
     tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
-    lm = load_model(config.model_name_or_path, config, device, ranks, trains=True)
+    load = load_reward_model if reads_scores(loss) else load_model
+    lm = load(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     best = Best(config)
+    if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
+        say(said)
     guards = rows.guards(config, loss, examples)
     model = checksums(base_state(lm.model), ranks)
     data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
@@ -194,6 +199,13 @@ def prepare(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], kept, largest, best,
     )  # fmt: skip
+
+
+def loss_of(config: Config, command: str) -> Loss:
+    """What the command trains with."""
+    if command == "reward":
+        return config.scores_loss()
+    return prefuse.SFT() if command == "sft" else config.loss()
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
