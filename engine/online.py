@@ -347,7 +347,9 @@ class Rounds:
                 spare = self.batches(like, [[0]] * (most - len(own)), made, spare=True)
                 batches, other = batches + spare, other + (spare if self.config.algorithm == "kto" else [])
             names = [[material.examples.rows[i] for i in indices] for indices in own]
-            return Share(0, batches, other, counts, [names])
+            return Share(
+                0, batches, other, counts, [names if r == self.ranks.rank else [] for r in range(self.ranks.size)]
+            )
 
         return share
 

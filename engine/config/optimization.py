@@ -18,7 +18,7 @@ class OptimizationSettings(Topic):
     learning_rate: float | None = setting(
         None,
         "Peak learning rate. None: 1e-6 for `train` and `online`, 2e-5 for `sft` and `reward`, and ten times that with "
-        "use_peft. Smaller models take more: docs/training.md has a table by size, and one of the memory that they need.",
+        "use_peft. Smaller models take more: docs/training.md has a table by size, and one of the memory they need.",
         rule=at_least(0),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
