@@ -33,8 +33,8 @@ def make_reward_model(folder: Path) -> None:
     )  # fmt: skip
     demo.prefuse(
         "reward", model_name_or_path=folder / "sft", dataset_name=folder / "compared.jsonl",
-        output_dir=folder / "reward", num_train_epochs=6, per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=20, eval_steps=10_000,
-        save_steps=0, eval_fraction=0.1,
+        output_dir=folder / "reward", num_train_epochs=6, per_device_train_batch_size=32, learning_rate=1e-3,
+        logging_steps=20, eval_steps=10_000, save_steps=0, eval_fraction=0.1,
     )  # fmt: skip
 
 
