@@ -386,6 +386,8 @@ class Rounds:
             self.guards.on_round(made.number, means, answers)
             if "kl" in means:
                 self.guards.on_kl(step, means["kl"], answers)
+        if self.config.algorithm in ("grpo", "reinforce"):  # the loss reports its own estimate
+            found.pop("kl", None)
         if self.config.beta_horizon is not None:
             found["beta"] = torch.tensor([self.guards.penalty, 1.0], dtype=torch.float64)
         return found
