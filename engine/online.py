@@ -12,7 +12,7 @@ ratio is 1. Samples and scores stand in the run folder before the first update; 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from prefuse.engine.run.proof import checkpoints
 from prefuse.engine.run.ranks import Ranks
 from prefuse.engine.run.setup import FileRows
 from prefuse.losses.contract import Loss
+from prefuse.preference import means_of
 
 
 class PromptRows(FileRows):
@@ -146,6 +147,11 @@ def reference_of(lm: LanguageModel, config: Config, ranks: Ranks) -> LanguageMod
     return load_model(path, replace(config, use_peft=False), lm.device, ranks)
 
 
+@lru_cache(maxsize=2)
+def order_of(prompts: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(prompts, generator=generator("prompts", seed, epoch)).tolist()
+
+
 @dataclass
 class Rounds:
     """The steps of a run: each round is sampled when its first step is asked for. It stands where a file's rows do."""
@@ -159,9 +165,7 @@ class Rounds:
     ranks: Ranks
     folder: Path
     guards: OnlineGuards
-    reference: None = (
-        None  # no second model to be compared when resumed: its weights are those that the run starts from
-    )
+    reference: None = None  # checksums of a second model: here it is the first one, whose own are compared
     last: Share | None = None
     values: ValueHead | None = None  # ppo
 
@@ -189,15 +193,9 @@ class Rounds:
     def prompts_of(self, number: int) -> list[int]:
         """This rank's prompts of a round. An epoch is one permutation; its last round begins the next."""
         size = self.per_step * self.config.steps_per_generation
-        chosen = [self._at(place) for place in range(number * size, (number + 1) * size)]
+        places = (divmod(place, len(self.prompts)) for place in range(number * size, (number + 1) * size))
+        chosen = [order_of(len(self.prompts), self.config.seed, epoch)[index] for epoch, index in places]
         return chosen[self.ranks.rank :: self.ranks.size]
-
-    def _at(self, place: int) -> int:
-        epoch, index = divmod(place, len(self.prompts))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.prompts), generator=generator("prompts", self.config.seed, epoch))
-        return int(self._order[index])
 
     def after_step(self) -> None:
         """After each update of the policy."""
@@ -275,9 +273,7 @@ class Rounds:
             made = replace(made, old_logps=self.logps_of(made, self.lm))
         if self.values is not None:
             values = partial(token_values, head=self.values)
-            made = replace(
-                made, old_values=self.of_tokens(self.like_prompts(answers_of(made, self.ids)), made, self.lm, values)
-            )
+            made = replace(made, old_values=self.of_tokens(self.answers(made), made, self.lm, values))
         if needs_ref:
             with self.as_reference():
                 made = replace(made, ref_logps=self.logps_of(made, self.ref))
@@ -286,7 +282,11 @@ class Rounds:
     def logps_of(self, made: Round, model: LanguageModel) -> Tensor:  # (N,)
         """Of all answers, in the batches that the policy will meet."""
         logps = partial(token_logps, temperature=self.config.temperature)
-        return self.of_tokens(self.like_prompts(answers_of(made, self.ids)), made, model, logps)
+        return self.of_tokens(self.answers(made), made, model, logps)
+
+    def answers(self, made: Round) -> Material:
+        """All of them, without what they are worth."""
+        return self.like_prompts(answers_of(made, self.ids))
 
     def of_tokens(
         self, material: Material, made: Round, model: LanguageModel, measure: Callable[[LanguageModel, Batch], Tensor]
@@ -379,9 +379,7 @@ class Rounds:
             x = made.old_logps.double() - made.ref_logps.double()
             found["kl"] = self.ranks.sum_(torch.stack([x.sum(), torch.tensor(float(len(x)), dtype=torch.float64)]))
         if not resumed:
-            means = {
-                name: total / count for name, (total, count) in ((n, x.tolist()) for n, x in found.items()) if count
-            }
+            means = means_of({name: x.tolist() for name, x in found.items()})
             answers = len(made.answers) * self.ranks.size
             self.guards.on_round(made.number, means, answers)
             if "kl" in means:

@@ -58,6 +58,8 @@ def material_of(
         found = _examples_of(made, p, group, list(prompts[made.prompts[p]]), config)
         rows += found
         owners += [p] * len(found)
+    if config.algorithm == "kto" and len(set(owners)) < 2:  # z0 reads answers after another prompt
+        return None
     return Material(Examples.of(rows), owners) if rows else None
 
 
