@@ -157,7 +157,8 @@ class OnlineSettings(Topic):
             "scale_rewards": ("grpo",), "grpo_loss_type": ("grpo",), "importance_sampling_level": ("grpo",),
             "delta": ("grpo",), "epsilon": CLIPPED, "epsilon_high": CLIPPED, "kl_estimator": ("grpo", "reinforce"),
             "entropy_coef": OVER_TOKENS, "mask_truncated_completions": OVER_TOKENS, "kl_target": OVER_TOKENS,
-            "pairs": PAIRED, "gamma": ("ppo",), "lam": ("ppo",), "value_learning_rate": ("ppo",), "cliprange_value": ("ppo",),
+            "pairs": PAIRED, "gamma": ("ppo",), "lam": ("ppo",), "value_learning_rate": ("ppo",),
+            "cliprange_value": ("ppo",),
             "beta": tuple(BETAS),
         }  # fmt: skip
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
