@@ -34,6 +34,7 @@ from prefuse.engine.report.card import model_card
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
+from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import load_weights, model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
@@ -57,7 +58,7 @@ def train(config: Config, command: str, rows: FileRows = FileRows()) -> dict[str
     `rows`: what is learned from, where it is not the rows of files.
     """
     clock.restart(torch.device("cpu"))
-    with StopSignals() as signals:
+    with StopSignals() as signals, Messages() as messages:
         home = None
         try:
             try:
@@ -70,6 +71,8 @@ def train(config: Config, command: str, rows: FileRows = FileRows()) -> dict[str
                 run = prepare(config, command, ranks, home, rows)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
+            if ranks.main:
+                messages.open(run.folder)
             with signals.postponed(), contextlib.closing(run.log):
                 return finish(run, signals)
         finally:
