@@ -149,11 +149,7 @@ def prepare(
     wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
-    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
-        logger.warning(
-            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
-            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
-        )  # fmt: skip
+    _warn_of_coarse_weights(config)
     tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
     load = load_reward_model if reads_scores(loss) else load_model
@@ -201,6 +197,14 @@ def prepare(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], kept, largest, best,
     )  # fmt: skip
+
+
+def _warn_of_coarse_weights(config: Config) -> None:
+    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
+        logger.warning(
+            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
+            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
+        )  # fmt: skip
 
 
 def loss_of(config: Config, command: str) -> Loss:
