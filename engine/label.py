@@ -1,8 +1,7 @@
 """Preferences from a judge, a rule or a reward model: answers that are given, or sampled, become rows to train on.
 
     prefuse label --dataset_name pairs.jsonl --scorer judge=folder --constitution c.yaml --output_file ai.jsonl
-    prefuse label --model_name_or_path sft --num_generations 4 --dataset_name prompts.jsonl \\
-        --scorer judge=http://localhost:8000/v1#judge --output_file ai.jsonl
+    prefuse label --model_name_or_path sft --num_generations 4 --dataset_name p.jsonl --scorer rm --output_file ai.jsonl
 
 prompts -> answers -> comparisons, in both orders, each by a principle of the constitution -> rows with provenance.
 How far the labels can be trusted is printed: bias for the answer shown first and for the longer one, and the agreement

@@ -1,7 +1,6 @@
 """Online training: prompts -> samples -> scores -> batches -> the step of `prefuse train`, round by round.
 
-    prefuse online --algorithm grpo --model_name_or_path sft --dataset_name prompts.jsonl \\
-        --scorer rewards.py:my_rule --output_dir grpo
+    prefuse online --algorithm grpo --model_name_or_path sft --dataset_name p.jsonl --scorer r.py:rule --output_dir run
 
 A round samples num_generations answers to each of its prompts, scores them, and is learned from in steps_per_generation
 x num_iterations optimizer steps: the same steps, checkpoints, guards and ranks as those of `prefuse train`. Each rank
