@@ -183,7 +183,7 @@ def test_a_bad_constitution_is_named(text, message, tmp_path):
         read_constitution(str(path))
 
 
-@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("template", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_revise_writes_demonstrations(template, tmp_path):
     options = {} if template else {"chat_template": None}
     model = save_model(tmp_path / "model", **options)

@@ -31,7 +31,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", SETTINGS)
+QUICK = ("grpo", "online_dpo")
+
+
+@pytest.mark.parametrize(
+    "algorithm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_an_algorithm_samples_scores_and_learns(algorithm, model, tmp_path):
     steps = online(model, tmp_path, algorithm=algorithm, **SETTINGS[algorithm])
     assert [line["step"] for line in steps] == [1, 2]
@@ -84,6 +89,7 @@ def test_the_first_ratio_is_exactly_1(model, tmp_path):
     assert [line["staleness"] for line in steps] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_same_run_has_the_same_bits_and_another_seed_other_samples(model, tmp_path):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         online(model, tmp_path, out=name, seed=seed)
@@ -94,6 +100,7 @@ def test_the_same_run_has_the_same_bits_and_another_seed_other_samples(model, tm
         assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -127,6 +134,7 @@ def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(changes, 
     assert rounds_of(tmp_path / "whole") == rounds_of(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_answered_and_scored(model, tmp_path):
     rules = tmp_path / "rules.py"
     steps = online(
@@ -141,6 +149,7 @@ def test_held_out_prompts_are_answered_and_scored(model, tmp_path):
     assert len(trained) <= 12
 
 
+@pytest.mark.slow
 def test_answers_are_shaped_by_top_p_and_min_p(model, tmp_path):
     """The narrowest nucleus is the most likely token: all answers of a group are one."""
     for name, how in (("nucleus", {"top_p": 1e-6}), ("min_p", {"min_p": 1.0})):
@@ -149,6 +158,7 @@ def test_answers_are_shaped_by_top_p_and_min_p(model, tmp_path):
             assert all(len(set(row["answers"])) == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_groups_share_the_run_of_their_prompt(model, tmp_path, monkeypatch):
     """The trunk sees each prompt once for its four answers."""
     seen = []

@@ -124,6 +124,7 @@ def test_a_run_with_equal_rewards_is_told_so(tmp_path, caplog):
     assert all(line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0 for line in steps)
 
 
+@pytest.mark.slow
 def test_a_rule_that_pays_what_gold_does_not(tmp_path, caplog):
     """The rule pays vowels, gold takes them off: as the reward rises, gold falls."""
     model = save_model(tmp_path / "model")

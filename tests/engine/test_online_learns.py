@@ -37,6 +37,6 @@ def start(online, tmp_path_factory):
 
 @pytest.mark.parametrize("algorithm", GAINS)
 def test_an_algorithm_beats_its_start(algorithm, online, start):
-    before, after = online.learn(start, algorithm, steps=20)
+    before, after = online.learn(start, algorithm, steps=15)
     assert 0.2 < before < 0.7
     assert after > before + GAINS[algorithm]
