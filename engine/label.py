@@ -175,7 +175,7 @@ def rows_of(answered: Answered, verdicts: Verdicts, scorer: Scorer, config: Conf
             for better, worse in pairs_of(shares, config.pairs, config.seed, answered.rows[p]):
                 place = (p, min(better, worse), max(better, worse))
                 sure = soft[place] if better < worse else 1 - soft[place]
-                if sure != sure:
+                if not sure > 0.5:  # no verdict, a tie, or against the others
                     continue
                 sides = {"chosen": spoken(prompt, answers[better]), "rejected": spoken(prompt, answers[worse])}
                 numbers = {"weight": abs(2 * sure - 1), "annotator_probability": sure}

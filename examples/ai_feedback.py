@@ -63,13 +63,13 @@ def label_and_train(folder: Path, url: str) -> dict[str, float]:
     constitution.write_text(f"principles:\n  - {PRINCIPLE}\n", encoding="utf-8")
     demo.prefuse(
         "label", model_name_or_path=folder / "sft", dataset_name=folder / "prompts.jsonl", num_generations=4,
-        scorer=f"judge={url}#rule", constitution=constitution, gold_scorer=f"{online.RULE}:ascending",
+        pairs="all",        scorer=f"judge={url}#rule", constitution=constitution, gold_scorer=f"{online.RULE}:ascending",
         score_cache="none", max_new_tokens=10, per_device_eval_batch_size=100, judge_workers=2,
         output_file=folder / "ai_pairs.jsonl",
     )  # fmt: skip
     demo.prefuse(
-        "train", loss_type="dpo", beta=0.5, model_name_or_path=folder / "sft", dataset_name=folder / "ai_pairs.jsonl",
-        output_dir=folder / "dpo", num_train_epochs=4, per_device_train_batch_size=32, learning_rate=1e-3,
+        "train", loss_type="dpo", beta=1.0, model_name_or_path=folder / "sft", dataset_name=folder / "ai_pairs.jsonl",
+        output_dir=folder / "dpo", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=3e-4,
         logging_steps=10, eval_steps=10_000, save_steps=0,
     )  # fmt: skip
     return json.loads((folder / "ai_pairs.trust.json").read_text(encoding="utf-8"))
