@@ -63,8 +63,8 @@ def label_and_train(folder: Path, url: str) -> dict[str, float]:
     constitution.write_text(f"principles:\n  - {PRINCIPLE}\n", encoding="utf-8")
     demo.prefuse(
         "label", model_name_or_path=folder / "sft", dataset_name=folder / "prompts.jsonl", num_generations=4,
-        pairs="all",        scorer=f"judge={url}#rule", constitution=constitution, gold_scorer=f"{online.RULE}:ascending",
-        score_cache="none", max_new_tokens=10, per_device_eval_batch_size=100, judge_workers=2,
+        pairs="all", scorer=f"judge={url}#rule", constitution=constitution, score_cache="none",
+        gold_scorer=f"{online.RULE}:ascending", max_new_tokens=10, per_device_eval_batch_size=100, judge_workers=2,
         output_file=folder / "ai_pairs.jsonl",
     )  # fmt: skip
     demo.prefuse(
