@@ -154,11 +154,11 @@ def prepare(
     torch.manual_seed(config.seed + ranks.rank)
     load = load_reward_model if reads_scores(loss) else load_model
     lm = load(config.model_name_or_path, config, device, ranks, trains=True)
+    if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
+        say(said)
     check_model(lm, examples)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     best = Best(config)
-    if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
-        say(said)
     guards = rows.guards(config, loss, examples)
     model = checksums(base_state(lm.model), ranks)
     data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
