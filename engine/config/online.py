@@ -42,7 +42,7 @@ class OnlineSettings(Topic):
         rule=SHARE,
     )
     steps_per_generation: int = setting(
-        1, "Optimizer steps that a round of samples is dealt to. (TRL counts microbatches.)", rule=at_least(1)
+        1, "Optimizer steps that a round of samples is dealt to (TRL counts microbatches).", rule=at_least(1)
     )
     num_iterations: int = setting(1, "How often a round's samples are gone through.", rule=at_least(1))
     scale_rewards: Literal["group", "batch", "none"] = setting(
