@@ -26,6 +26,13 @@ def prefuse_logps(x: Batch) -> Tensor:
     return prefuse.linear_logprobs(x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton")
 
 
+def prefuse_sparse(x: Batch) -> Tensor:
+    """Up to 2^-9 of the gradient's mass skipped and measured."""
+    return prefuse.linear_logprobs(
+        x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton", gradient_tolerance=2**-9
+    )
+
+
 def prefuse_dpo(x: Batch, workspace: int) -> Tensor:
     ref_logps = torch.zeros(len(x.cu_seqlens) - 1, dtype=torch.float64, device=x.hidden.device)
     return prefuse.linear_preference_loss(
@@ -118,12 +125,13 @@ def _refuse_softcap(x: Batch) -> None:
 FIRST: dict[str, Variant] = {
     "prefuse": prefuse_logps,
     "prefuse DPO, 3 units": functools.partial(prefuse_dpo, workspace=AMPLE),
+    "prefuse sparse": prefuse_sparse,
     "TRL chunked log-probs": trl,
+    "Liger scaled CE": liger_scaled,
+    "Liger chunked DPO": liger_dpo,
 }
 OTHERS: dict[str, Variant] = {
     "prefuse DPO, 4 units": functools.partial(prefuse_dpo, workspace=0),
-    "Liger scaled CE": liger_scaled,
-    "Liger chunked DPO": liger_dpo,
     "CCE": cce,
     "CCE without filter": functools.partial(cce, filter_eps=None),
     "F.linear_cross_entropy": torch_chunked,
@@ -135,6 +143,7 @@ VARIANTS = {**FIRST, **OTHERS, **SLOW}
 # differ with a trainable head only.
 MODES_OF = {
     "prefuse DPO, 3 units": ("trainable",),
+    "prefuse sparse": ("trainable", "frozen"),
     "prefuse DPO, 4 units": ("trainable", "frozen"),
     "Liger chunked DPO": ("trainable", "frozen"),
 }

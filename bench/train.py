@@ -2,6 +2,7 @@
 
     prefuse bench train                             # lengths of chat data, and prompts four times the answers
     prefuse bench train --dataset_name pairs.json   # your own rows, too
+    prefuse bench train --model_name_or_path FOLDER --dataset_name pairs.json      # your own model: see real.py
 
 One small Llama, one set of token ids, one order of the rows, the same hyperparameters, float32 on a CPU and bfloat16
 autocast on a GPU. TRL runs as it comes (the reference model in every step) and once more with its reference
@@ -25,6 +26,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -351,6 +353,10 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    if any(word.startswith("--model_name_or_path") for word in sys.argv):
+        from prefuse.bench import real
+
+        return real.main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", type=Path, help="JSON or JSONL file of pairs, in a form that prefuse reads")
     parser.add_argument("--rows", type=int, default=32, help="pairs to train on")

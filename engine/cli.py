@@ -136,6 +136,12 @@ def _report(words: Sequence[str]) -> int:
     return report(words)
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from prefuse.engine.doctor import doctor
+
+    return doctor(words)
+
+
 def _bench(words: Sequence[str]) -> int:
     from prefuse.bench.cli import main
 
@@ -149,6 +155,9 @@ TOOLS = {
     ),
     "plot": Tool("Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`.", _plot),
     "report": Tool("Write one HTML page about one run or several: `prefuse report RUN [RUN ...]`.", _report),
+    "doctor": Tool(
+        "Check versions, devices and kernels, and what a run needs: `prefuse doctor --config FILE`.", _doctor
+    ),
     "bench": Tool(
         "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs.", _bench
     ),

@@ -34,7 +34,7 @@ from prefuse.engine.rounds.learn import pairs_of
 from prefuse.engine.rounds.sampler import Sampler, seed_of
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.constitution import Constitution, drawn, read_constitution
-from prefuse.engine.score.contract import Scorer, Text, preferences, say_reasons
+from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
 from prefuse.engine.score.itself import is_judge_of
 from prefuse.engine.score.rubric import Rubric
 from prefuse.engine.score.scorers import scorer_of
@@ -148,7 +148,7 @@ def compare(scorer: Scorer, answered: Answered, constitution: Constitution | Non
         first, second = ([answered.answers[places[c][0]][places[c][side]] for c in chosen] for side in (1, 2))
         columns = {name: [own[places[c][0]] for c in chosen] for name, own in answered.columns.items()}
         judge = scorer if principle is None else replace(scorer, rubric=Rubric(principle, scorer.rubric.mode))
-        found = preferences(judge, prompts, first, second, columns)
+        found = preferred(judge, prompts, first, second, columns)
         values[chosen], soft[chosen] = found.values, found.soft
         outcomes += found.outcomes
         if found.first_shown is not None:
@@ -156,6 +156,17 @@ def compare(scorer: Scorer, answered: Answered, constitution: Constitution | Non
         say_reasons(scorer.name, found.reasons, [answered.rows[places[c][0]] for c in chosen])
     say(f"  outcomes: {', '.join(f'{name} {count}' for name, count in sorted(outcomes.items()))}")
     return Verdicts(places, values, soft, principles, shown / decided if decided else None)
+
+
+def preferred(
+    scorer: Scorer, prompts: list[Text], first: list[str], second: list[str], columns: dict[str, list]
+) -> Preferences:  # fmt: skip
+    """By the scorer's own comparison if it has one (a judge), else by the difference of its scores."""
+    if hasattr(scorer, "compare"):
+        return scorer.compare(prompts, first, second)
+    both = scorer.score(prompts, list(zip(first, second, strict=True)), columns)
+    sides = [Scores(both.values[:, k : k + 1], [row[k : k + 1] for row in both.reasons]) for k in (0, 1)]
+    return preferences_of(*sides)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -229,7 +240,7 @@ def trust(answered: Answered, verdicts: Verdicts, gold: Scorer | None) -> dict[s
         prompts = [answered.prompts[p] for p, _, _ in verdicts.places]
         first, second = ([answered.answers[place[0]][place[side]] for place in verdicts.places] for side in (1, 2))
         columns = {name: [own[p] for p, _, _ in verdicts.places] for name, own in answered.columns.items()}
-        metrics |= agreement("gold", values, preferences(gold, prompts, first, second, columns).values)
+        metrics |= agreement("gold", values, preferred(gold, prompts, first, second, columns).values)
     return metrics
 
 

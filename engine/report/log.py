@@ -45,6 +45,7 @@ SHOWN = (  # on the screen, as far as a run has them
     "kl",
     "kl_to_ref",
     "grad_norm",
+    "head/skipped_mass",
     "learning_rate",
     "tokens_per_second",
     "samples_per_second",

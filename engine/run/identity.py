@@ -23,7 +23,7 @@ from prefuse.engine.run.ranks import Ranks
 
 # Compared by what they lead to: rows, weights, the number of items and of steps.
 BY_CONTENT = {
-    "dataset_name", "dataset_train_split", "dataset_test_split", "eval_fraction", "model_name_or_path",
+    "dataset_name", "dataset_train_split", "dataset_test_split", "eval_fraction", "model_name_or_path", "gguf_file",
     "ref_model_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
     "max_steps",
 }  # fmt: skip

@@ -190,8 +190,7 @@ def prepare(
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
-    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
-    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main, trackers=trackers)
+    log = _open_log(config, home, state["lines"], identity, ranks)
     kept = Checkpoints(config.save_total_limit, ranks, newest, best if config.load_best_model_at_end else None)
     return Run(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
@@ -212,6 +211,12 @@ def loss_of(config: Config, command: str) -> Loss:
     if command == "reward":
         return config.scores_loss()
     return prefuse.SFT() if command == "sft" else config.loss()
+
+
+def _open_log(config: Config, home: RunFolder, lines: int, identity: Identity, ranks: Ranks) -> MetricsLog:
+    """metrics.jsonl behind its first `lines`, and where report_to wants the metrics too."""
+    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
+    return MetricsLog(home.path / "metrics.jsonl", lines, writes=ranks.main, trackers=trackers)
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:

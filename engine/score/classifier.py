@@ -2,8 +2,11 @@
 
 `prefuse reward` and TRL's RewardTrainer leave such folders. A model that this project trained reads rows as they were
 tokenized in training; any other gets the conversation through its own chat template, whole, or, without a template,
-prompt and answer end to end with EOS behind, as TRL trains it. A score in a batch is the score alone: sequences are
-padded on the right with a token that the model's own rule for the last token knows as padding.
+prompt and answer end to end with EOS behind, as TRL trains it.
+
+A score in a batch is the score alone. A decoder runs flat batches in which a prompt runs once for all its answers, if
+that gives its own scores, which is tried out; any other model is padded on the right with a token that its own rule
+for the last token knows as padding.
 """
 
 import hashlib
@@ -20,10 +23,15 @@ from prefuse.engine.data.records import Record, Skipped
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapters import base_of, quiet
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
 from prefuse.engine.score.cache import Cache, digest
 from prefuse.engine.score.contract import Columns, NoScore, Scores, Text, by_answer
+from prefuse.models.flat import check_packing
+from prefuse.models.score import check_score, sequence_scores
+from prefuse.models.trunk import UnsupportedModel
+from prefuse.packing import pack
 
 
 @dataclass
@@ -35,6 +43,7 @@ class Classifier:
     own_rows: bool  # tokenized as this project's training does
     batch_size: int = 8
     cache: Cache | None = None
+    shares: bool = False  # a prompt runs once for all its answers
     columns: tuple[str, ...] = field(default=(), init=False)
 
     def score(
@@ -52,18 +61,40 @@ class Classifier:
         for i, outcome in zip(asked, tokens, strict=True):
             fault = outcome if isinstance(outcome, NoScore) else self._fault(outcome)
             if fault is None:
-                ids[i] = outcome
+                ids[i] = self._read(outcome)
             else:
                 found[i] = fault
-        order = sorted(ids, key=lambda i: -len(ids[i]))
-        starts = range(0, len(order), self.batch_size)
-        for start in progress(starts, f"scoring by {self.name}", len(starts)):
-            part = order[start : start + self.batch_size]
-            for i, value in zip(part, self.logits([ids[i] for i in part]).tolist(), strict=True):
+        batches = self._batches(ids, [digest(prompt) for prompt in prompts])
+        for part in progress(batches, f"scoring by {self.name}", len(batches)):
+            groups = [[ids[i] for i in own] for own in part]
+            run = self.shared(groups) if self.shares else self.logits([one for own in groups for one in own])
+            for i, value in zip([i for own in part for i in own], run.tolist(), strict=True):
                 found[i] = value
                 if self.cache is not None and value == value:
                     self.cache.put(keys[i], value)
         return [value if value is not None else own for value, own in zip(known, found, strict=True)]
+
+    def _batches(self, ids: dict[int, list[int]], prompts: list[str]) -> list[list[list[int]]]:
+        """Answers in groups, those of one prompt together, and groups in batches; the longest first."""
+        groups: dict[str, list[int]] = {}
+        for i in ids:
+            groups.setdefault(prompts[i] if self.shares else str(i), []).append(i)
+        batches: list[list[list[int]]] = []
+        room = 0
+        for own in sorted(groups.values(), key=lambda own: -max(len(ids[i]) for i in own)):
+            if len(own) > room:
+                batches.append([])
+                room = max(self.batch_size, len(own))
+            batches[-1].append(own)
+            room -= len(own)
+        return batches
+
+    @torch.no_grad()
+    def shared(self, groups: list[list[list[int]]]) -> Tensor:  # (B,)
+        """The same scores from one flat batch, in which what the sequences of a group begin with runs once."""
+        device = next(self.model.parameters()).device
+        packed = pack([part for own in groups for part in _parts(own)])
+        return sequence_scores(self.model, packed.to(device)).double().cpu()
 
     @torch.no_grad()
     def logits(self, sequences: list[list[int]]) -> Tensor:  # (B,)
@@ -87,12 +118,20 @@ class Classifier:
         used = {token for one in sequences for token in one}
         return next((t for t in range(self._vocabulary()) if t not in used), 0)
 
+    def _read(self, ids: list[int]) -> list[int]:
+        """Without padding tokens at the end: the model reads its score at the last token that is none."""
+        own = self.model.config.get_text_config().pad_token_id
+        end = len(ids)
+        while end > 2 and ids[end - 1] == own:
+            end -= 1
+        return ids[:end]
+
     def _vocabulary(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
 
     def _fault(self, ids: list[int]) -> NoScore | None:
-        if not ids:
-            return NoScore("empty", "prompt and answer have no token")
+        if len(ids) < 2:
+            return NoScore("empty", "prompt and answer together have no two tokens")
         if max(ids) >= self._vocabulary():
             return NoScore("vocabulary", f"token {max(ids)} is outside the reward model's {self._vocabulary()}")
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -128,16 +167,57 @@ class Classifier:
             return NoScore("template", f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
+def _parts(sequences: list[list[int]]) -> list[tuple[list[int], list[list[int]]]]:
+    """The sequences as what they begin with in common and the rest of each; apart where they share nothing."""
+    first, last = min(sequences), max(sequences)  # in the order of dictionaries: what these share, all share
+    most = min(map(len, sequences)) - 1
+    common = next((i for i in range(most) if first[i] != last[i]), most)
+    if common == 0:
+        return [(one[:1], [one[1:]]) for one in sequences]
+    return [(sequences[0][:common], [one[common:] for one in sequences])]
+
+
 def load_classifier(
     path: str, device: torch.device, batch_size: int, cache_folder: Path | None, trust_remote_code: bool = False
 ) -> Classifier:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    """The reward model of a folder or of the hub: whole, or as adapters beside its base."""
+    from transformers import AutoTokenizer
 
+    model = _whole(path, trust_remote_code).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {str(error).splitlines()[0]}") from None
+    config = Path(path) / "config.yaml"
+    own_rows = config.is_file() and is_of_a_run(config)
+    key = f"classifier {_digest_of(Path(path), model)} {own_rows}"
+    cache = Cache(cache_folder, key) if cache_folder is not None else None
+    return Classifier(path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model))
+
+
+def can_share(model: Any) -> bool:
+    """Whether flat batches give the model's own scores, which is tried out on it."""
+    device = next(model.parameters()).device
+    pad = model.config.get_text_config().pad_token_id
+    probe = [token for token in range(20) if token != pad and token < model.get_input_embeddings().weight.shape[0]]
+    try:
+        check_score(model, torch.tensor([probe], device=device))
+        check_packing(model)
+    except (UnsupportedModel, RuntimeError, TypeError, ValueError, AttributeError):  # an encoder, its own pooling, ...
+        return False
+    return True
+
+
+def _whole(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    base = base_of(Path(path))
+    if base is not None:
+        return _with_adapters(path, base, trust_remote_code)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
@@ -147,11 +227,23 @@ def load_classifier(
         )
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} labels: expected a reward model with num_labels 1")
-    config = Path(path) / "config.yaml"
-    own_rows = config.is_file() and is_of_a_run(config)
-    key = f"classifier {_digest_of(Path(path), model)} {own_rows}"
-    cache = Cache(cache_folder, key) if cache_folder is not None else None
-    return Classifier(path, model.to(device).eval(), tokenizer, key, own_rows, batch_size, cache)
+    return model
+
+
+def _with_adapters(path: str, base: str, trust_remote_code: bool) -> Any:
+    """The base with a score head, and the adapters merged into it."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn, and then read from the folder
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, trust_remote_code=trust_remote_code
+            )
+        with quiet():
+            return PeftModel.from_pretrained(model, path).merge_and_unload()
+    except Exception as error:  # whatever files of another's making make peft and transformers do
+        raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
 
 
 def _digest_of(folder: Path, model: Any) -> str:
@@ -159,7 +251,9 @@ def _digest_of(folder: Path, model: Any) -> str:
     if folder.is_dir():
         kinds = (".safetensors", ".json", ".jinja", ".model", ".bin")
         files = [file for file in sorted(folder.iterdir()) if file.suffix in kinds]
-        return digest([[file.name, sha256_of(file)] for file in files])
+        base = base_of(folder)
+        below = "" if base is None or not Path(base).is_dir() else _digest_of(Path(base), model)
+        return digest([[file.name, sha256_of(file)] for file in files], below)
     content = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         content.update(name.encode())

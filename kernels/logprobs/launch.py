@@ -209,16 +209,26 @@ def backward_stashed(
     return _over_ranks(op, grads)
 
 
-def of_whole_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
-    q: Tensor, ratio: Tensor,
-) -> Forward:  # fmt: skip
-    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
-
-    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
-    (The targets' own terms are not in the stash.)
-    """
-    return part._replace(q=q, scale=part.scale * ratio)
+def backward_measured(
+    hidden: Tensor,  # (N, D) every row kept
+    weight: Tensor,  # (K, D)
+    bias: Tensor | None,  # (K,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    logps: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """`backward` over K columns of a head whose `row` and `logps` are known, dweight and dbias in float32; and (N,)
+    what these columns weigh in each row's softmax, the target left out."""
+    part = forward(hidden, weight, bias, targets, options, (), "stash")
+    # The columns' own softmax: p_iv of the whole = p_iv here * (p_iy of the whole / p_iy here).
+    ratio = (logps - part.logps).exp()
+    sums = Sums.zeros(weight, bias, needs, torch.float32)
+    grads = backward_stashed(
+        hidden, weight, bias, targets, row, part.stash, part.scale * ratio, options, needs, sums
+    )  # fmt: skip
+    return part.q * ratio, grads
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:

@@ -127,20 +127,6 @@ def _stash_targets(head: SlicedHead, result: Forward, targets: Tensor, z_target:
         weights[at] = own[at[0]].to(weights.dtype)
 
 
-def of_whole_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
-    q: Tensor, ratio: Tensor,
-) -> Forward:  # fmt: skip
-    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
-
-    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
-    """
-    head = SlicedHead(weight, bias, options, hidden.dtype)
-    part = part._replace(q=q, scale=part.scale * ratio)
-    _stash_targets(head, part, targets, head.target_logits(operand(hidden, head.dtype), targets))
-    return part
-
-
 def _target_logits(head: SlicedHead, tiles: list[Tensor], ids: tuple[Tensor, ...]) -> list[Tensor]:
     """z_y (R,) of every row tile, from the ranks that have them; NaN where the target is not in the vocabulary."""
     z = torch.cat([head.target_logits(x, y) for x, y in zip(tiles, ids, strict=True)])
@@ -284,6 +270,41 @@ def _backward_kept(head: SlicedHead, hidden: Tensor, targets: Tensor, row: RowGr
         _dlogits_(z, head, places[i].inside(first), row[rows[i]])
 
     return backward_slices(head, hidden, needs, head.slices(), dlogits)
+
+
+def backward_measured(
+    hidden: Tensor,  # (N, D) every row kept
+    weight: Tensor,  # (K, D)
+    bias: Tensor | None,  # (K,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    logps: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """`backward` over K columns of a head whose `row` and `logps` are known, all gradients in the accumulator's dtype;
+    and (N,) what these columns weigh in each row's softmax, the target left out."""
+    head = SlicedHead(weight, bias, options, hidden.dtype)
+    rows = list(row_blocks(len(hidden), head.rows))
+    places = [Targets(targets[at], head) for at in rows]
+    x = operand(hidden, head.dtype)
+    lse, grad, own = row.lse[:, None], -row.grad[:, None], row.grad * row.q
+    kept = torch.zeros_like(row.q)
+
+    def dlogits(dz: Tensor, i: int, part: tuple) -> None:
+        first, w, b = part
+        at, target = rows[i], places[i].inside(first)
+        z = head.logits(x[at], w, b, out=dz[: at.stop - at.start])
+        logits = z.clone() if options.softcap is not None else None
+        p = z.sub_(lse[at]).exp_()
+        p[target] = 0.0
+        kept[at] += p.sum(-1)
+        # dz_v = -g p_v,  dz_y = g q
+        dz = p.mul_(grad[at])
+        dz[target] = own[at][target[0]]
+        head.slope_(dz, logits)
+
+    return kept, backward_slices(head, hidden, needs, head.slices(), dlogits, head.acc)
 
 
 def stashed_slices(head: SlicedHead, stash: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -78,7 +78,8 @@ def test_what_a_resumed_run_may_differ_in():
     free = {name for name in FIELDS if not decides_weights(name)}
     assert {name for name in FIELDS if not set(commands_of(name)) & set(TRAINING_COMMANDS)} <= free
     assert {name for name in FIELDS if decides_weights(name)} == {
-        "model_name_or_path", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction", "max_length", "seed",
+        "model_name_or_path", "gguf_file", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction",
+        "max_length", "seed", "gradient_tolerance",
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
         "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
         "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",

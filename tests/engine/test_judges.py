@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
     a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.01)
-        direction = 3 * torch.randn(32)
+        direction = torch.randn(32)
         model.lm_head.weight[a], model.lm_head.weight[b] = direction, -direction
     return save_model(path, model=model)
 
@@ -131,6 +131,7 @@ def judge_settings(**changes):
 
 def test_a_model_in_this_process_judges_by_its_probabilities(folder):
     judge = scorer_of([f"judge={folder}"], judge_settings(score_cache="none", per_device_eval_batch_size=3), CPU)
+    judge.least_mass = 0.0  # of its random weights not every prompt leads to a letter
     prompts, first, second = ["sky?"] * 4, ["blue", "green", "no", "the sea"], ["red", "it is", "hello", "a very old"]
     found = judge.compare(prompts, first, second)
     lm, tokenizer = judge.backend.lm.model, judge.backend.tokenizer
@@ -145,7 +146,6 @@ def test_a_model_in_this_process_judges_by_its_probabilities(folder):
                 row = lm(**ids).logits[0, -1].double().softmax(-1)
             texts = [tokenizer.decode([t]).strip() for t in range(300)]
             a, b = (sum(float(row[t]) for t in range(300) if texts[t] == letter) for letter in "AB")
-            assert a + b >= 0.1
             shares.append(a / (a + b))
         assert found.soft[p].item() == pytest.approx((shares[0] + 1 - shares[1]) / 2, abs=1e-5)
         assert found.values[p].item() == both_orders(*shares)[0]

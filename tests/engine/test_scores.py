@@ -230,14 +230,64 @@ def test_a_reward_model_scores_as_transformers_does_alone(tmp_path, pad):
     assert scores.values[2].unique().numel() == 3
 
 
-def test_without_a_template_the_answer_stands_behind_the_prompt(tmp_path):
-    scorer = load_classifier(reward_model(tmp_path, template=None), CPU, 2, None)
+@pytest.mark.parametrize("pad", [None, 1])  # 1 is the EOS too: transformers then reads the token before it
+def test_without_a_template_the_answer_stands_behind_the_prompt(tmp_path, pad):
+    scorer = load_classifier(reward_model(tmp_path, template=None, pad=pad), CPU, 2, None)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path).eval()
     scores = scorer.score(PROMPTS[:2], ANSWERS[:2])
     assert kinds(scores)[1] == ["template", "no answer"]
     ids = scorer.tokenizer(PROMPTS[0] + "green")["input_ids"] + [scorer.tokenizer.eos_token_id]
     with torch.no_grad():
-        alone = scorer.model(input_ids=torch.tensor([ids])).logits.item()
+        alone = model(input_ids=torch.tensor([ids])).logits.item()
     assert scores.values[0, 0].item() == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_prompt_runs_once_for_all_its_answers(tmp_path, monkeypatch, template):
+    """Eight answers to a prompt four times as long: 12 parts of tokens where eight rows have 40."""
+    scorer = load_classifier(reward_model(tmp_path, template=template), CPU, 16, None)
+    ran = []
+    real = classifier.pack
+    monkeypatch.setattr(classifier, "pack", lambda groups: ran.append(real(groups)) or ran[-1])
+    prompts = ["what colour is the sky? " * 12, "and the sea? " * 24]
+    answers = [[f"{word} {i} it is " * 3 for i in range(8)] for word in ("blue", "green")]
+    together = scorer.score(prompts, answers).values
+    tokens = sum(one.input_ids.numel() for one in ran)
+    ran.clear()
+    alone = [[scorer.score([p], [[a]]).values.item() for a in own] for p, own in zip(prompts, answers, strict=True)]
+    assert tokens <= 0.35 * sum(one.input_ids.numel() for one in ran)
+    assert torch.allclose(together, torch.tensor(alone, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    assert scorer.shares
+
+
+def test_a_model_that_takes_no_flat_batch_is_padded(tmp_path, monkeypatch):
+    path = reward_model(tmp_path)
+    flat = load_classifier(path, CPU, 3, None).score(PROMPTS, ANSWERS)
+    monkeypatch.setattr(classifier, "can_share", lambda model: False)
+    padded = load_classifier(path, CPU, 3, None)
+    assert not padded.shares
+    assert torch.allclose(padded.score(PROMPTS, ANSWERS).values, flat.values, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_adapters_of_a_reward_model(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    path = reward_model(tmp_path / "base")
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], modules_to_save=["score"])
+    model = get_peft_model(LlamaForSequenceClassification.from_pretrained(path), lora).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                weight.normal_()
+    model.save_pretrained(tmp_path / "adapters")
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    scores = load_classifier(str(tmp_path / "adapters"), CPU, 2, None).score(PROMPTS[:1], ANSWERS[:1])
+    turns = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": ANSWERS[0][0]}]
+    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert scores.values[0, 0].item() == pytest.approx(model(**ids).logits.item(), rel=1e-4, abs=1e-5)
 
 
 def test_what_a_reward_model_cannot_read_is_named(tmp_path):
@@ -267,8 +317,13 @@ def test_scores_are_kept_by_content(tmp_path, monkeypatch):
     first = load_classifier(path, CPU, 2, tmp_path / "cache").score(PROMPTS, ANSWERS)
     (file,) = (tmp_path / "cache").iterdir()
     asked = []
-    real = classifier.Classifier.logits
-    monkeypatch.setattr(classifier.Classifier, "logits", lambda self, ids: asked.extend(ids) or real(self, ids))
+    real = classifier.Classifier.shared
+
+    def counted(self, groups):
+        asked.extend(ids for own in groups for ids in own)
+        return real(self, groups)
+
+    monkeypatch.setattr(classifier.Classifier, "shared", counted)
     again = load_classifier(path, CPU, 2, tmp_path / "cache").score(PROMPTS, ANSWERS)
     assert not asked
     assert torch.equal(again.values.nan_to_num(9), first.values.nan_to_num(9))

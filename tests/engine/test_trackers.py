@@ -43,8 +43,7 @@ class Wandb(types.ModuleType):
         self.about = {"project": project, "dir": dir, "name": name, "config": config}
         return self
 
-    def define_metric(self, name, step_metric=None, step_sync=None, hidden=None, summary=None, goal=None,
-                      overwrite=None):  # fmt: skip
+    def define_metric(self, name, step_metric=None, step_sync=None, hidden=None, summary=None, overwrite=None):
         self.metrics.append((name, step_metric))
 
     def log(self, data, step=None, commit=None):
@@ -59,7 +58,8 @@ class Trackio(types.ModuleType):
         super().__init__("trackio")
         self.rows, self.done = [], False
 
-    def init(self, project, name=None, group=None, space_id=None, dataset_id=None, config=None, resume="never"):
+    def init(self, project, name=None, group=None, space_id=None, server_url=None, dataset_id=None, bucket_id=None,
+             config=None, resume="never", settings=None, private=None, embed=True):  # fmt: skip
         self.about = {"project": project, "name": name, "config": config}
 
     def log(self, metrics, step=None):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "engine/run": {
         *LOW, "engine/data", "engine/model", "engine/report", "bindings", "bindings/losses", "bindings/models",
     },
-    "engine/score": {*LOW, *SAID, "engine/data", "engine/model", "bindings"},  # knows no run
+    "engine/score": {*LOW, *SAID, "engine/data", "engine/model", "bindings", "bindings/models"},  # no run
     "engine/rounds": {
         *LOW, "engine/data", "engine/model", "engine/report", "engine/run", "engine/score", "bindings",
         "bindings/losses",
