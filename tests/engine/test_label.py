@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def run(monkeypatch, tmp_path, backend=None, constitution=CONSTITUTION, rows=ROW
         "dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "scorer": ["judge=x"], "constitution": str(path),
         "output_file": str(tmp_path / "out.jsonl"), "score_cache": "none", "device": "cpu",
     }  # fmt: skip
-    metrics = story.label(validate(Config(**given | changes), "label"))
-    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    return metrics, out, backend
+    config = validate(Config(**given | changes), "label")
+    metrics = story.label(config)
+    return metrics, [json.loads(line) for line in Path(config.output_file).read_text().splitlines()], backend
 
 
 def test_given_answers_become_pairs_by_a_drawn_principle(monkeypatch, tmp_path):
@@ -80,8 +81,8 @@ def test_given_answers_become_pairs_by_a_drawn_principle(monkeypatch, tmp_path):
         assert row["meta_answers_by"] == "the rows"
     assert all(Counter(backend.asked)[principle] > 10 for principle in (LONGER, SHORTER))  # both orders of some of 30
     assert metrics["first_shown_wins"] == 0.5
-    again = run(monkeypatch, tmp_path / "..", output_file=str(tmp_path / "again.jsonl"))[0]
-    assert again == metrics
+    again, same, _ = run(monkeypatch, tmp_path, output_file=str(tmp_path / "again.jsonl"))
+    assert (again, same) == (metrics, out)
 
 
 def test_what_is_written_is_what_training_reads(monkeypatch, tmp_path):
@@ -89,7 +90,7 @@ def test_what_is_written_is_what_training_reads(monkeypatch, tmp_path):
     read = load_examples(str(tmp_path / "out.jsonl"), "pair", tiny_tokenizer(), 64, cache="none")
     assert len(read.examples) == len(ROWS)
     assert not read.skipped
-    run(monkeypatch, tmp_path, label_form="labelled", output_file=str(tmp_path / "out.jsonl").replace("out", "two"))
+    run(monkeypatch, tmp_path, label_form="labelled", output_file=str(tmp_path / "two.jsonl"))
     labelled = load_examples(str(tmp_path / "two.jsonl"), "labelled", tiny_tokenizer(), 64, cache="none")
     assert len(labelled.examples) == 2 * len(ROWS)
     assert sum(e.label for e in labelled.examples) == len(ROWS)
@@ -188,7 +189,7 @@ def test_revise_writes_demonstrations(template, tmp_path):
     options = {} if template else {"chat_template": None}
     model = save_model(tmp_path / "model", **options)
     path = tmp_path / "c.yaml"
-    path.write_text("critiques:\n- {critique: what is bad?, revision: write it again}\n")
+    path.write_text("critiques:\n- {critique: 'what is bad?', revision: write it again}\n")
     given = {
         "model_name_or_path": model, "dataset_name": write_rows(tmp_path / "p.jsonl", PROMPTS), "num_prompts": 5,
         "scorer": [f"{write_rule(tmp_path)}:vowels"], "max_new_tokens": 6, "score_cache": "none", "device": "cpu",
