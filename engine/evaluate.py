@@ -19,7 +19,7 @@ from torch import Tensor
 
 import prefuse
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples, collate
+from prefuse.engine.data.batches import Batch, Examples, collate
 from prefuse.engine.data.dataset import kind_of, read_evaluation_data
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary, token_metrics
 from prefuse.engine.model.forward import (
@@ -41,6 +41,7 @@ from prefuse.engine.report.log import add_metrics, progress, say, table
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.tokens import IGNORE_INDEX
 
 
 def evaluate_command(config: Config) -> dict[str, float]:

@@ -39,9 +39,9 @@ from prefuse.engine.run.identity import (
     check_same,
     check_settings,
     checksums,
+    deciding_settings,
     libraries,
     row_digests,
-    settings_of,
 )
 from prefuse.engine.run.optimizer import make_optimizer
 from prefuse.engine.run.plan import TrainingSet, meet_reference
@@ -164,8 +164,8 @@ def prepare(
     data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
-        command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
-        libraries(), data.reference,
+        command, per_step, data.total_steps, data.steps_per_epoch, deciding_settings(config), row_digests(examples),
+        model, libraries(), data.reference,
     )  # fmt: skip
 
     peak = peak_flops(lm)
