@@ -45,15 +45,18 @@ from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
 from prefuse.engine.run.proof import fault_of_files
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import FileRows, Run, following_of, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import Loss, needs_of
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, command: str) -> dict[str, float]:
-    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
+def train(config: Config, command: str, rows: FileRows = FileRows()) -> dict[str, float]:  # noqa: B008 (without state)
+    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them.
+
+    `rows`: what is learned from, where it is not the rows of files.
+    """
     clock.restart(torch.device("cpu"))
     with StopSignals() as signals, Messages() as messages:
         home = None
@@ -65,7 +68,7 @@ def train(config: Config, command: str) -> dict[str, float]:
                 home = open_run(config, command, ranks)
                 if is_finished(home, config):
                     return last_metrics(home)
-                run = prepare(config, command, ranks, home)
+                run = prepare(config, command, ranks, home, rows)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
             if ranks.main:
@@ -129,7 +132,8 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 loss = run.loss
                 metrics = optimizer_step(run, share, num_items, rate)
                 move_on(run, share.step + 1, metrics)
-                window.add(metrics)
+                run.data.after_step()
+                window.add({**metrics, **share.metrics})
                 window.count(*done_by_all)
                 done = share.step + 1
                 bar.update(task, completed=done)
@@ -249,7 +253,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     """The step's gradients in the parameters, summed over microbatches and ranks, with its metrics, and the rows of the
     microbatches whose loss is no number. One small reduction carries all that is not a gradient."""
     lm, loss, ranks = run.lm, run.loss, run.ranks
-    following = run.data.following
+    following = following_of(run.data)
     ask = (lambda batch: batch) if following is None else following.ask
     mismatches = [ask(batch.to(lm.device)) for batch in share.mismatches]
     one_z0 = run.config.z0_scope == "step"
@@ -297,8 +301,9 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
 
 def move_on(run: Run, step: int, metrics: dict[str, Tensor]) -> None:
     """After optimizer step number `step`: a reference that follows, and a loss that follows its margins, do."""
-    if run.data.following is not None:
-        run.data.following.after(step, run.lm)
+    following = following_of(run.data)
+    if following is not None:
+        following.after(step, run.lm)
     if hasattr(run.loss, "after") and "rewards/margins" in metrics:
         total, count = metrics["rewards/margins"].tolist()
         run.loss = run.loss.after(total / count)
@@ -325,9 +330,9 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
             signals.stop()
 
     # A policy that is its own reference, before the first step: known without running it.
-    unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
-    unmoved = unmoved and not run.held.examples.policy_weights
-    following = run.data.following
+    unmoved = step == 0 and run.config.ref_model_name_or_path is None and run.held.meets_reference
+    unmoved = unmoved and not getattr(run.held.examples, "policy_weights", False)
+    following = following_of(run.data)
     if following is not None and following.moved:
         run.held = hold(run.held.examples, following.lm, run.loss, run.config, run.ranks)
         following.moved = False
@@ -347,9 +352,13 @@ def check_first_loss(run: Run, loss: Loss, share: Share, num_items: int, means: 
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
+    if any(batch.sampled is not None for batch in share.batches):  # its first ratio is 1
+        return
     if "reference" not in needs_of(loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
-    if run.data.following is not None or run.data.examples.policy_weights:  # what is expected is not known beforehand
+    if (
+        following_of(run.data) is not None or run.data.examples.policy_weights
+    ):  # what is expected is not known beforehand
         return
     z0 = 0.0 if "z0" in needs_of(loss) else None
     expected = sum(
@@ -377,7 +386,7 @@ def save(run: Run, step: int, evaluate: bool) -> None:
         return
     state = state_of(run, step, evaluate)
     with clock.part("checkpoints"):
-        rest = (run.identity.rows, run.ranks, run.data.following)
+        rest = (run.identity.rows, run.ranks, following_of(run.data))
         save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, *rest)
     run.checkpoints.saved(step)
 

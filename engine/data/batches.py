@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class Batch:
     shapes: list[tuple[int, int]]  # of each example: its sequences, the length of the longest
     num_learned: int  # completion tokens that are learned: what a loss per token averages over
     policy_weights: bool = False  # see Examples
+    sampled: Any = None  # of answers that the policy sampled: their advantages (engine/model/policy.py)
 
     @property
     def num_items(self) -> int:
@@ -53,7 +55,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         numbers = {name: x.to(device) for name, x in self.numbers.items()}
-        return replace(_moved(self, device), tokens=self.tokens.to(device), numbers=numbers)
+        sampled = None if self.sampled is None else self.sampled.to(device)
+        return replace(_moved(self, device), tokens=self.tokens.to(device), numbers=numbers, sampled=sampled)
 
 
 def _moved(batch, device: torch.device):

@@ -68,7 +68,9 @@ def _fault_of_loss(run: Run) -> str | None:
     """Of the first step's rows, by the weights as they are."""
     from prefuse.engine.model.forward import fused_loss
 
-    share = next(run.data.steps_from(0))
+    share = run.data.first_share()
+    if share is None:
+        return None
     z0 = torch.zeros((), device=run.lm.device) if share.mismatches else None
     finite = True
     with torch.no_grad():

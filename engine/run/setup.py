@@ -112,35 +112,58 @@ def is_finished(home: RunFolder, config: Config) -> bool:
     return wanted <= total
 
 
-def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None) -> Run:
+class FileRows:
+    """What `sft` and `train` learn from: the rows of files. Another story brings its own (engine/online.py)."""
+
+    def loss(self, config: Config, command: str) -> Loss:
+        return loss_of(config, command)
+
+    def read(
+        self, config: Config, loss: Loss, home: RunFolder, ranks: Ranks
+    ) -> tuple[object, Examples, Examples | None]:
+        """The tokenizer, the rows to train on, and those held out."""
+        return _read_rows(config, loss, home, ranks)
+
+    def guards(self, config: Config, loss: Loss, examples: Examples) -> Guards:
+        guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
+        if "labels" in needs_of(loss):
+            guards.check_labels(examples.labels, loss)
+        return guards
+
+    def plan(
+        self, lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks,
+        home: RunFolder, guards: Guards,
+    ) -> tuple[TrainingSet, HeldOut | None]:  # fmt: skip
+        """The steps of the run, with all that the reference will be asked for."""
+        _check_rows_fit(lm, examples, held, loss, config)
+        with adapters_off(lm.model), clock.part("reference"):
+            return meet_reference(lm, examples, held, loss, config, ranks)
+
+
+def prepare(
+    config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None,
+    rows: FileRows = FileRows(),  # noqa: B008 (without state)
+) -> Run:  # fmt: skip
     """Reads, loads and checks everything and computes the reference's numbers, so that later only training can fail."""
     ranks = join(config) if ranks is None else ranks
-    loss = loss_of(config, command)
+    loss = rows.loss(config, command)
     wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
-    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
-        logger.warning(
-            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
-            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
-        )  # fmt: skip
-    tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
+    _warn_of_coarse_weights(config)
+    tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
     loss = settled(loss, config, examples)
     torch.manual_seed(config.seed + ranks.rank)
     load = load_reward_model if reads_scores(loss) else load_model
     lm = load(config.model_name_or_path, config, device, ranks, trains=True)
-    check_model(lm, examples)
-    _check_rows_fit(lm, examples, held_examples, loss, config)
-    stop_at(lm.model, stop_tokens(examples, tokenizer))
-    best = Best(config)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
         say(said)
-    guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
-    if "labels" in needs_of(loss):
-        guards.check_labels(examples.labels, loss)
+    check_model(lm, examples)
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
+    best = Best(config)
+    guards = rows.guards(config, loss, examples)
     model = checksums(base_state(lm.model), ranks)
-    with adapters_off(lm.model), clock.part("reference"):
-        data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
+    data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
     identity = Identity(
         command, math.prod(_cut(config, ranks)), data.total_steps, data.steps_per_epoch, deciding_settings(config),
         row_digests(examples), model, libraries(), data.reference,
@@ -151,12 +174,13 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     largest = largest_weight(lm, ranks)
     state = {"step": 0, "lines": 0, "evaluate": True}
     if home.state != "set-up":
-        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks, data.following)
+        saved, changes = _load_newest(home, lm, optimizer, identity, examples, ranks, following_of(data))
         if saved is not None:
             state = saved.state
             loss = dataclasses.replace(loss, **state.get("loss", {}))
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
             best.restore(state.get("best"))
+            data.restore(state.get("data", {}))
     newest = state["step"] or None
 
     def begin() -> None:
@@ -175,6 +199,14 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     )  # fmt: skip
 
 
+def _warn_of_coarse_weights(config: Config) -> None:
+    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
+        logger.warning(
+            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
+            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
+        )  # fmt: skip
+
+
 def loss_of(config: Config, command: str) -> Loss:
     """What the command trains with."""
     if command == "reward":
@@ -186,6 +218,11 @@ def _open_log(config: Config, home: RunFolder, lines: int, identity: Identity, r
     """metrics.jsonl behind its first `lines`, and where report_to wants the metrics too."""
     trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
     return MetricsLog(home.path / "metrics.jsonl", lines, writes=ranks.main, trackers=trackers)
+
+
+def following_of(data: object) -> Following | None:
+    """A reference that moves with the policy; stories that bring their own rows have none."""
+    return getattr(data, "following", None)
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
@@ -205,7 +242,7 @@ def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: Ru
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
     count += config.load_best_model_at_end
-    each = checkpoint_bytes(lm, data.following)
+    each = checkpoint_bytes(lm, following_of(data))
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * each
 
 
@@ -271,6 +308,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "window": run.window.state(),
         "guards": run.guards.state(),
         "best": run.best.state(),
+        "data": run.data.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
         "loss": {"baseline": run.loss.baseline} if hasattr(run.loss, "after") else {},
