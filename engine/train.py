@@ -39,6 +39,7 @@ from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import load_weights, model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder
+from prefuse.engine.run.following import move_on
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.run.optimizer import learning_rate
@@ -131,7 +132,7 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 rate = learning_rate(share.step, total, config)
                 loss = run.loss
                 metrics = optimizer_step(run, share, num_items, rate)
-                move_on(run, share.step + 1, metrics)
+                run.loss = move_on(following_of(run.data), run.loss, share.step + 1, run.lm, metrics)
                 run.data.after_step()
                 window.add({**metrics, **share.metrics})
                 window.count(*done_by_all)
@@ -297,16 +298,6 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         for part, part_flags in zip(share.rows, flags, strict=True):
             suspects += [row for rows, flag in zip(part, part_flags, strict=False) if flag < ranks.size for row in rows]
     return totals, suspects
-
-
-def move_on(run: Run, step: int, metrics: dict[str, Tensor]) -> None:
-    """After optimizer step number `step`: a reference that follows, and a loss that follows its margins, do."""
-    following = following_of(run.data)
-    if following is not None:
-        following.after(step, run.lm)
-    if hasattr(run.loss, "after") and "rewards/margins" in metrics:
-        total, count = metrics["rewards/margins"].tolist()
-        run.loss = run.loss.after(total / count)
 
 
 EXTREMES = ("min_reward", "max_reward")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,19 @@ class Following:
             for name, value in _tensors(path):
                 fill_(own[name], value)
         self.moved = True
+
+
+def move_on(
+    following: Following | None, loss: Any, step: int, policy: LanguageModel, metrics: dict[str, Tensor]
+) -> Any:
+    """After optimizer step number `step`: moves a reference that follows; the loss of the next step, which some
+    change by their mean margin."""
+    if following is not None:
+        following.after(step, policy)
+    if not hasattr(loss, "after") or "rewards/margins" not in metrics:
+        return loss
+    total, count = metrics["rewards/margins"].tolist()
+    return loss.after(total / count)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
