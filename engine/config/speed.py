@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prefuse.engine.config.setting import EVERY, TRAINING, Topic, setting
+from prefuse.engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,10 @@ class SpeedSettings(Topic):
         "Liger's kernels for norms, rotary embeddings and gated layers, where it has them for the model. Needs a GPU.",
         commands=EVERY,
     )
+
+    def check(self, command: str) -> None:
+        if self.torch_compile and self.output_router_logits:
+            raise UserError(
+                "output_router_logits does not go with torch_compile: transformers collects router logits by hooks "
+                "that compiled layers do not run. Drop one of the two"
+            )

@@ -28,6 +28,7 @@ from prefuse.models.flat import check_packing
 from prefuse.models.head import Head, check_head, head_of
 from prefuse.models.probes import check_padded_trunk
 from prefuse.models.rope import hold_rope
+from prefuse.models.router import Router, own_coefficient, router_of
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def load_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
+    router, coefficient = _router_loss(model, config) if trains else (None, 0.0)
     if trains:
-        _say_without_router_loss(model)
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
@@ -133,7 +134,7 @@ def load_model(
         model = shard(model, ranks, device, dtype)
     if ranks.sharded or adapters is not None:
         head = LiveHead(model.get_output_embeddings(), head)
-    return LanguageModel(model, head, device, dtype, config.impl, adapters)
+    return LanguageModel(model, head, device, dtype, config.impl, adapters, router, coefficient)
 
 
 def _read_model(path: str, config: Config) -> "PreTrainedModel":
@@ -160,12 +161,29 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
     return model
 
 
-def _say_without_router_loss(model: "PreTrainedModel") -> None:
-    if getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
-        logger.info(
-            "%s is a mixture of experts: its router's balance loss is no part of this training (TRL adds it)",
-            type(model).__name__,
+def _router_loss(model: "PreTrainedModel", config: Config) -> tuple[Router | None, float]:
+    """The router whose balance loss is to be added, and its weight. It is said where a mixture trains without."""
+    own, text = own_coefficient(model), model.config.get_text_config()
+    if not config.output_router_logits:
+        if own is not None:
+            logger.info(
+                "%s is a mixture of experts: its router's balance loss is no part of this training. TRL adds it with a "
+                "weight of %s; --output_router_logits true does so here", type(model).__name__, own,
+            )  # fmt: skip
+        return None, 0.0
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False  # the loss is added here, not by the model's forward
+    try:
+        router = router_of(model)
+    except UnsupportedModel as error:
+        raise UserError(f"output_router_logits: {error}; drop output_router_logits") from None
+    coefficient = own if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    if not coefficient:
+        raise UserError(
+            f"output_router_logits: the config.json of {type(model).__name__} has {own} as its router_aux_loss_coef: "
+            "give --router_aux_loss_coef, or drop output_router_logits"
         )
+    return router, coefficient
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +149,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
 
     def begin() -> None:
         require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+        if not config.save_steps and shutil.disk_usage(home.path).free < checkpoint_bytes(lm):
+            logger.warning(
+                "%s has room for the model but not for a checkpoint: a run that is stopped early could not go on",
+                home.path,
+            )
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
