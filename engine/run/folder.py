@@ -25,13 +25,7 @@ logger = logging.getLogger(__name__)
 
 MARK = "run.json"
 LOCK = "run.lock"
-BEFORE_TRAINING = {
-    MARK,
-    LOCK,
-    "skipped.jsonl",
-    f"{MARK}.tmp",
-    "skipped.jsonl.tmp",
-}  # what a start that was killed may leave
+BEFORE_TRAINING = {MARK, LOCK, "skipped.jsonl", f"{MARK}.tmp", "skipped.jsonl.tmp"}  # of a start that was killed
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 

@@ -173,9 +173,14 @@ def test_a_disk_that_fills_up_under_the_model_of_a_run_without_checkpoints_keeps
 def test_an_image_and_every_small_file_is_whole_or_absent(tmp_path):
     target = tmp_path / "curves.png"
     target.write_bytes(b"before")
-    with pytest.raises(OSError, match="No space"), whole_file(target) as aside:
-        aside.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+
+    def fill():
+        with whole_file(target) as aside:
+            aside.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill()
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
     assert target.read_bytes() == b"before"
 

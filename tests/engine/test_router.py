@@ -71,7 +71,7 @@ def test_models_without_that_loss_are_refused():
     model.num_experts_per_tok = 1  # its own forward goes on by this number, its layers by another
     own = model.forward
     model.forward = lambda **inputs: own(**inputs) | {"aux_loss": torch.tensor(3.0)}
-    with pytest.raises(UnsupportedModel, match="cannot be computed|of its own: 3, by its router"):
+    with pytest.raises(UnsupportedModel, match=r"cannot be computed|of its own: 3, by its router"):
         router_of(model)
 
 
