@@ -121,7 +121,7 @@ def load_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
-    router, coefficient = _router_loss(model, config) if trains else (None, 0.0)
+    router, coefficient = _router_loss(model, config, trains)
     if trains:
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
@@ -161,9 +161,22 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
     return model
 
 
-def _router_loss(model: "PreTrainedModel", config: Config) -> tuple[Router | None, float]:
-    """The router whose balance loss is to be added, and its weight. It is said where a mixture trains without."""
+def _router_loss(model: "PreTrainedModel", config: Config, trains: bool) -> tuple[Router | None, float]:
+    """The router whose balance loss is to be added, and its weight. It is said where a mixture trains without.
+
+    The model's own forward never adds it: the loss here is not that forward's.
+    """
     own, text = own_coefficient(model), model.config.get_text_config()
+    asked = getattr(text, "output_router_logits", False)
+    if asked and trains and not config.output_router_logits:
+        raise UserError(
+            f"the config.json of {type(model).__name__} asks for its router's balance loss (output_router_logits is "
+            "true): give --output_router_logits true to add it, or set it to false there"
+        )
+    if asked:
+        text.output_router_logits = False
+    if not trains:
+        return None, 0.0
     if not config.output_router_logits:
         if own is not None:
             logger.info(
@@ -171,8 +184,6 @@ def _router_loss(model: "PreTrainedModel", config: Config) -> tuple[Router | Non
                 "weight of %s; --output_router_logits true does so here", type(model).__name__, own,
             )  # fmt: skip
         return None, 0.0
-    if hasattr(text, "output_router_logits"):
-        text.output_router_logits = False  # the loss is added here, not by the model's forward
     try:
         router = router_of(model)
     except UnsupportedModel as error:

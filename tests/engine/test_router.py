@@ -162,9 +162,12 @@ def test_what_is_said_and_refused(model, tmp_path, capsys, caplog):
     assert not (tmp_path / "no").exists()
 
 
-def test_a_config_that_asks_for_it(tmp_path):
+def test_a_config_that_asks_for_it(tmp_path, capsys):
     """What transformers' own forward would add is added here once, and not by that forward too."""
     asks = save_model(tmp_path / "asks", model=mixtral(output_router_logits=True), chat_template=None)
+    argv = ["train", "--device", "cpu", "--model_name_or_path", asks, "--output_dir", str(tmp_path / "no")]
+    assert cli.main([*argv, "--dataset_name", write_rows(tmp_path / "few.jsonl", PAIRS[:4])]) == 2
+    assert "give --output_router_logits true to add it, or set it to false there" in capsys.readouterr().err
     out = run(asks, tmp_path, PAIRS[:4], max_steps=1, output_router_logits="true")
     step = read_log(out)[0]
     assert step["loss"] == pytest.approx(0.693147 + 0.5 * step["aux_loss"], rel=1e-5)
