@@ -95,7 +95,7 @@ def test_a_liger_with_arguments_unknown_here_is_refused_and_left_as_it_is(where,
         def __init__(self, ignore_index: int = -100):
             super().__init__()
 
-        def forward(self, _input, lin_weight, target, preference_labels=None):
+        def forward(self, _input, lin_weight, target, labels_of_rows=None):
             raise AssertionError
 
     newer = Other if where == "forward" else Newer

@@ -12,13 +12,14 @@ from prefuse.engine import cli
 from prefuse.models.router import hidden_and_balance, router_of
 from prefuse.models.trunk import UnsupportedModel
 from prefuse.packing import pack, padded
-from tiny_run import LABELLED, PAIRS, SHAPE, read_log, save_model, weights, write_rows
+from tiny_run import LABELLED, PAIRS, SHAPE, read_log, save_model, write_rows
 
 SETTINGS = {"vocab_size": 300, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1}
 MIXTRAL = SETTINGS | SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.training_args")  # TRL's own defaults
+# What TRL 1.16 itself says on the transformers of constraints.txt.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
 
 
 def mixtral(**options):
@@ -99,9 +100,9 @@ def test_three_steps_beside_trl(kind, model, tmp_path):
     for one, other in zip(mine[:steps], logged[:steps], strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=2e-5), name
-    ended = weights(ours)
+    ended = dict(transformers.AutoModelForCausalLM.from_pretrained(ours).named_parameters())
     for name, value in () if kind == "kto" else theirs.model.named_parameters():
-        torch.testing.assert_close(ended[name], value.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ended[name].detach(), value.detach(), rtol=0, atol=1e-5)
 
 
 def by_trl(trl, kind, rows, model, tmp_path):
