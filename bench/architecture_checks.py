@@ -20,11 +20,11 @@ TOLERANCE = 2e-5  # log-probabilities are float32
 
 
 class Wrong(Exception):
-    """A number that is not the model's own, without a word."""
+    """The library gave a number that is not the model's own, and raised no error."""
 
 
 class Refused(ValueError):
-    """The engine's one line."""
+    """The engine refused the model; the message is its one-line error."""
 
 
 class NoTruth(Exception):

@@ -101,7 +101,7 @@ def _in_a_process(kind: str, checks: list[str], seconds: int) -> dict[str, str]:
 
 
 def verdict(result: dict[str, str]) -> str:
-    """The worst word of a type."""
+    """The worst outcome of a type's checks."""
     words = {text.split(":")[0] for text in result.values()}
     return next((word for word in ("WRONG", "refused", "no truth") if word in words), "right")
 

@@ -214,7 +214,7 @@ def run_timings(suite: Suite) -> None:
             print("out of time: the rest is not measured")
             return
         if drawn[0] != model:
-            drawn = (None, [])  # the last model's go first
+            drawn = (None, [])  # frees the last model's inputs before the next are drawn
             drawn = (model, [cases.draw(model, TOKENS, seed) for seed in range(2)])
         torch._dynamo.reset()  # else a compiled peer runs into its recompilation limit and goes on as eager
         if variant == "bare GEMMs":

@@ -45,7 +45,7 @@ def cpu_model() -> str:
 
 
 def vector_units() -> list[str]:
-    """What decides a matrix product's speed."""
+    """The vector extensions of the CPU, on which the speed of a matrix product depends."""
     found = re.search(r"flags\s*:\s*(.*)", _cpuinfo())
     return [x for x in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if found and x in found[1].split()]
 

@@ -1,4 +1,6 @@
-"""A preference loss whose gradients are made in the forward, a few whole pairs at a time: see `kernels.grouped`.
+"""A preference loss whose gradients are computed in its forward, a few whole pairs at a time.
+
+`prefuse.kernels.logprobs.grouped` does the head's part.
 
 N completion tokens, end to end; S sequences, cut by cu_seqlens (S + 1,).
 """
@@ -64,7 +66,7 @@ def gradients_in_forward(
 
 
 class WithGradients(torch.autograd.Function):
-    """A loss whose gradients exist already: backward multiplies them by what comes from above."""
+    """A loss whose gradients exist already: the backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ from prefuse.losses.contract import NEEDS, Loss, needs_of
 
 
 class Mismatched(NamedTuple):
-    """Completions paired with another row's prompt: as a `z0`, what it is to be computed from (`kto_reference_point`).
+    """Completions paired with another row's prompt. Given as `z0`: z0 is computed from them (`kto_reference_point`).
 
-    For a batch that is an optimizer step by itself. When microbatches or ranks share one, call `kto_reference_point`.
+    Use it where a batch is a whole optimizer step. If microbatches or ranks share a step, call `kto_reference_point`.
     """
 
     logps: Tensor  # (N',) of the policy
@@ -36,7 +36,7 @@ class LossInputs:
     scores: Tensor | None = None  # (S,)
 
     def of(self, sequences: slice, per_item: int) -> LossInputs:
-        """Those of some whole items that stand next to each other."""
+        """The inputs of some of the sequences, which must be neighbours and whole items."""
         if sequences == slice(None):
             return self
         items = slice(sequences.start // per_item, sequences.stop // per_item)
@@ -50,7 +50,7 @@ class LossInputs:
         return None if value is None else value.detach().double()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that lie where the log-probabilities lie, by name."""
+        """By name, all tensors that must be on the device of the log-probabilities."""
         given = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor) and f.name != "z0"}
         if isinstance(self.z0, Mismatched):
             given |= {f"z0.{name}": x for name, x in self.z0._asdict().items() if x is not None}

@@ -32,8 +32,8 @@ class Packed:
     targets: Tensor  # (N,) the completion tokens, end to end
     cu_seqlens: Tensor  # (S + 1,) int32, where each completion starts in the N
     segments: Segments
-    unshared_tokens: int = field(default=0)  # what the same sequences have when each brings its own prompt
-    padded_tokens: int = field(default=0)  # and when they are padded to the longest of them besides
+    unshared_tokens: int = field(default=0)  # tokens of the same sequences, each with its own prompt
+    padded_tokens: int = field(default=0)  # the same, with every sequence padded to the longest
 
     @property
     def num_tokens(self) -> int:
@@ -95,13 +95,13 @@ def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Items of these lengths in bins of at most `budget`, by first-fit-decreasing: lists of indices into `lengths`.
 
     The longest item first (of equals, the earlier one), each into the first bin with room for it. An item is never
-    split; one longer than the budget has a bin of its own. At most 11/9 of the least number of bins, and one
+    split; one longer than the budget has a bin of its own. Makes at most one bin more than 11/9 of the least number
     (Dosa 2007, "The Tight Bound of First Fit Decreasing Bin-Packing Algorithm"). O(n log n).
     """
     if budget < 1:
         raise ValueError(f"budget is {budget}: expected the tokens of a bin, at least 1")
     bins: list[list[int]] = []
-    width = 1 << max(0, len(lengths) - 1).bit_length()  # leaves of a tree: the room in each bin that may come to be
+    width = 1 << max(0, len(lengths) - 1).bit_length()  # leaves of a tree: the free room of each possible bin
     room = [budget] * (2 * width)  # a node has the most room of its leaves
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = min(lengths[item], budget)

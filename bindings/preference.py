@@ -51,7 +51,7 @@ class PreferenceOutput:
     loss: Tensor  # () float32, the one differentiable field: sum of `losses` / num_items
     losses: Tensor  # (P,) for pairs, else (S,), float32
     logps: Tensor  # (S,) float64, log pi(y | x): exact enough to serve as another run's `ref_logps`
-    rewards: Tensor  # (S,) float32, beta * log-ratio
+    rewards: Tensor  # (S,) float32, what `loss.rewards` gives: beta * log-ratio for DPO, IPO and KTO
     metrics: dict[str, Tensor]  # {TRL's name: (2,) [sum, count]}, to be added up and given to `reduce_metrics`
 
 
@@ -132,14 +132,14 @@ def linear_preference_loss(
     head's options are `linear_logprobs`'s, the rest `preference_loss`'s. Tokens with `targets == ignore_index` count
     nowhere: not in a sum, not in a length, and `ref_logps` is not read there.
 
-    `workspace`: bytes that may be kept for the backward (default `WORKSPACE`, 1 GiB). When the `N * V` weights of a
-    trainable head fit in it (2 bytes each in bf16), they are kept, and forward and backward take 3 units of matrix
-    products instead of 4. When those of some whole pairs fit, beside a float32 gradient of a half-precision weight,
-    pairs go group by group and the gradients are made in the forward: 3 units too, the same log-probabilities bit by
-    bit. 0 always recomputes.
+    `workspace`: bytes that may be kept for the backward (default `WORKSPACE`, 1 GiB). With a trainable head the
+    backward needs N * V numbers, one for each token and column (2 bytes each in bf16). If all of them fit, they are
+    kept: forward and backward take 3 units of matrix products instead of 4. If only those of some whole pairs fit
+    (beside a float32 gradient of a half-precision weight), the pairs are processed in groups and the gradients are
+    computed in the forward: 3 units too, and the same bits of the log-probabilities. 0 always recomputes: 4 units.
 
-    `gradient_tolerance` is `linear_logprobs`'s: above 0.0 the backward takes the place of the workspace, and writes the
-    skipped share into `metrics["head/skipped_mass"]`, which is [0, 0] before.
+    `gradient_tolerance` is `linear_logprobs`'s. Above 0.0 the workspace is not used, and the backward writes the
+    gradient's [skipped, whole] mass into `metrics["head/skipped_mass"]`, which is [0, 0] until then.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     given = LossInputs(labels, z0, weights, margins, scores)
@@ -294,7 +294,7 @@ def _items(loss: Loss, counts: Tensor) -> int | Tensor:
 
 
 def _on_device(loss: Loss, given: LossInputs) -> bool:
-    """Whether the tail kernel computes this loss: its class is known there, and nothing is set that is not."""
+    """Whether the tail kernel has this loss: it knows its class, and every field that it lacks has its default."""
     if type(loss) not in TAILS or given.weights is not None:
         return False
     _, known = TAILS[type(loss)]

@@ -1,4 +1,4 @@
-"""What several places do with token ids: labels to packed targets, rows that share a prompt, fingerprints.
+"""Helpers for token ids: labels to packed targets, rows that share a prompt, hashing, control tokens.
 
 S sequences in rows of T positions, N tokens that a loss reads.
 """

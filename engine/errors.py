@@ -10,4 +10,4 @@ class OtherRankFailed(UserError):
 
 
 class Diverged(UserError):
-    """The weights of a run are no use any more; what was saved before them is."""
+    """The weights of a run are broken (not finite, or far too large). Earlier checkpoints may still be good."""

@@ -5,7 +5,7 @@
 
 An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items of every rank, and its loss is
 their sum divided by their true number, so how they are cut into microbatches does not matter, nor who works on them
-(engine/run/ranks.py). The last step of an epoch is smaller; no row is dropped. KTO's z0 is one number per optimizer
+(engine/run/ranks.py). The last step of an epoch may be smaller; no row is dropped. KTO's z0 is one number per optimizer
 step, from a pass over all its mismatches before the update, where the paper and TRL take one per microbatch
 (`z0_scope`).
 """
@@ -96,7 +96,7 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
 
 
 def last_metrics(home: RunFolder) -> dict[str, float]:
-    """Of a run that is finished, which it says."""
+    """The last metrics of a run that is finished; prints that it is."""
     steps = home.mark.get("steps", home.mark.get("total_steps"))
     say(
         f"the run in {home.path} is finished{f' ({steps} steps)' if steps else ''}: there is nothing to resume. More "
@@ -185,7 +185,8 @@ def agree(run: Run, share: Share, signals: StopSignals) -> tuple[int, int, int, 
 
 
 def optimizer_step(run: Run, share: Share, num_items: int, rate: float) -> dict[str, Tensor]:
-    """One update from the microbatches of all ranks: {name: (2,) [sum, count]}. None, and {}, if that is no number."""
+    """Makes one update from the microbatches of all ranks; returns {name: (2,) [sum, count]}. Makes no update, and
+    returns {}, if the loss or its gradient is not finite."""
     totals, suspects = accumulate(run, share, num_items)
     clock.to("optimizer")
     norm = clip_gradients(run.lm.model, run.config.max_grad_norm).to(run.lm.device)  # from the CPU, if offloaded
@@ -292,7 +293,7 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
 
 def save(run: Run, step: int, evaluate: bool) -> None:
-    """A checkpoint, unless the weights are those of the last one or no use."""
+    """Writes a checkpoint, unless the last step made no update. Raises Diverged if the weights are broken."""
     fault = fault_of_weights(run)
     if fault is not None:
         raise Diverged(f"{fault} after step {step}")

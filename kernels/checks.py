@@ -70,8 +70,8 @@ def check_token_ids(targets: Tensor) -> None:
 
 
 def check_targets(targets: Tensor, shard: Whole, rows: int, ignore_index: int) -> None:
-    """Targets (N,) in the vocabulary, `rows` of which are here, or `ignore_index`. Not on CUDA: it would wait there."""
-    if targets.is_cuda or targets.numel() == 0:  # the CUDA kernels never read outside of the weight
+    """Targets (N,) in the vocabulary, `rows` of which are here, or `ignore_index`. No check on CUDA."""
+    if targets.is_cuda or targets.numel() == 0:  # a check would wait for the GPU; its kernels stay within the weight
         return
     bad = ~shard.valid(shard.local(targets), rows) & (targets != ignore_index)
     if bool(bad.any()):

@@ -1,6 +1,6 @@
 """The oracle: `linear_logprobs` and `linear_kl` written from their definitions, materializing every logit, in float64.
 
-Shares no code with the other implementations, so that an error here and an error there are two errors.
+Shares no code with the other implementations, so that one mistake cannot be in both.
 Slow on purpose: it takes `8 * N * V` bytes for the logits and as much again for what autograd keeps.
 """
 

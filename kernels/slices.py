@@ -25,7 +25,7 @@ BUFFER_BYTES = 64 << 20
 class SlicedHead:
     """The weight in vocabulary slices, and the transform from matrix products to logits.
 
-    Columns are counted from this rank's first: with a `shard`, other ranks hold those below 0 and above.
+    Column 0 is this rank's first. With a `shard`, columns below 0, or from len(weight) on, are on other ranks.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SlicedHead:
         return self._transform_(mm(hidden, weight.T, out=out), bias)
 
     def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(R, D), (R,) -> z_y (R,): a dot product a row, in the accumulator's dtype. Any number if it is not here."""
+        """(R, D), (R,) -> z_y (R,): a dot product a row, in the accumulator's dtype; undefined if `holds` is False."""
         rows = torch.where(self.holds(targets), targets, 0)
         w = operand(self.weight[rows], self.dtype).to(self.acc)
         return self._transform_((hidden.to(self.acc) * w).sum(-1), self._bias(rows))

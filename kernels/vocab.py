@@ -4,8 +4,8 @@
 
 Every rank has the same hidden states and targets. Forward: the ranks that hold the targets share
 their logits, then every rank's sums over its own columns are gathered; nothing else is sent. Backward: one
-all-reduce of dhidden. Sums are gathered and added in the order of the ranks, for what an all-reduce rounds may depend
-on where in the buffer a number stands, and a token's log-probability must not depend on its neighbours.
+all-reduce of dhidden. Sums are gathered and added in the order of the ranks. (The rounding of an all-reduce may depend
+on a number's place in the buffer, and a token's log-probability must not depend on its neighbours.)
 """
 
 from __future__ import annotations

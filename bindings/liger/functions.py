@@ -4,7 +4,7 @@
     rejected, row i and row B / 2 + i a pair. `target[b, t]` is predicted by `_input[b, t]`: shifting is the caller's.
 
 `compiled` and `chunk_size` are Liger's, and mean nothing here: no loss depends on how a batch is cut. `workspace` is
-`linear_preference_loss`'s: bytes that may be kept for the backward. What differs from Liger stands in `prefuse.liger`.
+`linear_preference_loss`'s: bytes that may be kept for the backward. `losses` lists what differs from Liger.
 """
 
 from __future__ import annotations

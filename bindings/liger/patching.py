@@ -35,7 +35,7 @@ _swapped: list[tuple[object, str, object]] = []  # (module, name, Liger's)
 def patch() -> None:
     """Put the losses of this module in the place of liger_kernel's, in every module that has imported them by name.
 
-    What exists already stays what it is: call this before a trainer is made. A second call adds later modules.
+    Objects made before keep Liger's losses: call this before a trainer is made. A second call patches later modules.
 
     Raises:
         ImportError: liger_kernel is not installed.

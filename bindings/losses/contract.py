@@ -9,9 +9,9 @@ is a mean over, and `needs` says what a call must bring. Everything that takes a
 path, the engine, the trainers for TRL) asks these, so a loss of your own works wherever one of these does.
 
 Losses over pairs stand in `pairs` (with a reference) and `likelihood` (without one, or with an SFT term), losses over
-single sequences in `unpaired`; `names` finds them by name. DPO, IPO and KTO have a copy on the device, in
-`kernels/preference/launch.py`: a change here is a change there, and `tests/kernels/test_tail.py` compares the two.
-Subclasses and all other losses run what stands here.
+single sequences in `unpaired`; `names` finds them by name. DPO, IPO and KTO are written a second time in Triton, in
+`kernels/preference/device.py`: change both together; `tests/kernels/test_tail.py` compares the two.
+Subclasses and all other losses run the code of this folder.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Loss(Protocol):
 
 
 class Defaults:
-    """What a loss of this library says of itself unless it says otherwise: pairs, and a reference."""
+    """The base class of this library's losses, with the most common answers: over pairs, with a reference."""
 
     per: ClassVar[Per] = "pair"
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
@@ -121,8 +121,8 @@ WITHOUT_REFERENCE: frozenset[Need] = frozenset()
 def needs_of(loss: Loss) -> frozenset[Need]:
     """The names out of NEEDS that a call with this loss must bring, no more and no fewer.
 
-    A loss may say `uses_reference` instead, true or false, and a subclass may so change what it inherits. Raises
-    TypeError for what is no loss, ValueError for a need that nobody can meet.
+    An attribute `uses_reference`, true or false, decides about "reference" in place of `needs`, also in a subclass.
+    Raises TypeError if `loss` is no loss, ValueError if `needs` has a name that is not in NEEDS.
     """
     if isinstance(loss, type) or not hasattr(loss, "losses"):
         raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")

@@ -112,7 +112,7 @@ class ORPO(Defaults):
 
     @staticmethod
     def log_odds(m: Tensor) -> Tensor:
-        """log(P / (1 - P)) of log P, finite: no float32 log-probability but 0 is nearer to 0 than this."""
+        """log(P / (1 - P)) of m = log P. Finite: m is taken as -1.2e-38, the smallest float32, if it is nearer to 0."""
         m = m.clamp(max=-torch.finfo(torch.float32).tiny)
         return m - torch.log(-torch.expm1(m))
 

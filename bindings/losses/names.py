@@ -59,7 +59,7 @@ def fields_of(name: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls) if field.name not in fixed)
 
 
-# Settings, of the engine and of TRL's configs, that are not called as the field they are for.
+# {field: setting} where the setting, of the engine or of TRL's configs, has another name than the field.
 SETTINGS = {
     "gamma": "simpo_gamma", "delta": "slic_delta", "tau": "discopop_tau", "value": "kto_value",
     "reference_point": "kto_reference_point", "clip": "ppo_clip", "distance": "una_distance",
@@ -78,9 +78,9 @@ def loss_from(settings: object, name: str) -> Loss:
 
 
 def loss_named(name: str, **hyperparameters: object) -> Loss:
-    """The loss of this name; ValueError for a name that is none, TypeError for a hyperparameter it does not have.
+    """The loss of this name. ValueError for an unknown name, TypeError for a hyperparameter that the loss has not.
 
-    `fields_of(name)` tells which it has.
+    `fields_of(name)` lists the hyperparameters that it has.
     """
     cls, fixed = _entry(name)
     unknown = sorted(set(hyperparameters) - set(fields_of(name)))

@@ -38,9 +38,9 @@ class KTO(Defaults):
 
     The paper's ablations (its section 4.3 and table 2):
 
-    * `reference_point`: a constant in z0's place, 0 among them; the call then takes no z0.
-    * `value`: "concave" has w (-log sigmoid(+-x)), "linear", which is risk-neutral, w (-+x), for w (1 - sigmoid(+-x)).
-    * `reference_free`: r is log pi(y | x) alone, as of a uniform reference; give `kto_reference_point` no reference.
+    * `reference_point`: a constant in place of z0, for example 0; the call then takes no z0.
+    * `value`: "logistic" is w (1 - sigmoid(+-x)), "concave" w (-log sigmoid(+-x)), "linear" (risk-neutral) w (-+x).
+    * `reference_free`: r is log pi(y | x) alone. Give `kto_reference_point` no reference then, either.
     """
 
     beta: float = 0.1
@@ -76,7 +76,7 @@ class KTO(Defaults):
         )
 
     def regret(self, x: Tensor) -> Tensor:
-        """What a completion costs that is x above the reference point and should be above it."""
+        """The loss, before its weight, of a desirable completion that is x above the reference point."""
         if self.value == "concave":
             return -logsigmoid(x)
         if self.value == "linear":
@@ -88,12 +88,12 @@ class KTO(Defaults):
 
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """(desirable_weight, undesirable_weight) for so many rows of each kind: the KTO paper's eq. 9 by the least change.
+    """(desirable_weight, undesirable_weight) that meet the KTO paper's eq. 9 for these numbers of rows:
 
         w_d n_desirable / (w_u n_undesirable) in [1, 4/3]
 
-    Both are 1 where that holds; else the kind that is too few gets the weight that reaches the nearer end. Raises
-    ValueError unless there are rows of both kinds.
+    Both weights are 1 if that holds without them. Else the kind with too few rows gets the weight that reaches the
+    nearer bound, and the other kind 1. Raises ValueError unless there are rows of both kinds.
     """
     if desirable < 1 or undesirable < 1:
         raise ValueError(f"expected rows of both kinds, got {desirable} desirable and {undesirable} undesirable ones")

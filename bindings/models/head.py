@@ -111,7 +111,7 @@ def head_layer(model: nn.Module, *, adds_router_loss: bool = False) -> nn.Module
 
     `adds_router_loss`: the caller adds the router's loss where the config asks for it; else such a model is refused.
 
-    Of a head in PEFT's `modules_to_save` it is the copy that runs: the trained one, or with adapters off the original.
+    For a head in PEFT's `modules_to_save`: the copy that runs, which is the original while adapters are off.
     """
     name = class_of(model).__name__
     if model.config.is_encoder_decoder:
@@ -259,8 +259,8 @@ def check_head(
 ) -> float:
     """Refuse the model if its own logits and the fused head disagree; returns the largest difference in nats.
 
-    Compared twice: as the model is, and with hidden states scaled until the logits reach about 50. A softcap, for
-    one, leaves the small logits of a fresh model almost alone and would be found only after training.
+    They are compared twice: on the model's hidden states, and on these scaled until the logits reach about 50. A
+    softcap, for example, hardly changes the small logits of a fresh model; without the scaling it would be missed.
     """
     head = head_of(model)
     hidden = trunk_hidden(model, input_ids)

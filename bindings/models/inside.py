@@ -59,8 +59,8 @@ def run_with_head(
             f"{type(model).__name__} did not call the forward of its {class_of(causal).__name__}: give the model inside"
         )
     _reshard(model, result)
-    # fully_shard may cast what its root returns, to bf16; its hooks are on the tensor that went in. (DDP's are on the
-    # one that comes out.)
+    # fully_shard may cast what its root returns to bf16; its hooks are on the tensor before the cast, so return that.
+    # (DDP's hooks are on the tensor that it returns.)
     result = made[0] if result.dtype != made[0].dtype else result
     return result[0, :, 0]
 
@@ -96,7 +96,7 @@ def in_place_of_head(
         _check_weight(causal, layer)
         result = compute(hidden)
         made.append(result[None, :, None].clone())
-        # Of a head that is a unit of fully_shard, the hooks of the backward go to what it returns.
+        # fully_shard puts the backward's hooks of a head that is its own unit on the head's output: keep its graph.
         return made[-1] if hasattr(layer, "reshard") else made[-1].detach()
 
     with _replaced(layer, _outside_graphs(head, inner=True)):
@@ -120,10 +120,10 @@ _passed: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
 def _try_forward(
     causal: nn.Module, layer: nn.Module, forward: Callable[..., object], kwargs: dict, checks: dict, own_loss: bool
 ) -> None:
-    """Once for a model and the switches it is called with: its own forward on a few tokens.
+    """Runs the model's own forward on a few tokens, once for a model and each set of switches it is called with.
 
-    Raises UnsupportedModel where its logits are not its head's by the config's factor and cap, where its loss is
-    another, where it looks ahead, and where any of `checks` raises.
+    Raises UnsupportedModel if its logits are not its head's output with the config's factor and cap, if its loss is
+    not the one known here, if its states depend on later tokens, and if any of `checks` raises.
     """
     switches = {name: True for name, value in kwargs.items() if value is True and name not in ("return_dict", "labels")}
     transform = transform_of(causal.config.get_text_config())
@@ -163,7 +163,7 @@ def _uncached(inputs: dict) -> dict:
 
 @dataclass
 class _LoudRun:
-    """What the head was given, and what it returned in its place."""
+    """The hidden states that the head was given, and the made-up logits that it returned."""
 
     hidden: Tensor | None = None  # (B, T, D)
     logits: Tensor | None = None  # (B, T, V)
@@ -185,7 +185,7 @@ def loud_head(layer: nn.Module) -> Iterator[_LoudRun]:
 
 
 def _logits(output: object, with_loss: bool) -> object:
-    """Of a named output or a tuple, whose first is the loss where labels were given."""
+    """The logits of a named output or of a tuple, in which the loss comes first if labels were given."""
     return getattr(output, "logits", output[int(with_loss)] if isinstance(output, tuple) else None)
 
 
@@ -246,7 +246,7 @@ def _outside_graphs(function: Callable, inner: bool) -> Callable:
 
 
 def _reshard(model: nn.Module, result: Tensor) -> None:
-    """The root of `fully_shard` keeps its weights gathered for a backward that does not come without gradients. Left
-    so, an optimizer made now would get those copies, and the next forward would not see what it did to the shards."""
+    """Reshards the root of `fully_shard` after a forward without gradients, which would leave its weights gathered: an
+    optimizer made then would get the gathered copies, and the next forward would not see its updates."""
     if hasattr(model, "reshard") and not result.requires_grad:
         model.reshard()

@@ -194,7 +194,7 @@ class _Inputs:
 
 
 def _taken(causal: nn.Module, inputs: dict) -> dict:
-    """Without positions where the model's forward names none."""
+    """`inputs`, without position_ids if the model's forward takes none."""
     positions = "position_ids" in inspect.signature(type(causal).forward).parameters
     return {name: x for name, x in inputs.items() if name != "position_ids" or positions}
 
@@ -229,7 +229,7 @@ def _inputs(
         real = attention_mask.bool()
         kept = kept & real & real.roll(1, dims=1)
         run |= {"attention_mask": attention_mask}
-        if position_ids is None and not bool(real[:, 0].all()):  # padded on the right, a model counts as it does
+        if position_ids is None and not bool(real[:, 0].all()):  # right padding: the model's positions are right
             position_ids = _positions(attention_mask)
         run |= {} if position_ids is None else {"position_ids": position_ids}
     elif position_ids is not None:

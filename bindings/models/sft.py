@@ -72,10 +72,10 @@ def sft_loss(
 
         Trainer(model=model, compute_loss_func=sft_loss(model), ...)
 
-    The Trainer keeps the labels from the forward then. So from now on the model, in training mode and without labels,
-    returns the hidden states and the head in place of logits, and the loss makes one of the two; in eval mode it is as
-    it was. The head thus runs after the forward, where `fully_shard` (FSDP2) has taken its weight away, which is
-    refused: there, or where you are free to choose, `fuse_loss(model)` needs no `compute_loss_func`.
+    With a `compute_loss_func` the Trainer gives the forward no labels. So from now on the model, in training mode and
+    without labels, returns its hidden states and its head in place of logits, and the loss is computed from both; in
+    eval mode nothing changes. The head thus runs after the forward. Under `fully_shard` (FSDP2) its weight is gone by
+    then, so such a model is refused: use `fuse_loss(model)`, which needs no `compute_loss_func`, there or anywhere.
     """
     causal = _with_causal_loss(model)
 
@@ -129,10 +129,10 @@ def _with_causal_loss(model: nn.Module) -> PreTrainedModel:
 
 
 def _install(causal: PreTrainedModel, forward: Callable) -> None:
-    """`forward(self, run, ...)` becomes the model's, `run` being the one it had.
+    """Makes `forward(self, run, ...)` the model's forward; `run` is the forward that it had before.
 
-    That is looked up in the class, so that a copy of the model runs itself; what a library put into the instance is
-    bound already.
+    `run` is taken from the class and bound at the call, so that a copy of the model runs itself. A forward that a
+    library put into the instance is bound already.
     """
     before = causal.__dict__.get("forward", type(causal).forward)
     bound = "forward" in causal.__dict__
@@ -148,8 +148,8 @@ def _install(causal: PreTrainedModel, forward: Callable) -> None:
 class HeadInputs:
     """What `sft_loss` has a model return: the head as one matrix product, not done yet."""
 
-    # (A dataclass: DistributedDataParallel looks into those for what the loss will depend on, and accelerate, which
-    # casts outputs to float32, does not.)
+    # (A dataclass: DistributedDataParallel searches dataclasses for tensors that the loss depends on; accelerate, which
+    # casts outputs to float32, does not look into them.)
     hidden: Tensor  # (B, T, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)

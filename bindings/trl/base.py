@@ -119,7 +119,7 @@ def changed(config: Any, **flags) -> Iterator[None]:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """With the forward of its class alone: accelerate's wrapper rounds in autocast, and hides it in float32."""
+    """Takes accelerate's wrapper off the forward for a while: it runs in autocast and casts the result to float32."""
     wrapped = model.__dict__.pop("forward")
     try:
         yield
@@ -190,7 +190,7 @@ class FusedTrainer:
                 raise ValueError(f"{self._title} does not take {name}: {reason}. Leave it out, or use {self._trls}")
 
     def _refuse_setting(self) -> None:
-        """The same for what is known when TRL has looked at its arguments."""
+        """`_refuse` for what is known only after TRL has processed its arguments."""
         adapters = getattr(self.model, "peft_config", {}) if has_adapters(self.model) else {}
         refused = {
             "vision-language models": self._is_vlm or self._is_vision_dataset,
@@ -219,7 +219,7 @@ class FusedTrainer:
     # ------------------------------------------------------------------------------------------- models
 
     def _ready(self, model: nn.Module) -> nn.Module:
-        """`model`, once it is known that its head and its flat batches are computed as it computes them itself."""
+        """`model`, checked once: the fused head and flat batches must give the numbers of its own forward."""
         base = _base_of(model)
         if any(base is checked for checked in self._checked):
             return model
@@ -262,7 +262,7 @@ class FusedTrainer:
             return model(prefuse=run)
 
     def _quiet(self, model: nn.Module, tokens: Packed | Padded) -> Tensor:  # (N,)
-        """Log-probabilities alone, without gradient; past DDP, so that ranks need not do it together."""
+        """Log-probabilities alone, without gradient. Bypasses DDP, so that ranks need not call it together."""
 
         def run(base: nn.Module) -> Tensor:
             head = head_of(base)

@@ -91,7 +91,7 @@ class Collator:
         return Microbatch(rows, self.tokens([(row.prompt, row.completions) for row in rows]), preferred, labels)
 
     def tokens(self, groups: Sequence[Group]) -> Packed | Padded:
-        """As TRL has them; a completion without a prompt is predicted from its own first token."""
+        """The batch of these groups. A completion without a prompt uses its first token as the prompt, as in TRL."""
         groups = [group for prompt, sides in groups for group in _with_prompt(prompt, sides)]
         if self.flat:
             return pack(share_prompts(groups))
@@ -121,7 +121,7 @@ def _with_prompt(prompt: Sequence[int], sides: Sequence[Sequence[int]]) -> list[
 
 
 def _prompts_together(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
-    """The rows of a prompt where its first one stands."""
+    """The rows, reordered: all rows of a prompt follow the first of them."""
     return [rows[i] for together in group_prompts([row.prompt for row in rows]) for i in together]
 
 
@@ -191,7 +191,7 @@ class ReferenceCache:
         self._waiting, self._expected = [], set()
 
     def share(self, group: dist.ProcessGroup | None) -> None:
-        """What any rank has, all ranks have."""
+        """Gives every rank of `group` the entries of all ranks."""
         self.settle()
         if group is None:
             return

@@ -71,7 +71,7 @@ class Replacement:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = EXTRAS,
     ) -> PerToken:  # five of (N,)
-        """`log_softmax(logits)[targets]`, and what else `outputs` names; differentiable: it and the entropy."""
+        """`log_softmax(logits)[targets]`, and what `outputs` names. Both it and the entropy are differentiable."""
         check_head(hidden, weight)
         options = HeadOptions(final_logit_softcapping, float(logit_scale), float(temperature))
         names = tuple(name for name in EXTRAS if name in outputs)
@@ -83,7 +83,7 @@ class Replacement:
 
 
 class _State:
-    """What is replaced, and for whom. (Here, and in no module's namespace, where `_swap` would find it.)"""
+    """What is replaced, and how long. (A class: `_swap` would also swap the original in this module's namespace.)"""
 
     lock = threading.RLock()  # importing TRL may run code that comes here
     lasting = False  # enable() without disable()
@@ -164,7 +164,7 @@ def _restore() -> None:
 
 
 def _swap(old: Any, new: Any) -> None:
-    """`new` for `old` in every module that has it, under whatever name."""
+    """Puts `new` in the place of `old` in every imported module, under whatever name it is there."""
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType):
             continue
@@ -196,7 +196,7 @@ def recognize() -> type[torch.autograd.Function]:
         raise _unknown(version, f"{NAME}.forward takes ({', '.join(map(str, parameters.values()))})")
     if NAME not in _globals_of(getattr(module, CALLER, None)):
         raise _unknown(version, f"{MODULE}.{CALLER} does not use {NAME}, so replacing it would change nothing")
-    if number >= (1, 16):  # 1.15 runs on a GPU alone, and a GPU is not to be touched before the trainer chose its own
+    if number >= (1, 16):  # 1.15 runs on a GPU alone, and the trainer has not chosen its GPU yet
         _compare(version, function)
     return function
 

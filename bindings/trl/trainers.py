@@ -7,7 +7,7 @@
 What is TRL's stays TRL's: tokenization, the reference model, adapters, the loop, saving. What changes is a microbatch's
 way to its loss: `[prompt | chosen | rejected]` in one row without padding, the head fused with the log-softmax, losses
 from `prefuse.losses`, reference numbers kept per row, KTO's mismatches drawn per optimizer step, and metrics reduced
-once per log line. What cannot be had so is refused by name at construction.
+once per log line. Options that do not fit this are refused by name at construction.
 
 N completion tokens of S sequences in a microbatch.
 """

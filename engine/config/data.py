@@ -30,7 +30,8 @@ class DataSettings(Topic):
     )
     max_length: int = setting(
         1024,
-        "Most tokens of a prompt and its completion. A longer prompt loses its start; a completion is never cut.",
+        "Most tokens of a prompt and its completion together. A longer prompt loses its start (or, by truncation_mode, "
+        "its end); what happens to a longer completion is long_completions.",
         rule=at_least(1),
     )
 

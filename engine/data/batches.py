@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the sequences: no padding, and a shared prompt in each; so speeds of all batches compare."""
+        """Tokens of all sequences: no padding, and a shared prompt counts in each, so that speeds can be compared."""
         return self.tokens.unshared_tokens
 
     def to(self, device: torch.device) -> Batch:
@@ -61,7 +61,7 @@ def _moved(batch, device: torch.device):
 
 
 def examples_of(dataset: Sequence[Example], bos: int | None = None, parts: CharacterParts | None = None) -> Examples:
-    """What `load_examples` gave, or examples made by hand, as the engine walks over them."""
+    """`Examples` of what `load_examples` gave, or of a list made by hand, with BOS and the tokens' bytes for cuts."""
     examples = dataset if isinstance(dataset, Examples) else Examples.of(dataset)
     return replace(examples, bos=bos, parts=parts)
 

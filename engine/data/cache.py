@@ -59,7 +59,7 @@ def folder_of(setting: str) -> Path | None:
 def cached(
     setting: str, source: str | Sequence[Any], split: str, tokenizer: Any, settings: dict, read: Callable[[], Any]
 ) -> Any:
-    """`read()`, a Dataset, or what it gave when all was the same. `settings`: of `load_examples`, as JSON has them."""
+    """The Dataset of `read()`, from an entry if one has the same key. `settings`: those of `load_examples`, as JSON."""
     folder = folder_of(setting)
     parts = [] if folder is None else _parts(source, split, settings["reading"]["dataset_config"])
     if sum(path.stat().st_size for _, files in parts for path in files) < FEWEST_BYTES:

@@ -1,4 +1,4 @@
-"""What helps where a chat template does not carry a row: tried out, and said in the refusal."""
+"""Fixes for a row that a chat template changes: they are tried, and the error that refuses the row names one."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def cure_for_lost_text(
     tools: list[Message] | None,
     carries: Callable[[list[Message], str], bool],
 ) -> str:
-    """What makes the text of the conversation carry it: another place for the reasoning, another role, a switch."""
+    """What keeps the text in the conversation: another place for the reasoning, another role, or an argument."""
 
     def holds(more: dict[str, Any], turns: list[Message]) -> bool:
         return carries(turns, template.text(turns, tools=tools, arguments=more))

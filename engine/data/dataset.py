@@ -102,7 +102,7 @@ def read_training_data(config: Config, kind: str, tokenizer) -> tuple[Examples, 
         return examples, None, skipped
     say(f"  {len(held)} of {len(examples)} held out for evaluation (eval_fraction {config.eval_fraction})")
     if len(held) < FEW_HELD_OUT:
-        say("  so few say little: raise eval_fraction, or give an eval_dataset")
+        say("  too few for a reliable number: raise eval_fraction, or give an eval_dataset")
     return examples.select(kept), examples.select(held), skipped
 
 

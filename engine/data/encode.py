@@ -1,4 +1,4 @@
-"""Text -> token ids, so that what was cut from a text decodes to that text again.
+"""The texts of a prompt and its completion -> token ids that decode, joined, to both texts.
 
     decode(encode(prompt) + encode_after(prompt, completion)) == prompt + completion
 
@@ -20,7 +20,7 @@ SENTINELS = ("\n", "a", ".", "0", "字")  # texts to encode behind; the first th
 
 
 class Encoder:
-    """A tokenizer, and what has to be known about it once."""
+    """A tokenizer, with what is found out about it once: whether and how a text's start is read in its own way."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -51,7 +51,7 @@ class Encoder:
         return [self._behind(*both) for both in zip(tails, texts, wholes, strict=True)]
 
     def _behind_or_alone(self, before: str, text: str) -> list[int]:
-        """For a tokenizer of whole words without an unknown token, which cannot read a word of both texts."""
+        """`_behind`, or the ids of `text` alone if the tokenizer has no token for a word that both texts share."""
         if self._can_encode(before + text):
             return self._behind(before, text, self.encode([before + text])[0])
         return self.encode([text])[0]
@@ -78,7 +78,7 @@ class Encoder:
         for ids in found[tried:]:
             if self._says(first, said, ids, text):
                 return ids
-        spelled = self.decode(whole)  # a tokenizer that changes text: what it makes of both is all there is to ask for
+        spelled = self.decode(whole)  # the tokenizer changes text: take ids that decode to its own version of both
         return next((ids for ids in found if self.decode(first + ids) == spelled), found[0])
 
     def _behind_sentinels(self, text: str) -> list[list[int]]:
@@ -88,7 +88,7 @@ class Encoder:
         return [*(ids[len(first) :] for ids, first in behind if ids[: len(first)] == first), alone]
 
     def _says(self, before: list[int], said: str, ids: list[int], text: str) -> bool:
-        """Whether `ids` behind `before`, which says `said`, say `text`; readings differ at its start alone."""
+        """Whether decode(before + ids) is `said` + `text`, compared at the start of `text`, where readings differ."""
         for size in range(HEAD, HEAD + 4):  # a token may end within a character, of at most 4
             both = self.decode(before + ids[:size])
             if not both.startswith(said):
@@ -107,7 +107,7 @@ class Encoder:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-# What reads a text from left to right, byte by byte, and puts nothing before it.
+# The components that read a text from left to right, byte by byte, and put nothing before it.
 PLAIN_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 PLAIN_SPLITTERS = {"Split", "Digits", "Punctuation", "ByteLevel"}
 

@@ -1,9 +1,9 @@
 """`max_length` bounds prompt + completion.
 
-A prompt too long is cut, at its start (behind its BOS) or at its end, and counted. A completion that leaves no room
-for a prompt is not cut, and its row is skipped (of a conversation, the answers that fit stay); or, by
-`long_completions: cut`, it loses its end, stop token included, and its prompt has at most half of max_length. A cut
-never leaves half a character: byte-level and byte-fallback tokens hold parts of one.
+A prompt that is too long is cut, at its start (behind its BOS) or at its end, and counted. A conversation that is too
+long keeps the answers that fit. Any other row whose completion leaves no room for a prompt is skipped. With
+`long_completions: cut` it stays: the completion loses its end, stop token included, and the prompt gets at most half of
+max_length. A cut never leaves half a character: byte-level and byte-fallback tokens hold parts of one.
 """
 
 import re
@@ -42,7 +42,7 @@ class Room:
         return replace(record, prompt=self.cut_prompt(record.prompt, room))
 
     def _with_whole_answers(self, record: Record) -> Record:
-        """A conversation that is too long, up to the last answer that fits; as it is where none does."""
+        """Cuts a conversation that is too long behind the last answer that fits. If none fits, it stays as it is."""
         learned = record.learned
         if learned is None or len(record.sides) > 1 or len(learned) <= self.max_length - len(record.prompt):
             return record
@@ -84,7 +84,7 @@ def cut_prompt(prompt: list[int], room: int, bos: int | None, parts: CharacterPa
 
 
 def without_half_start(ids: list[int], parts: CharacterParts | None) -> list[int]:
-    """Less the tokens at the start whose first byte goes on with a character."""
+    """`ids` without the tokens at the start that continue a character of an earlier token."""
     at = 0
     while parts and at < len(ids) and 0x80 <= (parts(ids[at])[:1] or b"a")[0] < 0xC0:
         at += 1
@@ -92,7 +92,7 @@ def without_half_start(ids: list[int], parts: CharacterParts | None) -> list[int
 
 
 def without_half_end(ids: list[int], parts: CharacterParts | None) -> list[int]:
-    """Less the tokens at the end that begin a character and do not end it."""
+    """`ids` without the tokens at the end that begin a character and do not finish it."""
     end = len(ids)
     while parts and end and _is_cut(b"".join(parts(token) for token in ids[max(0, end - 4) : end])):
         end -= 1

@@ -57,7 +57,7 @@ class Ragged(Sequence):
         return taken
 
     def replaced(self, indices: np.ndarray, rows: Ragged) -> Ragged:
-        """With other rows at `indices`."""
+        """A copy with other rows at `indices`."""
         starts, lengths = self.starts.copy(), self.lengths.copy()
         starts[indices], lengths[indices] = len(self.values) + rows.starts, rows.lengths
         return Ragged(np.concatenate([self.values, rows.values]), starts, lengths)

@@ -62,7 +62,7 @@ class Examples(Sequence):
     learned: np.ndarray | None = None  # of each value of `completions`: bool; None: all are learned
     padding_free: bool = False  # their batches are flat
     bos: int | None = None  # the token that a prompt keeps where it loses its start
-    parts: CharacterParts | None = None  # the bytes of a token: a prompt loses no half of a character
+    parts: CharacterParts | None = None  # the bytes of each token, so that a cut prompt keeps no half of a character
 
     @classmethod
     def of(cls, examples: Iterable[Example], bos: int | None = None) -> Examples:
@@ -179,7 +179,7 @@ class Examples(Sequence):
         return cut
 
     def fingerprint(self) -> str:
-        """Changes with any token and with what is learned, and with nothing else."""
+        """A hash of the token ids and of which of them are learned, but not of labels or of the rows' names."""
         return self._fingerprint
 
     @cached_property

@@ -24,7 +24,7 @@ def tokenize(texts: list[Record | Skipped], tokenizer: Any) -> list[Record | Ski
     """Every text as token ids, special tokens included."""
     bare = _encode(texts, Encoder(tokenizer))
     before = _tokens_before_text(texts, bare, tokenizer)
-    eos = tokenizer.eos_token_id  # looked up in the vocabulary at every call
+    eos = tokenizer.eos_token_id  # once: transformers looks it up anew every time
     return each(bare, lambda record: _finish(record, tokenizer, before, eos))
 
 

@@ -75,9 +75,10 @@ MIXERS = ("Mamba", "FalconH1Mixer")  # in the names of their classes
 
 
 def _never_called(model: nn.Module) -> list[str] | None:
-    """Linear layers by type that are no plain call `layer(x)`: adapters around them would fail, or never run.
+    """The names of linear layers that are not called as `layer(x)`: adapters around them would fail, or never run.
 
-    Those with a forward of their own (routers, grouped projections), and what Mamba's kernels read the weights of.
+    These are layers with a forward of their own (routers, grouped projections), and layers whose weights Mamba's
+    kernels read directly.
     """
     own = lambda m: isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward  # noqa: E731
     names = [
@@ -201,7 +202,7 @@ def _of_adapters(name: str) -> bool:
 
 
 def _in_float32(model: nn.Module) -> None:
-    """peft sees to its own matrices, not to modules that are trained whole."""
+    """Casts all that is trained to float32. (peft casts its own matrices, but not modules that are trained whole.)"""
     for name, p in model.named_parameters():
         if _of_adapters(name):
             p.data = p.data.float()
@@ -209,7 +210,7 @@ def _in_float32(model: nn.Module) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what peft's use of transformers will have to change in the next version."""
+    """Hides FutureWarnings about how peft uses transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -38,7 +38,7 @@ class LanguageModel:
     router_aux_loss_coef: float = 0.0
 
     def autocast(self) -> AbstractContextManager:
-        weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters are, on any base
+        weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters always are float32
         mixed = self.compute_dtype != weights
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=mixed)
 
@@ -48,7 +48,7 @@ def count_items(batch: Batch, loss: Loss) -> int:
     return batch.num_learned if loss.per == "token" else batch.num_items
 
 
-# Where the model is sharded, these three run inside a function that is `where_weights_are`.
+# If the model is sharded, call these three only inside a function decorated with `where_weights_are`.
 
 
 def completion_states(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)

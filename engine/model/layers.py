@@ -57,7 +57,7 @@ def compile_layers(model: nn.Module, backend: str, device: torch.device) -> None
 
 
 def _check_backend(backend: str, device: torch.device) -> None:
-    """On something small, so that a compiler that is not there is one line before the run and no trace within it."""
+    """Compiles something small, so that a missing compiler is a one-line error before the run."""
     x = torch.ones(8, device=device)
     try:
         torch.compile(_something_small, backend=backend, dynamic=True)(x)

@@ -203,8 +203,8 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
     longest = examples.longest_sequence()
     for kind in dict.fromkeys(hold_rope(lm.model, len(longest))):
         logger.info(
-            "The model's %s rotary embedding depends on the longest row of a batch; here all rows have that of the "
-            "longest, %d tokens",
+            "The model's %s rotary embedding depends on the longest row of a batch; here every row gets that for the "
+            "longest row of all, %d tokens",
             kind,
             len(longest),
         )
@@ -279,7 +279,7 @@ def first_rows(head: Head, tokens: int) -> Head:
 
 
 def trained_weights(lm: LanguageModel, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """What `save_model` writes, on the CPU of the main rank: the whole model, or what stands beside it."""
+    """The weights that `save_model` writes, on the CPU of the main rank: the whole model's, or the adapters' alone."""
     return whole_weights(lm.model, ranks, trained_only=lm.adapters is not None)
 
 

@@ -51,8 +51,9 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dty
 
 
 def where_weights_are(function: Callable) -> Callable:
-    """For a function of (lm, ...) that reads the head: under fsdp it runs as a forward of the root module, in which
-    the head's weight is a plain tensor and its gradient is summed over the ranks. Elsewhere it just runs."""
+    """Decorates a function of (lm, ...) that reads the head. Under fsdp the function runs as a forward of the root
+    module: the head's weight is a plain tensor there, and its gradient is summed over the ranks.
+    Elsewhere the function runs as it is."""
 
     @functools.wraps(function)
     def inside(lm, *args, **kwargs):
@@ -65,8 +66,8 @@ def where_weights_are(function: Callable) -> Callable:
 
         loss, result = lm.model.with_weights(call)
         if loss is None or not loss.requires_grad:
-            # The root keeps its weights gathered for a backward that does not come. Left so, `parameters()` would
-            # give an optimizer those copies to update, and the next forward would not see what it did to the shards.
+            # Without a backward the root keeps its weights gathered. `parameters()` would then give an optimizer the
+            # gathered copies, and the next forward, which gathers the shards anew, would not see its updates.
             lm.model.reshard()
         return result
 
@@ -74,7 +75,7 @@ def where_weights_are(function: Callable) -> Callable:
 
 
 class LiveHead(Head):
-    """A head whose weight changes: of a sharded model inside a forward, of one that adapters replace with them off."""
+    """A head that reads its layer's weight at every use: sharding and adapters exchange the tensor during a run."""
 
     def __init__(self, layer: nn.Linear, head: Head):
         for name, value in {"layer": layer, "softcap": head.softcap, "logit_scale": head.logit_scale}.items():

@@ -3,9 +3,8 @@
     with clock.part("data"):
         ...
 
-Parts may stand inside each other; a second belongs to the innermost, but of the reference and of an evaluation
-everything is theirs. On a GPU the marks are events in its queue, so
-nothing waits for the device until the table is made.
+Parts may be nested: a second counts for the innermost part. But everything inside "reference" and "evaluation" counts
+for these two. On a GPU the marks are CUDA events, so that nothing waits for the device until the table is made.
 """
 
 import time
@@ -29,7 +28,7 @@ PARTS = {
     "other": "loading, logging and the rest",
 }
 WHOLE = ("reference", "evaluation")  # their trunk and head are not those of training
-MOST_MARKS = 4096  # of the GPU that are kept before those that have passed are added up
+MOST_MARKS = 4096  # CUDA events that are kept before the completed ones are added up
 
 
 class Clock:
@@ -99,7 +98,7 @@ clock = Clock()
 
 
 def timed(items: Iterable[T], name: str) -> Iterator[T]:
-    """The items; the time that each takes to come is part `name`."""
+    """Yields the items; the time that each takes to arrive counts for part `name`."""
     iterator = iter(items)
     while True:
         with clock.part(name):

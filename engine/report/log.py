@@ -102,7 +102,7 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, in which a number that is none is null.
+    """metrics.jsonl: one JSON object a line; NaN and infinity are written as null.
 
     A resumed run keeps the `lines` that its checkpoint knew, and writes the others again. Of several ranks only the
     main one `writes`.
@@ -115,7 +115,7 @@ class MetricsLog:
         if writes:
             kept = read_metrics(path)[:lines]
             write_whole(path, "".join(json_text(row) + "\n" for row in kept))
-            self._file = path.open("a", encoding="utf-8")  # which stays the file, wherever the folder is moved
+            self._file = path.open("a", encoding="utf-8")  # still this file if the folder is moved
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         self.lines += 1

@@ -10,8 +10,9 @@ checkpoint-300/  model.safetensors config.json tokenizer...   what from_pretrain
 Tensors are whole, whatever the ranks held of them, so a run goes on with any number of ranks, sharded or not. Every
 rank takes part in saving; the main one gathers the weights at once and the optimizer's states file by file, on the CPU.
 
-A checkpoint is good once a step has found its weights sound: its loss and gradient were numbers. Only then are older
-ones deleted, so a run that blows up keeps the last one from before. What a whole one must have: engine/run/proof.py.
+A checkpoint is good once a later step has found its weights sound: loss and gradient were finite, and the loss was not
+an explosion. Only then are older ones deleted, so that a run which diverges keeps a good one. `proof` says what a whole
+checkpoint must have.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def checkpoint_bytes(lm: LanguageModel) -> int:
 
 
 def model_bytes(lm: LanguageModel) -> int:
-    """About what the model, or what stands beside it, takes on the disk."""
+    """About how many bytes the model, or its adapters alone, take on the disk."""
     own = lm.model.parameters() if lm.adapters is None else _trainable(lm).values()
     size = sum(p.numel() * p.element_size() for p in own)
     return size + (size >> 5) + (1 << 20)
@@ -251,7 +252,7 @@ def _optimizer_files(
 
 
 def _placed(value: Tensor, part: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A state of the optimizer where it was: spread over the ranks as its parameter is, on its device, in pages."""
+    """`value` placed as the optimizer keeps it: spread over the ranks like its parameter, on its device, paged."""
     if value.shape == parameter.shape and part != "step":
         paged = getattr(optimizer, "get_state_buffer", None)  # bitsandbytes'
         own = (

@@ -78,7 +78,7 @@ def file_faults_as_oserror() -> Iterator[None]:
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON that every reader takes: a number that is none (NaN, infinity) is null."""
+    """JSON that every reader takes: NaN and infinity become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

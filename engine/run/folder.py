@@ -74,7 +74,7 @@ class RunFolder:
         write_whole(self.path / MARK, json_text(self.mark, indent=1))
 
     def close(self) -> None:
-        """A run that never began to train leaves nothing behind that the next start would stumble over."""
+        """Frees the folder; removes what a run has put there that never began to train."""
         with contextlib.suppress(UserError, OSError):
             if self._lock is not None and self.state == "set-up":
                 for name in BEFORE_TRAINING - {LOCK}:
@@ -119,8 +119,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def read_mark(folder: Path) -> dict:
-    """{} where there is none. Runs before there were marks have a config.yaml that names its command; a folder with
-    nothing but checkpoints of ours is one that was taken along."""
+    """The mark of a run's folder, {} if it is no such folder. Older runs have no run.json, but a config.yaml that names
+    their command. A folder that holds only checkpoints of ours was copied from a run, and counts as one."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if isinstance(mark, dict) and mark.get("state") in ("set-up", "training", "finished"):
@@ -137,7 +137,7 @@ def read_mark(folder: Path) -> dict:
 
 def clear_leftovers(folder: Path) -> None:
     """What a run that was killed while it wrote has left. Only names that we give, and only in a folder of ours."""
-    for old in folder.glob("checkpoint-*.old"):  # killed between its going and the coming of what replaces it
+    for old in folder.glob("checkpoint-*.old"):  # killed before its replacement was in place
         final = old.with_suffix("")
         with contextlib.suppress(OSError):
             old.rename(final) if not final.exists() else shutil.rmtree(old)
@@ -148,7 +148,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """But for what a start leaves that was killed before it trained."""
+    """Whether the folder is empty, or holds only what a start leaves that was killed before it trained."""
     names = {path.name for path in folder.iterdir()}
     return not names or (names <= BEFORE_TRAINING and read_mark(folder).get("state", "set-up") == "set-up")
 
@@ -234,7 +234,7 @@ def _may_live(holder: dict) -> bool:
 
 
 def _process_start(pid: int) -> int | None:
-    """In clock ticks since the machine's start: two processes of one number differ in it. None: there is none."""
+    """When the process began, in clock ticks since boot: two processes with one pid differ in it. None: no process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
     except (OSError, ValueError, IndexError):

@@ -50,7 +50,7 @@ class KLSample:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows with all that the reference was asked about them. A rank knows the answers for its batches."""
+    """The held-out rows with the reference's numbers for them. Each rank has the numbers of its own batches."""
 
     examples: Examples
     batches: list[list[int]]
@@ -73,7 +73,7 @@ def held_out_mismatches(examples: Examples, config: Config) -> Examples:
 
 
 def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Config, ranks: Ranks = ALONE) -> HeldOut:
-    """Everything about the held-out rows that needs the reference, computed while it is here."""
+    """Computes all that the held-out rows need of the reference, while the reference is in memory."""
     batches = evaluation_batches(examples, config)
     if ref is None:
         return HeldOut(examples, batches)

@@ -61,7 +61,7 @@ def launch(argv: Sequence[str], nproc: int, max_restarts: int, output_dir: str |
 def _run(
     argv: Sequence[str], nproc: int, attempt: int, workers: list[subprocess.Popen], received: list[int]
 ) -> tuple[int, int]:
-    """(rank, exit code) of the first that failed, or (0, 0), with all processes gone. Negative: of a signal."""
+    """Runs all ranks until they end: (rank, exit code) of the first that failed, or (0, 0). Negative: a signal's."""
     _clear_meeting_places()
     with tempfile.TemporaryDirectory(prefix=f"{MEETING}{os.getpid()}-") as folder:
         workers[:] = [_start(argv, rank, nproc, attempt, Path(folder)) for rank in range(nproc)]
@@ -87,7 +87,7 @@ def _run(
 
 
 def _clear_meeting_places() -> None:
-    """Of launchers that were killed."""
+    """Removes the folders that killed launchers have left."""
     for path in Path(tempfile.gettempdir()).glob(f"{MEETING}*"):
         match = re.match(rf"{MEETING}(\d+)-", path.name)
         if match and not Path(f"/proc/{match[1]}").exists():

@@ -32,7 +32,7 @@ class Share:
     step: int
     batches: list[Batch]
     mismatches: list[Batch]  # for a loss that needs z0: one for each batch
-    counts: list[bool]  # of each batch; False: this rank goes through the motions beside another that has one more
+    counts: list[bool]  # of each batch; False: run only because another rank has one more; its numbers are dropped
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
 
 
@@ -43,7 +43,7 @@ class Steps:
         self.lengths, self.size, self.seed = examples.lengths, ranks.size, config.seed
         self.cut = (config.per_device_train_batch_size, config.gradient_accumulation_steps * ranks.size)
         self.bins = None
-        if examples.padding_free and config.z0_scope == "step":  # else a microbatch is what it says, so many examples
+        if examples.padding_free and config.z0_scope == "step":  # else microbatches have a fixed number of examples
             self.bins = examples.bins(config.token_budget(config.per_device_train_batch_size, examples.sides))
         self.per_epoch = math.ceil(len(examples) / math.prod(self.cut))
         self.total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.per_epoch)
@@ -104,8 +104,8 @@ class TrainingSet:
 def meet_reference(
     lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks
 ) -> tuple[TrainingSet, HeldOut | None]:
-    """Plan the run and compute all that the reference will be asked for. It is the initial model, or a second one that
-    is gone afterwards."""
+    """Plans the run, and computes all numbers of the reference that it needs. The reference is the initial model, or a
+    second model, which is freed afterwards."""
     ref, second = lm, None
     if "reference" in needs_of(loss) and config.ref_model_name_or_path is not None:
         ref = load_model(config.ref_model_name_or_path, config, lm.device, ranks)

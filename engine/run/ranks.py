@@ -80,12 +80,12 @@ class Ranks:
         return bool(self.sum_(torch.tensor([int(flag)])).item())
 
     def wait(self) -> None:
-        """For all the others, before the end: a rank that just exits may reset a connection another still reads on."""
+        """Waits for all ranks before the end: one that exits early may reset a connection that another still reads."""
         if self.size > 1:
             dist.barrier()
 
     def together(self, function: Callable[[], object]) -> object:
-        """`function()` on every rank, which talks to none of the others; where it fails on one it fails on all."""
+        """Calls `function()` on every rank. It must not communicate. If it fails on one rank, all ranks raise."""
         result, error = None, None
         try:
             result = function()
@@ -115,8 +115,8 @@ class Ranks:
             raise OtherRankFailed(next(text for text in said if text))
 
     def in_step(self, own: Sequence, spare: object, always: bool = False) -> Iterator[tuple[object, bool]]:
-        """This rank's batches, each with True. Under fsdp (or `always`) a forward takes all ranks, so one that has
-        fewer than another goes through the motions: `spare`, with False, whose numbers are to be dropped."""
+        """Yields (batch, True) for each of this rank's batches. Under fsdp (or `always`) a forward takes all ranks, so
+        a rank with fewer batches than another also gets (`spare`, False), whose numbers are to be dropped."""
         count = len(own)
         if (self.sharded or always) and self.size > 1:
             count = int(self.gather(torch.tensor([count])).max())
@@ -335,7 +335,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def fill_(target: Tensor, x: Tensor) -> None:
-    """Copy a whole tensor into `target`, or this rank's part of it into its part, without a word to other ranks."""
+    """Copies a whole tensor into `target`, or this rank's part into its part, without communication."""
     if isinstance(target, dist.tensor.DTensor):
         mesh = target.device_mesh
         x = dist.tensor.distribute_tensor(x.to(mesh.device_type), mesh, target.placements, src_data_rank=None)

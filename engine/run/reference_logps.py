@@ -1,8 +1,8 @@
 """Reference log-probabilities: computed once, before training, while the reference is at hand; kept per token.
 
-On disk they are keyed by what they depend on and by nothing else: the reference's weights and config, the dtype it
-computes in, and the tokens, in which the chat template shows, and for KTO the seed and epoch of its mismatches. So runs
-with other learning rates, losses, batches or folders share them, and a LoRA run shares them with one of all weights.
+On disk their key is what they depend on, and nothing else: the reference's weights and config, the dtype it computes
+in, and the tokens of the rows. (The chat template, and for KTO the draw of mismatches, change the tokens.) So runs with
+other learning rates, losses, batches or folders share them, and a LoRA run shares them with a run of all weights.
 
 What the key cannot know (another version of a library, another kernel) is looked for when they are read: one batch is
 computed again. Where the two differ by more than rounding, or a file is damaged or missing, all is computed again, and
@@ -158,7 +158,7 @@ def _shard(number: int, count: int) -> str:
 
 
 def _write(entry: Path, key: dict, logps: Logps, ranks: Ranks) -> None:
-    """Every rank writes as many of the numbers that are known; the folder appears when all have."""
+    """Every rank writes an equal part of the known numbers; the folder appears when all ranks have written."""
     from safetensors.torch import save_file
 
     def begin() -> str:

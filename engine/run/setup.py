@@ -98,7 +98,7 @@ def open_run(config: Config, command: str, ranks: Ranks) -> RunFolder:
 
 
 def is_finished(home: RunFolder, config: Config) -> bool:
-    """Whether there is nothing left to do; more epochs or steps than it had are something."""
+    """Whether the run has finished, and the settings ask for no more epochs or steps than it made."""
     if not home.finished:
         return False
     total, per_epoch = home.mark.get("total_steps", 0), home.mark.get("steps_per_epoch", 0)
@@ -107,7 +107,7 @@ def is_finished(home: RunFolder, config: Config) -> bool:
 
 
 def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None) -> Run:
-    """Read, load, check, and ask the reference; from here on nothing but training can fail."""
+    """Reads, loads and checks everything and computes the reference's numbers, so that later only training can fail."""
     ranks = join(config) if ranks is None else ranks
     loss = prefuse.SFT() if command == "sft" else config.loss()
     home = open_run(config, command, ranks) if home is None else home

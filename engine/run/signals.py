@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ECHO_SECONDS = 1.0  # launchers pass on what the terminal has sent already: within this time it is one signal
+ECHO_SECONDS = 1.0  # the terminal and the launcher may both send a signal: two within this time count as one
 LAUNCHER = "PREFUSE_LAUNCHER"  # the process that `--nproc` has started this one from
 POLL_SECONDS = 1.0  # between two looks whether the launcher is there
 
@@ -33,7 +33,8 @@ class Stopped(BaseException):
 class StopSignals:
     """While in the `with` block, `received` is the number of the first signal, or 0.
 
-    The main thread gets `Stopped` where the signal meets it, but not within `postponed`: there `stop` raises it."""
+    The main thread gets `Stopped` as soon as a signal arrives, but not within `postponed`: there the code looks at
+    `received`, and `stop` raises it."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -31,7 +31,7 @@ class Gather:
 
 
 def gather(x: Tensor, rows: Gather) -> Tensor:  # (T, ...) -> (M, ...)
-    """`x[rows.index]`; its gradient is the same bits every time, which that of torch is not on a GPU."""
+    """`x[rows.index]`, whose gradient has the same bits every time. (That of torch's indexing has not, on a GPU.)"""
     return _Gather.apply(x, rows)
 
 

@@ -4,8 +4,8 @@ Within a group a completion sees its prompt and itself, causally, and nothing of
 segment: queries of lengths (p, c, r) over keys of lengths (p, p + c, p + r), aligned at the end. Gradients of a shared
 prompt are the sum over its completions, added in a fixed order.
 
-The same flat batch gives the same bits; torch's variable-length kernel does in its backward only under
-`torch.use_deterministic_algorithms`.
+The same flat batch gives the same bits. One exception: the backward of torch's variable-length kernel does so only
+under `torch.use_deterministic_algorithms`.
 
 H query heads, K key and value heads, d per head; T tokens of a flat batch.
 """

@@ -65,7 +65,7 @@ def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 @triton.jit
 def _sums(b_z, b_ref, b_lse, b_ref_lse, b_shift, b_own):
     """Base-2 logits of a few columns -> what they add to the KL and to the mean of their tile, in nats."""
-    # Each line ends the life of what it reads where it can: four tiles of numbers fill the registers.
+    # Four tiles of numbers fill the registers: the lines are ordered so that each value is last used early.
     b_x = ((b_ref - b_z) - b_shift[:, None]) * LN2
     b_p = tl.exp2(b_z - b_lse[:, None])
     b_x = tl.where(b_p == 0, 2.0, b_x)  # it may be a NaN there
@@ -141,7 +141,7 @@ def _merge(
 @triton.jit
 def kl_fold_kernel(
     h, w, bias, ref_h, ref_w, ref_bias, parts,
-    # (N, D), (C, D) = rows first... of the weight, (C,), and the reference's -> (PLANES, segments, N)
+    # h (N, D), w (C, D) the weight's rows from `first` on, bias (C,); the reference's -> (PLANES, segments, N)
     N, V, D, REF_D, first, first_segment, segments, plane, row, stride_hn, stride_hd, stride_wv, stride_wd,
     stride_ref_hn, stride_ref_hd, stride_ref_wv, stride_ref_wd, k_in, k_out, ref_k_in, ref_k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SOFTCAP: tl.constexpr,
@@ -175,7 +175,7 @@ def kl_fold_kernel(
         o_v = column + tl.arange(0, BLOCK_V)
         b_z, _ = logits_of(acc, bias, o_v, V - first, k_in, k_out, HAS_BIAS, SOFTCAP)
         b_ref, _ = logits_of(ref_acc, ref_bias, o_v, V - first, ref_k_in, ref_k_out, REF_HAS_BIAS, REF_SOFTCAP)
-        # Most tiles are whole: the mask stands in a branch and costs them nothing.
+        # Most tiles lie inside the vocabulary: a branch spares them the mask.
         if column + BLOCK_V > V - first:
             b_z = tl.where((o_v < V - first)[None, :], b_z, NEG_INF)
             b_ref = tl.where((o_v < V - first)[None, :], b_ref, NEG_INF)
@@ -206,7 +206,7 @@ def kl_finish_kernel(
 ):  # fmt: skip
     """Merges the segments in their order. A row that is not kept (y < 0) is 0, with lse = inf: every p is then 0.
 
-    The anchor stays in base 2: converted to and fro, it would no longer be the very d that it was.
+    The anchor stays in base 2: converted to nats and back it would be rounded, and no longer equal its d.
     """
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
@@ -242,7 +242,7 @@ def kl_finish_kernel(
 @triton.jit
 def kl_dlogits_kernel(
     h, w, bias, ref_h, ref_w, ref_bias, y, lse, anchor, mean, grad, dz,
-    # (N, D), (C, D) = rows first... of the weight, (C,), the reference's, (N,) five times -> (N, C)
+    # h (N, D), w (C, D) the weight's rows from `first` on, bias (C,); the reference's; (N,) five times -> (N, C)
     N, C, D, REF_D, stride_hn, stride_hd, stride_wv, stride_wd, stride_ref_hn, stride_ref_hd, stride_ref_wv,
     stride_ref_wd, stride_dz, k_in, k_out, ref_k_in, ref_k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SOFTCAP: tl.constexpr,

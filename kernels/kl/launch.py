@@ -23,7 +23,7 @@ from prefuse.kernels.tiles.table import INTERPRETER, Config, segments
 
 
 def launch_args(config: Config) -> dict:
-    """As the head's, but a fused ref_acc * k - z would not be 0 where both models are equal: it rounds one product."""
+    """`tile_args` without fused multiply-add, under which ref_acc * k - z is not exactly 0 for equal models."""
     return tile_args(config) | {"enable_fp_fusion": False}
 
 
@@ -40,9 +40,9 @@ class Heads:
         self.policy, self.y = self.sides[0], self.sides[0].y
         operands = [x for side in self.sides for x in (side.hidden, side.part(0, 1)[0])]
         plain = not any(self.flags().values())
-        # One row for fold and dlogits: the logits that the backward recomputes are the forward's to the last bit.
+        # Fold and dlogits share one row of the table, so that the backward recomputes the bits of the forward's logits.
         self.config = self.policy.config_for("kl plain" if plain else "kl", *operands)
-        # Interpreted, both ways of folding have a test.
+        # Under the interpreter `descriptors` decides, so that tests run both ways of folding.
         self.halves = self.config.halves or (self.policy.chip == INTERPRETER and self.config.descriptors)
         self.segments = segments(hidden.device, self.tiles)
 

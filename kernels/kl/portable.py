@@ -132,7 +132,7 @@ def _fold(z: Tensor, ref_z: Tensor, x: Tensor, spare: Tensor) -> Fold:
 
 def _terms(p: Tensor, r: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """p (e^x - 1 - x), where r = p e^x."""
-    # An error of expm1 is one of x by as little as x's last bit, which the logits do not have right either.
+    # expm1's rounding is as small as a change of x in its last bit, and x has that much error from the logits anyway.
     near = torch.expm1(x, out=out).sub_(x).mul_(p)
     return torch.where(x > FAR, r, near, out=out) if out is not None else torch.where(x > FAR, r, near)
 
@@ -187,7 +187,7 @@ def backward(
 
 def _backward_kept(grad: Tensor, policy: Side, reference: Side, saved: Forward, needs: Needs) -> Gradients:
     head, ref_head, n = policy.head(), reference.head(), len(policy.hidden)
-    # The forward's own tiles, so that the anchor meets the very difference that it was taken from.
+    # The forward's tiles, so that d has the same bits as in the forward, where the anchor was taken from it.
     tiles = row_tiles(policy.hidden, head.rows)
     ref_tiles = row_tiles(reference.hidden, head.rows)
     row = [grad.to(head.acc), *saved[1:]]

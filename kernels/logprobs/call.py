@@ -80,7 +80,7 @@ def stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
 
 
 def implementation(impl: str):
-    """The module of `impl`, "torch" or "triton": `forward`, `backward`, `backward_stashed`."""
+    """The module of `impl`, "torch" or "triton", with `forward`, `backward`, `backward_stashed`, `of_whole_head`."""
     if impl == "torch":
         return portable
     from prefuse.kernels.logprobs import launch

@@ -1,4 +1,4 @@
-"""The device code of `linear_logprobs`: what one program does. `launch` runs it, and says why it is divided so.
+"""The device code of `linear_logprobs`: what one program does. The docstring of `launch` explains the kernels.
 
 N tokens, D hidden, V vocabulary; a row's target is y. Logits in here are in base 2: z2 = z log2(e).
 Prefixes: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ a block in registers.
@@ -144,7 +144,7 @@ def target_kernel(
     N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, k_in, k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z2_y = logit of each row's own target, a float32 dot product; anything where it is not here."""
+    """z2_y = base-2 logit of each row's target, a float32 dot product; undefined if another rank holds the target."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     b_y = tl.load(y + o_n, mask=o_n < N, other=IGNORED)
@@ -156,7 +156,7 @@ def target_kernel(
         m = m_n[:, None] & (o_d[None, :] < D - d)
         b_h = tl.load(p_h + (d + o_d)[None, :].to(tl.int64) * stride_hd, mask=m, other=0.0).to(tl.float32)
         b_w = tl.load(p_w + (d + o_d)[None, :].to(tl.int64) * stride_wd, mask=m, other=0.0)
-        acc += b_h * b_w.to(h.dtype.element_ty).to(tl.float32)  # a float32 weight counts as the GEMM sees it
+        acc += b_h * b_w.to(h.dtype.element_ty).to(tl.float32)  # rounded to hidden's dtype, as in the products
     b_x = tl.sum(acc, 1)
     if HAS_BIAS:
         b_x += tl.load(bias + b_y, mask=m_n, other=0.0).to(tl.float32)
@@ -170,7 +170,7 @@ def target_kernel(
 @triton.jit
 def fold_kernel(
     h, w, bias, y, z2_y, far, parts, pulls,
-    # (N, D), (C, D) = rows first... of the weight, (C,), (N,), (N,), (N,) -> (planes, segments, N), (N, C)
+    # h (N, D), w (C, D) the weight's rows from `first` on, bias (C,), (N,) three times -> (planes, segments, N), (N, C)
     N, V, D, first, first_segment, segments, plane, row, stride_hn, stride_hd, stride_wv, stride_wd, stride_pn,
     k_in, k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr,
@@ -179,8 +179,8 @@ def fold_kernel(
 ):  # fmt: skip
     """One row block x one vocabulary segment -> its part of every sum, the target's column left out.
 
-    RESCUE: shifted by the running maximum, for row blocks with a far row. PULL: also stores the weights that each row
-    of W has in d logp / d hidden, e times the softcap's slope; a segment is then one tile.
+    RESCUE: skips row blocks without a far row, and shifts by the running maximum instead of the target's logit. PULL:
+    also stores e times the softcap's slope, each row's weight of W[v] in d logp / d hidden; a segment is one tile.
     """
     i_n, i_s = program_tile(tl.cdiv(N, BLOCK_N), segments, GROUP)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,7 +217,7 @@ def fold_kernel(
             sums = _move_shift(sums, b_shift, b_new)
             b_shift = b_new
         b_gap = b_z - b_shift[:, None]
-        if PULL:  # a far row stays finite, for it shares matrix products with others
+        if PULL:  # an inf in a far row would spoil the matrix products that it shares with other rows
             b_gap = tl.minimum(b_gap, 60.0)
         b_e = tl.exp2(b_gap)
         sums = _add_exponentials(sums, b_e, b_gap, ENTROPY, SQUARES)
@@ -237,7 +237,7 @@ def _without_targets(
     b_z, b_y, b_local, o_v, column, columns, PULL: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """-inf in each row's own target, past the last column, and, where weights are stored, in ignored rows."""
-    # Most tiles hold no target and are whole: the mask stands in a branch and costs them nothing.
+    # Most tiles hold no target and lie inside the vocabulary: a branch spares them the mask.
     special = (b_local >= column) & (b_local < column + BLOCK_V)
     if PULL:
         special |= b_y == IGNORED
@@ -255,7 +255,7 @@ def merge_kernel(
     tile_parts, parts,  # (planes, count, N) of one vocabulary slice -> adds to (planes, SEGMENTS, N)
     N, first_tile, count, tiles, SEGMENTS: tl.constexpr, SUMS: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles -> their segments, one after the other: the order of a fold without PULL, so the same bits."""
+    """Adds tiles to their segments one after the other, in the order of a fold without PULL: its bits are the same."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
     from_plane = tl.cast(count, tl.int64) * N
@@ -280,7 +280,7 @@ def _all_segments(
     RESCUE: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The segments' sums, added in their order: those of all of the vocabulary that is here, and their shift."""
+    """Adds the segments in their order -> the sums over this rank's part of the vocabulary, and their shift."""
     plane = tl.cast(SEGMENTS, tl.int64) * N
     if RESCUE:
         b_shift = tl.full([BLOCK], NEG_INF, tl.float32)
@@ -317,7 +317,7 @@ def shard_kernel(
     N, SOFTCAP: tl.constexpr, RESCUE: tl.constexpr, PULL: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
     MEAN: tl.constexpr, TOP1: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the segments of one rank, for the other ranks: `mine` is a segment of the vocabulary spread over them."""
+    """Adds this rank's segments into `mine`, which the ranks exchange: each rank counts as one segment from here on."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
     if RESCUE:
@@ -368,7 +368,7 @@ def finish_kernel(
         tl.store(far + o_n, (kept & ~(b_total < FAR)).to(tl.int32), mask=m_n)
     if PULL:
         b_rounded, b_exact = _all_pulls(parts, o_n, m_n, N, SOFTCAP, SEGMENTS, BLOCK)
-        # The pull's mean is over weights that sum to `rounded`, so rounding them does not shift it.
+        # The stored weights are divided by `rounded`, their own sum, so that rounding them does not bias the mean.
         b_sum = b_total
         if SOFTCAP:
             b_sum = b_total * (b_rounded / b_exact)
@@ -404,7 +404,7 @@ def _xlogx(b_log):
 @triton.jit
 def dlogits_kernel(
     h, w, bias, y, lse, grad, grad_entropy, entropy, dz,
-    # (N, D), (C, D) = rows first... of the weight, (C,), (N,) five times -> (N, C)
+    # h (N, D), w (C, D) the weight's rows from `first` on, bias (C,), (N,) five times -> (N, C)
     N, C, D, first, stride_hn, stride_hd, stride_wv, stride_wd, stride_dz, k_in, k_out,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DESC: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -473,7 +473,7 @@ def target_weight_kernel(
     h, order, y_sorted, c, dw,  # (N, D), (N,), (N,), (N,) -> adds to (C, D) float32
     N, C, D, first, stride_hn, stride_hd, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dW[v] += sum of c_i h_i over the rows whose target is v, in their order: the first such row does it for all."""
+    """dW[v] += sum of c_i h_i over the rows whose target is v, in order, by the program of the first of these rows."""
     i = tl.program_id(0)
     v = tl.load(y_sorted + i)
     if (v < first) | (v >= first + C):

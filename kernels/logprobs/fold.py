@@ -1,4 +1,4 @@
-"""The sums that the portable forward folds for a tile of rows while the vocabulary passes by, and what they make.
+"""The sums that the portable forward keeps for a tile of rows over all slices of the vocabulary, and their results.
 
     D hidden, V vocabulary; R rows and C columns of one tile; y a row's target.
 
@@ -30,7 +30,7 @@ class Forward(NamedTuple):
 
 
 class RowTile:
-    """The running sums of R rows while the vocabulary passes by."""
+    """The running sums of R rows over the slices of the vocabulary."""
 
     SUMS = ("total", "exact", "rounded", "weighted", "squares", "plain")
 
@@ -111,7 +111,7 @@ class RowTile:
         return torch.where(here, q * own_slope, 0.0)[:, None] * own - scale[:, None] * self.pulled
 
     def _scale(self, q: Tensor) -> Tensor:
-        # A mean over weights that sum to `rounded` is not shifted by their rounding.
+        # Dividing by `rounded`, the sum of the stored weights, keeps their rounding from biasing the mean.
         kept = torch.where(self.rounded > 0, self.exact / self.rounded, 1.0)[:, 0]
         return torch.where(self.total[:, 0] > 0, q / self.total[:, 0] * kept, 0.0)
 

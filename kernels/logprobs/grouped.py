@@ -1,10 +1,10 @@
-"""Three units of products instead of four where the weights of all rows do not fit the workspace at once.
+"""The head in groups of rows, for a workspace too small for the weights of all rows: 3 units of products, not 4.
 
     N tokens, D hidden, V vocabulary
 
-A few whole sequences at a time: their forward keeps its weights, the caller says what each log-probability is worth,
-and the gradients follow at once, before the next group takes the same memory. So the caller must know `dL/dlogp` of a
-group from that group alone, as it does for every loss that is a sum over sequences or pairs.
+A group is a few whole sequences. Its forward keeps its weights, the caller gives dL/dlogp of its tokens, and its
+gradients are computed at once, before the next group takes the same memory. So the caller must know dL/dlogp of a
+group from that group alone. It does for every loss that is a sum over sequences or pairs.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ Backward, a vocabulary slice at a time: `dlogits_kernel` recomputes the tiles an
 without the target's column; matrix products make `dhidden += dz @ W` and `dW = dz.T @ hidden` in float32; the target's
 own term, which dominates and cancels, is added in float32 by `target_hidden_kernel` and `target_weight_kernel`.
 
-With a frozen head no backward is needed: d logp / d hidden = q (W[y] - mean of W under the others), so the forward
-also stores e tile by tile ("pull") and one matrix product makes the mean; `dhidden` is then g times the direction.
+With a frozen head no backward is needed. d logp / d hidden = q (W[y] - mean of W under the other tokens), so the
+forward also stores e tile by tile ("pull"), one matrix product makes the mean, and dhidden is g times that direction.
+In mode "stash" the forward keeps e of all tiles, N * V numbers, and the backward recomputes no tile.
 
 No atomics: every number is the sum of the same terms in the same order, run after run.
 """
@@ -68,9 +69,9 @@ def forward(
     shard: Whole | None = None,
     statistic: ColumnStatistic | None = None,
 ) -> Forward:
-    """One pass over the vocabulary, which keeps what `mode` says. Row blocks with a far row take another.
+    """One pass over the vocabulary, which keeps what `mode` says; then a second pass for row blocks with a far row.
 
-    A `statistic` (mode "lean", every row kept) is added to: its pass stores e tile by tile, which changes no bit.
+    Adds each tile's e to `statistic`, if one is given (mode "lean", every row kept). That changes no bit of the result.
     """
     op = Operands(hidden, weight, bias, targets, options, shard)
     fold = Fold(op, outputs, pull=mode != "lean" or statistic is not None)
@@ -98,7 +99,7 @@ def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
     c = _target_coefficients(op, torch.where(op.y == IGNORED, 0.0, ones) * op.options.slope, None, row)
     direction = _add_targets_to_hidden(op, c, pulled, fold.scale * op.options.slope)
     far = fold.far.nonzero()[:, 0]
-    if len(far):  # their weights overflowed: the other path
+    if len(far):  # their stored weights were clipped: recompute
         direction[far] = _backward(op[far], row[far], Needs(True, False, False)).hidden
     return op.shard.add_(direction).to(op.dtype)
 
@@ -212,10 +213,10 @@ def of_whole_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
     q: Tensor, ratio: Tensor,
 ) -> Forward:  # fmt: skip
-    """The stash of a head of fewer columns, normalized as a part of the whole head's softmax.
+    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
 
-    q (N,) is the whole head's; ratio (N,) what a probability of the smaller head is multiplied by. (The targets' own
-    terms are not in the stash.)
+    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
+    (The targets' own terms are not in the stash.)
     """
     return part._replace(q=q, scale=part.scale * ratio)
 

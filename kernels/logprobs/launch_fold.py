@@ -1,4 +1,4 @@
-"""The launches of one forward of `linear_logprobs` in Triton: what `launch` runs, and says why.
+"""The launches of one forward of `linear_logprobs` in Triton. The docstring of `launch` explains the kernels.
 
 N tokens, D hidden, V vocabulary; a row's target is y.
 """

@@ -63,7 +63,7 @@ def linear_logprobs(
 
         gradient_tolerance: share of the gradient's mass, sum |dL/dlogp| (1 - p_target), that the backward may skip; 0.0
             skips nothing. Above it the backward works on the columns that matter, measures what it skipped (see
-            `record_skipped_mass`), and takes the exact path for blocks of rows beyond the promise. Log-probabilities
+            `record_skipped_mass`), and takes the exact path for blocks of rows that would skip more. Log-probabilities
             do not change. Try 2 ** -9: then dhidden is as exact as rounding dlogits to bfloat16 makes it.
 
     Returns:

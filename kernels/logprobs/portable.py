@@ -1,4 +1,4 @@
-"""`linear_logprobs` in plain PyTorch: tiled over rows and vocabulary, no `(N, V)` tensor, any device.
+"""`linear_logprobs` in plain PyTorch, on any device: tiled over rows and vocabulary. Only a stash has N * V numbers.
 
     N tokens, D hidden, V vocabulary; R rows and C columns of one tile; y a row's target.
 
@@ -56,7 +56,7 @@ def forward(
 ) -> Forward:
     """One pass over the vocabulary, which keeps what `mode` says. Ignored rows are 0 everywhere.
 
-    A `statistic` (mode "lean", every row kept) is added to.
+    Adds each tile's exponentials to `statistic`, if one is given (mode "lean", every row kept).
     """
     head = SlicedHead(weight, bias, options, hidden.dtype, shard)
     rows = kept_rows(targets != options.ignore_index)
@@ -72,7 +72,7 @@ def forward(
 def empty_forward(
     hidden: Tensor, weight: Tensor, outputs: tuple[str, ...], mode: str, stash_dtype: torch.dtype
 ) -> Forward:
-    """A `Forward` of zeros, of the right shapes; the stash, which is large, is not even zeroed."""
+    """A `Forward` of zeros, of the right shapes. The stash is large and stays uninitialized."""
     n, d = hidden.shape
     dtype = accumulator_dtype(hidden.dtype)
     numbers = stash_size(n, len(weight), hidden) if mode == "stash" else 0
@@ -86,7 +86,7 @@ def empty_forward(
 
 
 def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
-    """Numbers in the stash of `n` rows: whole row tiles here, rows of 16 bytes' multiple for Triton's descriptors."""
+    """Numbers in the stash of `n` rows: rows in whole tiles, columns a multiple of 8 (16 bytes, for descriptors)."""
     rows = row_tile(hidden)
     return -(-n // rows) * rows * -(-vocab // 8) * 8
 
@@ -131,9 +131,9 @@ def of_whole_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
     q: Tensor, ratio: Tensor,
 ) -> Forward:  # fmt: skip
-    """The stash of a head of fewer columns, normalized as a part of the whole head's softmax.
+    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
 
-    q (N,) is the whole head's; ratio (N,) what a probability of the smaller head is multiplied by.
+    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
     """
     head = SlicedHead(weight, bias, options, hidden.dtype)
     part = part._replace(q=q, scale=part.scale * ratio)
@@ -184,7 +184,7 @@ def _fold(
 ) -> list[RowTile]:
     folded = [RowTile(x, y, s, outputs, mode) for x, y, s in zip(tiles, places, shifts, strict=True)]
     buffer = shifts[0].new_empty(head.rows * head.columns)
-    # Vocabulary outside, rows inside: a slice of a bf16 weight is raised to float32 once.
+    # The outer loop is over the vocabulary, so that a slice of a bf16 weight is converted to float32 once.
     for first, weight, bias in head.slices():
         z = buffer[: head.rows * len(weight)].view(head.rows, len(weight))
         for i, tile in enumerate(folded):
@@ -192,7 +192,7 @@ def _fold(
             if mode == "stash":
                 start = (first * len(tiles) + i * len(weight)) * head.rows
                 stored = stash[start : start + head.rows * len(weight)].view(head.rows, len(weight))
-                z = stored if stored.dtype == head.acc else z  # folded where it stays
+                z = stored if stored.dtype == head.acc else z  # the fold writes straight into the stash
             tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight, stored)
             if statistic is not None:  # the fold left exp(z - z_y) in z
                 rows = slice(i * head.rows, min((i + 1) * head.rows, len(statistic.guess)))

@@ -12,7 +12,7 @@ w_i guesses p_iy. Backward, block by block:
    with sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
 4. The dropped columns of row i add -g_i m_i mean(W) to dhidden, with their mean weighted by s_v.
 
-The guess decides which columns are dropped, and never what is promised.
+A bad guess costs time, since more blocks take the exact backward. It never breaks the tolerance.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from prefuse.kernels.logprobs.portable import RowGrads
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
 
-# The columns are chosen by a guess: this part of the tolerance, so that few blocks miss it.
+# Columns are dropped up to this part of the tolerance: the guess is inexact, and few blocks should exceed the whole.
 MARGIN = 0.75
-# Rows that choose their columns together, rounded to whole row tiles: fewer keep fewer columns, more share a gather.
+# Rows of a block, rounded to whole row tiles. Smaller blocks keep fewer columns; larger ones gather W less often.
 BLOCK_ROWS = 512
 # A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
 MOST_COLUMNS = 0.9
@@ -95,7 +95,7 @@ def record_skipped_mass(bounds: bool = False) -> Iterator[SkippedMass]:
 
 def choose_columns(statistic: Tensor, targets: Tensor, tolerance: float) -> Tensor:  # (V,), (R,) -> (V,) bool
     """The columns to keep: all but those of the smallest statistic that together have MARGIN * tolerance of its sum."""
-    # A row far under another logit may overflow: keep what it points at, and count the others alone.
+    # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
     order = s.argsort(stable=True)
     cumulative = s[order].double().cumsum(0)
@@ -128,7 +128,7 @@ def backward(
     tolerance: float,
     meter: Tensor | None = None,  # (2,) to be filled with the skipped and the whole mass
 ) -> Gradients:
-    """`module.backward` up to `tolerance` of the gradient's mass; bit for bit where no block can be sparse."""
+    """`module.backward`, except for `tolerance` of the gradient's mass; the same bits where no block is sparse."""
     blocks, exact = _blocks(hidden, weight, targets, options, statistic, tolerance)
     acc = accumulator_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden) if needs.hidden else None
@@ -188,13 +188,13 @@ def _sparse_block(
     module, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row: RowGrads, logps: Tensor,
     options: HeadOptions, needs: Needs, block: Block, tolerance: float,
 ) -> tuple[Tensor, Gradients | None]:  # fmt: skip
-    """(R,) each row's skipped mass, and the gradients of hidden, W[kept] and bias[kept]: None beyond the promise."""
+    """(R,) each row's skipped mass; and the gradients of hidden, W[kept], bias[kept], or None above `tolerance`."""
     rows, columns, mean = block
     h, row, logps = hidden[rows], row[rows], logps[rows]
     place = torch.searchsorted(columns, targets[rows])  # targets are always kept
     w, b = weight[columns], None if bias is None else bias[columns]
     small = module.forward(h, w, b, place, options, (), "stash")
-    # The smaller head's softmax over what it has: p_iv = its share of v * (p_iy of the whole / p_iy of the smaller).
+    # p_iv = (probability of v in the smaller head) * (p_iy in the whole head / p_iy in the smaller head)
     ratio = (logps - small.logps).exp()
     skipped = (row.q - small.q * ratio).clamp_min(0.0)
     mass = row.grad.abs()
@@ -215,7 +215,7 @@ def _record(
     hidden: Tensor, row: RowGrads, skipped: Tensor, blocks: list[Block], exact: list[slice], weight: Tensor,
     options: HeadOptions, needs: Needs, meter: Tensor | None,
 ) -> None:  # fmt: skip
-    """Tells `meter` and everybody who records."""
+    """Writes the masses into `meter` and into every open `record_skipped_mass`."""
     mass = row.grad.abs().double()
     whole = torch.stack([(mass * skipped).sum(), (mass * row.q).sum()])
     if meter is not None:

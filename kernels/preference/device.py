@@ -9,7 +9,7 @@ it reads all r_s and adds them in their order. The counter of arrivals is the on
 
 Backward. Each token finds its sequence by bisection and takes that sequence's derivative times the upstream gradient.
 
-Numbers are float64 throughout, for sums of thousands of tokens, and because they are few.
+All numbers are float64: a sum has thousands of terms, and so few numbers cost little time.
 Prefixes: i_ program index, o_ offsets, m_ mask, b_ a block in registers.
 """
 
@@ -72,8 +72,8 @@ def _kto(ratio, desirable, z0, beta, weight_d, weight_u):
 
 @triton.jit
 def _add_tokens(logps, ref_logps, cu_seqlens, s, N, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Sequence s -> its sums of logp and of logp - ref_logp, differences first; an order of its own length only."""
-    # Offsets are not looked at on the host, for that would wait for them: here they may not lead out of bounds.
+    """Sequence s -> its sums of logp and of (logp - ref_logp), added in an order that depends on its length alone."""
+    # The host does not check the offsets, because it would wait for the GPU: clamp them to the bounds here.
     start = tl.maximum(tl.load(cu_seqlens + s).to(tl.int64), 0)
     stop = tl.minimum(tl.load(cu_seqlens + s + 1).to(tl.int64), N)
     b_sum = tl.zeros([BLOCK], tl.float64)
@@ -214,7 +214,7 @@ def forward_kernel(
     LOSS: tl.constexpr, SMOOTHED: tl.constexpr, AVERAGE: tl.constexpr, Z0: tl.constexpr, ITEMS: tl.constexpr,
     PER_TOKEN: tl.constexpr, KL_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One sequence; for the last program to arrive, then everything that needs all of them.
+    """Adds the tokens of one sequence. The last program to arrive then computes what needs all sequences.
 
     Z0: "number", "tensor" or "mismatched". ITEMS: whether the divisor is a tensor. slopes = dtotal / dr_s.
     """

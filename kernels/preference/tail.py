@@ -68,7 +68,7 @@ def preference_tail(
 
 
 def _tensor_or_number(x: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
-    """Exactly one is used. A number is a kernel argument; a CPU tensor is copied asynchronously."""
+    """(tensor or None, number): the number is used if there is no tensor. A CPU tensor is copied without a wait."""
     if isinstance(x, Tensor):
         return x.to(device, non_blocking=True), 0.0
     return None, float(x or 0.0)

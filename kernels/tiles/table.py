@@ -42,7 +42,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: where a tile holds, and on whose word."""
+    """One row of a table: a tile, where it applies, and where it comes from (`source`)."""
 
     chip: Chip
     dtype: str  # one of DTYPES' values
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What may stand in a table once."""
+        """No two rows of one file have the same key."""
         return (self.chip, self.dtype, self.config.descriptors, self.kernel, self.min_d, self.min_v)
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def choose(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: in
 
 @functools.cache
 def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> Row | None:
-    """The row that holds there; None on the interpreter, which needs none."""
+    """The row that applies; without one None on the interpreter, RuntimeError on a GPU."""
     if isinstance(chip, int) and INTERPRETER < chip < 80:
         raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
     names = (kernel, STAND_INS.get(kernel))

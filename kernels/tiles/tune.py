@@ -278,7 +278,7 @@ def tune_kernel(
 def _drop_unclean(
     entrants: list[Entrant], dtype: torch.dtype, pool: Executor, time_left: Callable[[float], bool]
 ) -> None:
-    """Compiles the plainest kernel of each row, for a quarter of the time; all others are the winner's to pass."""
+    """Compiles the plainest kernel of each row, in a quarter of the time. `_winner` compiles the other variants."""
     from prefuse.kernels.tiles.shipped import users
 
     rows = [_ahead(x.row) for x in entrants]
@@ -323,7 +323,7 @@ def _shared_limit(chip: Chip) -> float:
 
 
 def own_kernels(chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> list[str]:
-    """The kernels that have a row of their own: a stand-in's serves others too, and changes with its own."""
+    """The kernels that have a row of their own. A kernel that runs with a stand-in's row is not tuned by itself."""
     rows = {kernel: find(kernel, chip, dtype, descriptors, d, v) for kernel in KERNELS}
     return [kernel for kernel, row in rows.items() if row is None or row.kernel == kernel]
 
@@ -393,7 +393,7 @@ def tune(head: Head, args: argparse.Namespace, where: str, pool: Executor | None
     """Every kernel in its share of the time; each one's row is written as soon as it is known."""
     path, end = TABLE if args.write else args.out, time.monotonic() + 60 * args.minutes
     try:
-        write(path, [])  # rather now than after the minutes
+        write(path, [])  # a file that cannot be written fails now, not after minutes
     except (OSError, ValueError) as error:
         print(f"cannot write {path}: {error}", file=sys.stderr)
         return 2

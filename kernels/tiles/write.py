@@ -11,7 +11,7 @@ from pathlib import Path
 from prefuse.kernels.tiles.table import OPERANDS, OWN, VARIABLE, Row, chip_name, parse, rows_of
 
 HEADER = f"""# Tiles measured by `python -m prefuse.kernels.tiles.tune`; {VARIABLE} names this file to programs.
-# The columns are those of prefuse/kernels/tiles.toml.
+# The columns are those of prefuse/kernels/tiles/tiles.toml.
 rows = [
 ]
 """

@@ -162,7 +162,7 @@ def _repeated_prompt(look: Look, conversation: str) -> str | None:
             if not _repeats(row, column, read_turns(row.get(conversation), conversation)):
                 return None
         except BadRow:
-            continue  # a row of its own trouble
+            continue  # the row is bad, and is named where it is read
     look.used.add(column)
     return column
 

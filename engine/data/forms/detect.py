@@ -1,7 +1,7 @@
 """Which form a source has: the first of `FINDERS` that fits and can be read as what is wanted.
 
-Then every other column that holds text must be known as metadata, or the run stops: a column that is not used without a
-word is how a run trains on something else than its rows.
+Then every other column that holds text must be known as metadata, or the run stops. If such a column were ignored
+silently, a run could train on something else than its user thinks.
 """
 
 from __future__ import annotations

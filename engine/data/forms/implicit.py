@@ -6,8 +6,8 @@ Turns: the prompt is the turns that both sides share. Strings, in this order:
 2. Behind the last line break, label ("A:") or question mark in what both sides share.
 3. Behind the last whole word that both sides share, as in "The sky is| blue." and "The sky is| green."
 
-So it is never inside a word, and inside an answer only where nothing in the text says where the answer begins;
-how often that was so is said.
+So the prompt never ends inside a word. It ends inside an answer only if nothing in the text says where the answer
+begins; how many rows that concerns is logged.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _ends_answered(look: Look, prompt: PromptColumns, sides: tuple[str, str]) ->
         try:
             ends += _is_answered(prompt.read(row), *(read_text(row[side], side) for side in sides))
         except (BadRow, KeyError):
-            continue  # a row of its own trouble
+            continue  # the row is bad, and is named where it is read
     return ends >= 0.9 * len(look.first)
 
 
