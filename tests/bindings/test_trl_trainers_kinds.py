@@ -30,7 +30,7 @@ def test_a_row_with_an_empty_prompt_trains_as_with_trl(models, tmp_path):
 
 
 def follows_the_batch(kind, folder):
-    """A model whose rows of more than 12 tokens turn the frequencies of their whole batch; its logits are large."""
+    """A model whose rows of more than 12 or 16 tokens turn the frequencies of their whole batch; its logits are large."""
     torch.manual_seed(0)
     if kind == "longrope":
         rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
@@ -41,7 +41,7 @@ def follows_the_batch(kind, folder):
         )  # fmt: skip
     else:
         rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-        config = transformers.LlamaConfig(**SETTINGS | SHAPE, max_position_embeddings=12, rope_parameters=rope)
+        config = transformers.LlamaConfig(**SETTINGS | SHAPE, max_position_embeddings=16, rope_parameters=rope)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -54,7 +54,8 @@ def follows_the_batch(kind, folder):
 def test_a_policy_that_does_not_move_stays_its_reference_whatever_is_in_its_batch(kind, tmp_path):
     """Learning rate 0, three epochs of short and long rows in pairs drawn anew: ln 2 in every step."""
     model = follows_the_batch(kind, tmp_path / "model")
-    rows = [PAIRS[i] | {"prompt": PAIRS[i]["prompt"] * (4 if i % 2 else 1)} for i in range(6)]
+    short = [{"prompt": "what?", "chosen": good, "rejected": bad} for good, bad in (("blue", "no"), ("good", "the"))]
+    rows = [*short, *(pair | {"prompt": 4 * pair["prompt"]} for pair in PAIRS[:2]), *reversed(short)]
     changes = {"learning_rate": 0.0, "per_device_train_batch_size": 2, "max_steps": 9}
     trainer = build(DPOTrainer, model, rows, tmp_path / "run", trl.DPOConfig, {}, **changes)
     trainer.train()
