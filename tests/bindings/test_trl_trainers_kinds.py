@@ -30,7 +30,7 @@ def test_a_row_with_an_empty_prompt_trains_as_with_trl(models, tmp_path):
 
 
 def follows_the_batch(kind, folder):
-    """A model whose rows of more than 12 or 16 tokens turn the frequencies of their whole batch; its logits are large."""
+    """Rows of more than 12 or 16 tokens turn the frequencies of their whole batch; logits are large."""
     torch.manual_seed(0)
     if kind == "longrope":
         rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
