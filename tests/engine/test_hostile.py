@@ -181,7 +181,7 @@ def fresh(files, name: str) -> Path:
     return Path(shutil.copytree(files["folder"] / name, files["folder"] / "fuzz"))
 
 
-@fuzz(60)
+@fuzz(45)
 @given(data=st.data())
 def test_a_run_folder(data, files, capsys):
     """Whatever is damaged, signed or not: refused in one line, or the weights of the run that was never damaged."""
@@ -197,7 +197,7 @@ def test_a_run_folder(data, files, capsys):
         assert all(value.isfinite().all() for value in weights(out).values())
 
 
-@fuzz(150)
+@fuzz(200)
 @given(data=st.data())
 def test_what_proves_a_checkpoint_never_fails_itself(data, files):
     """Whole, or a fault in words: of the mark, the manifest and the state, unsigned and signed."""
@@ -238,7 +238,7 @@ def test_a_model_folder_that_trains(data, files, capsys):
         assert not out.exists() or not (out / "model.safetensors").exists()
 
 
-@fuzz(50)
+@fuzz(70)
 @given(data=st.data())
 def test_a_model_folder_that_generates(data, files, capsys):
     model = fresh(files, "model")
@@ -247,7 +247,7 @@ def test_a_model_folder_that_generates(data, files, capsys):
     outcome(["generate", *(str(word) for flag in flags.items() for word in flag)], capsys)
 
 
-@fuzz(50)
+@fuzz(70)
 @given(data=st.data())
 def test_adapters(data, files, capsys):
     adapters, out = fresh(files, "lora"), files["folder"] / "out"
@@ -257,7 +257,7 @@ def test_adapters(data, files, capsys):
         assert all(value.isfinite().all() for value in weights(out).values())
 
 
-@fuzz(70)
+@fuzz(50)
 @given(data=st.data())
 def test_rows(data, files, capsys):
     draw = data.draw
