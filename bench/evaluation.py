@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="a model in place of a random Llama; with --dataset_name")
     parser.add_argument("--dataset_name", help="pairs for it")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--skip_memory", action="store_true", help="which takes two more evaluations by each")
     parser.add_argument("--save", metavar="NAME", help="keep the numbers in bench/results under this name")
     arguments = parser.parse_args()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
@@ -62,10 +63,11 @@ def main() -> None:
                 began = time.process_time()
                 metrics[name] = run()
                 results[name].append(time.process_time() - began)
+                print(f"{name:8} {results[name][-1]:7.2f} CPU s  {json.dumps(metrics[name])}", flush=True)
         seconds = {name: min(times) for name, times in results.items()}
-        peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    for name in runs:
-        print(f"{name:8} {seconds[name]:7.2f} CPU s  {peaks[name] / 2**20:8.1f} MiB  {json.dumps(metrics[name])}")
+        peaks = {} if arguments.skip_memory else {name: peak_bytes(run) for name, run in runs.items()}
+    for name, peak in peaks.items():
+        print(f"{name:8} {peak / 2**20:8.1f} MiB beyond the models")
     print(f"prefuse / TRL {trl.__version__}: {seconds['prefuse'] / seconds['trl']:.2f} of the CPU seconds")
     if arguments.save is not None:
         found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics, "arguments": sys.argv[1:]}
