@@ -52,17 +52,16 @@ def kept_elsewhere(run: Run, done: int, error: Exception, weights: dict[str, Ten
     The last checkpoint has them, or else they are written to the first place with room for a model: beside the run
     folder, the working directory, the system's folder for temporary files, the home.
     """
-    newest = run.checkpoints.newest
-    if newest == done:
+    own, newest = Path(run.home.given).absolute(), run.checkpoints.newest  # as it was named: it may be gone
+    if newest == done and (last := own / f"checkpoint-{newest}").is_dir():
         return UserError(
-            f"{error}; the weights after step {done} are in {run.folder / f'checkpoint-{newest}'}: free some space, "
-            "and --resume ends the run from there"
+            f"{error}; the weights after step {done} are in {last}: free some space, and --resume ends the run from it"
         )
-    for place in (run.folder.parent, Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+    for place in (own.parent, Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
         folder = None
         try:
             require_space(place, model_bytes(run.lm), "the model")
-            folder = Path(tempfile.mkdtemp(dir=place, prefix=f"{run.folder.name}-step{done}-"))
+            folder = Path(tempfile.mkdtemp(dir=place, prefix=f"{own.name}-step{done}-"))
             _write(run, folder, trained_weights(run.lm, run.ranks) if weights is None else weights, {})
         except (OSError, UserError):
             if folder is not None:
