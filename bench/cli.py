@@ -17,10 +17,13 @@ VERBS = {
     "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
     "model": "Time and memory of a whole model's step, with its own logits and without them.",
     "packing": "Pairs per second in flat batches with shared prompts, beside padded ones.",
+    "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
     "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",
+    "reward": "Pairs per second of a reward model's training beside TRL's, and tokens of scoring several answers.",
     "seam": "Time and memory of a DPO step of TRL's trainer, with its own head and with prefuse's.",
     "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
     "templates": "Every chat template of trl and axolotl through the reader of rows, checked against transformers.",
+    "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",
     "train": "Pairs per second of a whole DPO run beside TRL's, and whether both learn the same.",
 }
 

@@ -17,6 +17,7 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import base_of
 from prefuse.engine.model.load import SHARD_SIZE, load_model, load_tokenizer
+from prefuse.engine.model.reward_model import is_reward_folder, load_reward_model
 from prefuse.engine.report.log import say
 from prefuse.engine.run.files import published_folder
 
@@ -32,8 +33,11 @@ def merge(config: Config) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir {folder} exists and is not empty: give another folder")
     tokenizer = load_tokenizer(config.model_name_or_path, config)
-    lm = load_model(config.model_name_or_path, config, torch.device("cpu"))
+    load = load_reward_model if is_reward_folder(config.model_name_or_path) else load_model
+    lm = load(config.model_name_or_path, config, torch.device("cpu"))
     model = lm.adapters.merge_and_unload(safe_merge=True)  # refuses adapters that hold a NaN
+    if lm.scores:
+        lm.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where the score of a row is taken
     with published_folder(folder) as aside:
         model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(aside)

@@ -1,7 +1,8 @@
 """The training run: rows -> examples -> flat batch -> trunk -> fused loss -> step -> metrics -> checkpoint.
 
-    prefuse sft   --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
-    prefuse train --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
+    prefuse sft    --model_name_or_path base --dataset_name demos.jsonl --output_dir sft
+    prefuse train  --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir dpo --loss_type dpo --beta 0.1
+    prefuse reward --model_name_or_path sft  --dataset_name pairs.jsonl --output_dir rm
 
 An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` items of every rank, and its loss is
 their sum divided by their true number, so how they are cut into microbatches does not matter, nor who works on them
@@ -29,13 +30,15 @@ from prefuse.engine.model.forward import count_items, fused_loss, reference_poin
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
+from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
-from prefuse.engine.run.checkpoint import save_checkpoint
+from prefuse.engine.run.checkpoint import load_weights, save_checkpoint
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
+from prefuse.engine.run.proof import fault_of_files
 from prefuse.engine.run.publish import kept_elsewhere, publish_model
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
@@ -48,7 +51,7 @@ logger = logging.getLogger(__name__)
 def train(config: Config, command: str) -> dict[str, float]:
     """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
     clock.restart(torch.device("cpu"))
-    with StopSignals() as signals:
+    with StopSignals() as signals, Messages() as messages:
         home = None
         try:
             try:
@@ -61,6 +64,8 @@ def train(config: Config, command: str) -> dict[str, float]:
                 run = prepare(config, command, ranks, home)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
+            if ranks.main:
+                messages.open(run.folder)
             with signals.postponed(), contextlib.closing(run.log):
                 return finish(run, signals)
         finally:
@@ -77,7 +82,7 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     except Diverged as error:
         raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
-        publish_model(run, done, metrics)
+        publish_model(run, done, metrics | take_best(run, done))
 
     def end() -> None:
         try:
@@ -117,7 +122,7 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 last |= evaluate_and_log(run, done, signals)
             evaluates = False
             window.restart_clock()
-            for share in timed(steps, "data"):
+            for share in timed(() if run.best.stop else steps, "data"):  # resumed where it was to end
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
@@ -137,14 +142,15 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                         say_metrics(done, total, means)
                     last |= means
                     window.clear()
-                evaluates = done % config.eval_steps == 0 or done == total
+                evaluates = is_due(run, config.eval_strategy, config.eval_steps, done) or done == total
                 if evaluates:
                     last |= evaluate_and_log(run, done, signals)
                 evaluates = False
-                if run.guards.stop or (config.save_steps and done % config.save_steps == 0):
+                stop = stop_of(run, done)
+                if stop or is_due(run, config.save_strategy, config.save_steps, done) or is_best(run, done):
                     save(run, done, evaluate=False)
-                if run.guards.stop:
-                    say(f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}")
+                if stop:
+                    say(stop)
                     break
         except Stopped as stop:
             if done > (run.checkpoints.newest or 0):
@@ -156,6 +162,39 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 raise
             raise kept_elsewhere(run, done, error) from None
     return last, done
+
+
+def is_due(run: Run, strategy: str, every: int, done: int) -> bool:
+    """Whether step `done` is one after which to evaluate, or to save."""
+    every = {"no": 0, "epoch": run.data.steps_per_epoch}.get(strategy, every)
+    return every > 0 and done % every == 0
+
+
+def is_best(run: Run, done: int) -> bool:
+    """Whether the weights after `done` must be kept for load_best_model_at_end."""
+    return run.config.load_best_model_at_end and run.best.step == done
+
+
+def stop_of(run: Run, done: int) -> str:
+    """Why the run ends after `done`, in words, or nothing."""
+    if run.guards.stop:
+        return f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}"
+    return f"the run ends after step {done}: {run.best.stop}" if run.best.stop else ""
+
+
+def take_best(run: Run, done: int) -> dict[str, float]:
+    """With load_best_model_at_end, the weights of the best evaluation into the model; its eval_* metrics."""
+    run.best.say()
+    if not run.config.load_best_model_at_end or run.best.step in (None, done):
+        return {}
+    path = run.folder / f"checkpoint-{run.best.step}"
+    fault = run.ranks.from_main(lambda: fault_of_files(path))
+    if fault is not None:
+        logger.warning("%s cannot be read (%s): the model is that of the last step", path, fault)
+        return {}
+    load_weights(path, run.lm)
+    say(f"the model is that of step {run.best.step}")
+    return {f"eval_{name}": value for name, value in run.best.metrics.items()}
 
 
 def what_resume_does(run: Run) -> str:
@@ -219,6 +258,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         z0 = reference_point(lm, own, ranks, spare=mismatches[len(own) :])
     totals: dict[str, Tensor] = {}
     finite = torch.ones(ranks.size, len(share.batches), device=lm.device, dtype=torch.float64)
+    extremes = torch.zeros(*finite.shape, 2, device=lm.device, dtype=torch.float64)  # of scores, by microbatch
     for number, batch in enumerate(share.batches):
         if mismatches and not one_z0:
             z0 = reference_point(lm, mismatches[number : number + 1])
@@ -230,6 +270,8 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
+        if lm.scores and "min_reward" in metrics:
+            extremes[ranks.rank, number] = torch.stack([metrics.pop(name)[0] for name in EXTREMES])
         add_metrics(totals, metrics if counts else {name: 0.0 * value for name, value in metrics.items()})
         finite[ranks.rank, number] = torch.isfinite(summed)
     with clock.part("optimizer"):
@@ -239,18 +281,33 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     saved = [padded - sum(batch.tokens.num_tokens for batch in own), padded]
     totals["tokens_saved"] = torch.tensor(saved, device=lm.device, dtype=torch.float64)
 
-    packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), finite.reshape(-1, 1).expand(-1, 2)]))
-    totals = dict(zip(totals, packed, strict=False))
+    flags = finite.reshape(-1, 1).expand(-1, 2)
+    packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), flags, extremes.reshape(-1, 2)]))
+    totals, (flags, extremes) = dict(zip(totals, packed, strict=False)), packed[len(totals) :].chunk(2)
+    if "mean_reward" in totals:
+        totals |= least_and_largest(share, extremes.reshape(ranks.size, -1, 2))
     suspects = []
     if not torch.isfinite(totals["loss"][0]):
-        flags = packed[len(totals) :, 0].reshape(ranks.size, -1).tolist()  # ranks.size where every loss is a number
+        flags = flags[:, 0].reshape(ranks.size, -1).tolist()  # ranks.size where every loss is a number
         for part, part_flags in zip(share.rows, flags, strict=True):
             suspects += [row for rows, flag in zip(part, part_flags, strict=False) if flag < ranks.size for row in rows]
     return totals, suspects
 
 
+EXTREMES = ("min_reward", "max_reward")
+
+
+def least_and_largest(share: Share, extremes: Tensor) -> dict[str, Tensor]:  # (ranks, microbatches, 2)
+    """Of the scores of a whole step, however it was cut: TRL's min_reward and max_reward."""
+    counted = torch.tensor([[n < len(part) for n in range(extremes.shape[1])] for part in share.rows])
+    least, largest = extremes[counted.to(extremes.device)].unbind(-1)
+    one = torch.ones((), dtype=torch.float64, device=extremes.device)
+    values = zip(EXTREMES, (least.min(), largest.max()), strict=True)
+    return {name: torch.stack([value, one]) for name, value in values}
+
+
 def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:
-    if run.held is None:
+    if run.held is None or run.config.eval_strategy == "no":
         return {}
 
     def between() -> None:
@@ -264,6 +321,7 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     check_evaluation(step, means)
     run.guards.on_evaluation(step, means)
+    run.best.on_evaluation(step, means)
     metrics = {f"eval_{name}": value for name, value in means.items()}
     run.log.write(step, step / run.data.steps_per_epoch, metrics)
     say_metrics(step, run.data.total_steps, metrics, prefix="eval_")

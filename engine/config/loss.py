@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import TRAINING, Topic, above, setting
+from prefuse.engine.config.setting import Topic, above, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
@@ -38,6 +38,7 @@ class LossSettings(Topic):
         None,
         "The share of pairs whose preference is thought to be flipped, in [0, 0.5). None: 0, but 0.1 for robust and "
         "0.001 for exo_pair.",
+        commands=("train", "eval", "reward"),
     )
     nll_weight: float | None = setting(
         None,
@@ -74,12 +75,12 @@ class LossSettings(Topic):
     output_router_logits: bool = setting(
         False,
         "Mixtures of experts: add the balance loss of the router, as transformers and TRL do, and log it as aux_loss.",
-        commands=TRAINING,
+        commands=("sft", "train"),
     )
     router_aux_loss_coef: float | None = setting(
         None,
         "Weight of the router's balance loss. None: the model's own, of its config.json.",
-        commands=TRAINING,
+        commands=("sft", "train"),
         rule=above(0),
         only_with=("output_router_logits", True),
     )
@@ -109,7 +110,8 @@ class LossSettings(Topic):
             loss = self.loss()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        if command == "eval" and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
+        by_loss = command == "eval" and not self.scorer
+        if by_loss and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
             raise UserError(
                 f"ref_model_name_or_path is required: rewards of {self.loss_type} are relative to a reference. Give "
                 "--ref_model_name_or_path, or --loss_type sft for loss and perplexity of the completions alone"

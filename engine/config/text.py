@@ -44,11 +44,12 @@ class TextSettings(Topic):
         "refuse",
         "Pairs that differ before the last turn: refused, compared in the first answer that differs, or in all answers "
         "from there on (the turns between them are not learned).",
-        commands=("train", "eval"),
+        commands=("train", "reward", "eval"),
     )
-    learn_after_stop: bool = setting(
-        False,
-        "Learn what the chat template writes behind the stop token too, as TRL does.",
+    learn_after_stop: bool | None = setting(
+        None,
+        "Learn what the chat template writes behind the stop token too, as TRL does. None: false, but true for "
+        "`reward`, whose scores stand at the end of the whole text.",
         commands=(*TRAINING, "eval"),
     )
     truncation_mode: Literal["keep_end", "keep_start"] = setting(
@@ -60,6 +61,9 @@ class TextSettings(Topic):
         "and its prompt to half of max_length; counted either way.",
         commands=(*TRAINING, "eval"),
     )
+
+    def command_defaults(self, command: str) -> dict[str, object]:
+        return {"learn_after_stop": command == "reward"}
 
     def template_arguments(self) -> dict[str, Any]:
         try:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ABOUT = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TASKS = "CAUSAL_LM", "SEQ_CLS"  # with the second, peft trains the score head whole and saves it with the adapters
 PREFIX = "base_model.model."  # of the transformers model's names inside a PeftModel
 
 
@@ -49,19 +50,20 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
         target_modules=targets,
         exclude_modules=None if config.lora_target_modules else _never_called(model),
         modules_to_save=config.lora_modules_to_save,
-        task_type="CAUSAL_LM",
+        task_type=TASKS[model.get_output_embeddings() is None],
     )
     if Path(model.name_or_path).exists():  # the adapters will be read from elsewhere
         model.name_or_path = str(Path(model.name_or_path).absolute())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            with _quiet():
+            with quiet():
                 adapters = get_peft_model(model, wanted)
         except (ValueError, TypeError) as error:  # no module of such a name, or none that LoRA knows
             raise UserError(f"lora_target_modules or lora_modules_to_save: {error}") from None
-    if any(name.startswith("lora_") for name, _ in model.get_output_embeddings().named_modules()):
-        name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    if head is not None and any(name.startswith("lora_") for name, _ in head.named_modules()):
+        name = next(name for name, module in model.named_modules() if module is head)
         raise UserError(
             f"LoRA on the head ({name}) would be left out of the fused loss: take it from lora_target_modules, or put "
             "it into lora_modules_to_save, which trains it whole"
@@ -122,7 +124,7 @@ def load_adapters(model: nn.Module, folder: Path) -> PeftModel:
     from safetensors.torch import load_file
 
     try:
-        with _quiet(), file_faults_as_oserror():
+        with quiet(), file_faults_as_oserror():
             adapters = PeftModel.from_pretrained(model, folder)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits
@@ -209,7 +211,7 @@ def _in_float32(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides FutureWarnings about how peft uses transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -68,6 +68,7 @@ def training_flops(lm: LanguageModel, batch: Batch) -> int:
 def trunk_weights(model: nn.Module) -> tuple[int, int]:
     """Weights that a token is multiplied by, outside of the head, and how many of them are frozen."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    tables |= {id(p) for p in model.get_output_embeddings().parameters()}
+    head = model.get_output_embeddings()  # None for a model that scores
+    tables |= set() if head is None else {id(p) for p in head.parameters()}
     met = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
     return sum(p.numel() for p in met), sum(p.numel() for p in met if not p.requires_grad)

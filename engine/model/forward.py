@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse import PreferenceOutput
+from prefuse import PreferenceOutput, RewardOutput
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
 from prefuse.models.flat import completion_hidden
-from prefuse.models.head import Head
+from prefuse.models.head import Head, check_head, head_of
 from prefuse.models.router import Router, hidden_and_balance
 
 if TYPE_CHECKING:
@@ -34,8 +34,34 @@ class LanguageModel:
     compute_dtype: torch.dtype
     impl: str
     adapters: "PeftModel | None" = None  # the same model, as peft sees it
+    gradient_tolerance: float = 0.0  # of the head's backward
     router: Router | None = None  # whose balance loss is part of the training
     router_aux_loss_coef: float = 0.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether its head makes scores (`RewardModel`), not logits of tokens."""
+        return False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.weight.shape[0]
+
+    @staticmethod
+    def head_layer(model: torch.nn.Module) -> torch.nn.Module:
+        return model.get_output_embeddings()
+
+    @staticmethod
+    def head_of(model: torch.nn.Module) -> Head:
+        return head_of(model)
+
+    def states(self, batch: Batch) -> Tensor:  # (N, D)
+        """What its head reads: the hidden states that predict the completion tokens."""
+        return completion_hidden(self.model, batch.tokens)
+
+    def check(self, input_ids: Tensor) -> None:  # (1, T)
+        """UnsupportedModel if what is computed here of a row is not what the model's own forward makes of it."""
+        check_head(self.model, input_ids, impl=self.impl)
 
     def autocast(self) -> AbstractContextManager:
         weights = self.head.weight.dtype if self.adapters is None else torch.float32  # adapters always are float32
@@ -52,9 +78,9 @@ def count_items(batch: Batch, loss: Loss) -> int:
 
 
 def completion_states(lm: LanguageModel, batch: Batch) -> Tensor:  # (N, D)
-    """The hidden states that predict the completion tokens: one run of the trunk."""
+    """What the head reads of the completions: one run of the trunk."""
     with clock.part("trunk"), lm.autocast():
-        return completion_hidden(lm.model, batch.tokens)
+        return lm.states(batch)
 
 
 def loss_of_states(
@@ -64,8 +90,10 @@ def loss_of_states(
     loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
-) -> PreferenceOutput:
+) -> PreferenceOutput | RewardOutput:
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
+    if lm.scores:
+        return lm.loss_of_states(hidden, batch, loss, num_items)
     with lm.autocast():
         return prefuse.linear_preference_loss(
             hidden,
@@ -78,6 +106,7 @@ def loss_of_states(
             z0=z0,
             num_items=num_items,
             impl=lm.impl,
+            gradient_tolerance=lm.gradient_tolerance,
             **lm.head.options(),
         )
 
@@ -90,7 +119,7 @@ def logps_of_states(lm: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor: 
 @where_weights_are
 def fused_loss(
     lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
-) -> PreferenceOutput:
+) -> PreferenceOutput | RewardOutput:
     """The loss of one batch, its router's included; its backward begins in the head and goes on in the trunk."""
     hidden, balance = states_and_balance(lm, batch)
     if hidden.requires_grad:

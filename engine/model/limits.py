@@ -32,7 +32,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 def check_rows(lm: LanguageModel, examples: Examples) -> None:
     """Every token has a row in the head, and the longest row fits."""
-    vocabulary = lm.head.weight.shape[0]
+    vocabulary = lm.vocabulary
     if len(examples) and examples.largest_token() >= vocabulary:
         row, token = next(_tokens_outside(examples, vocabulary))
         raise UserError(
@@ -68,7 +68,7 @@ def check_mismatches(lm: LanguageModel, examples: Examples, max_length: int) -> 
 
 def check_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[str], new_tokens: int) -> None:
     """Of `generate`: each prompt with `new_tokens` behind it."""
-    vocabulary, limit = lm.head.weight.shape[0], position_limit(lm.model)
+    vocabulary, limit = lm.vocabulary, position_limit(lm.model)
     for ids, row in zip(prompts, rows, strict=True):
         if ids and max(ids) >= vocabulary:
             raise UserError(

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +21,15 @@ from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, 
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
+from prefuse.engine.model.router import router_loss
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
-from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.head import Head
 from prefuse.models.probes import check_padded_trunk
 from prefuse.models.rope import hold_rope
-from prefuse.models.router import Router, own_coefficient, router_of
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(
-    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
@@ -74,11 +75,12 @@ def load_tokenizer(
     base = base_of(Path(path))
     if base is not None and not any(Path(path).glob("tokenizer*")):
         path, base = base, None
-    if base is None:
+    gguf = _gguf_of(path, gguf_file or getattr(settings, "gguf_file", None))
+    if base is None and not gguf:
         _require_model_folder(path)
     try:
         trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
     refuse_foreign(tokenizer, path)
@@ -93,9 +95,11 @@ def load_tokenizer(
 
 
 def load_model(
-    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
-) -> LanguageModel:
-    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained.
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False,
+    read: "Callable[[str, Config], PreTrainedModel] | None" = None, make: type[LanguageModel] = LanguageModel,
+) -> LanguageModel:  # fmt: skip
+    """The model at `path`, or that of the adapters there; with `trains`, as the settings want it trained. `read` and
+    `make`: another kind than a causal LM (engine/model/reward_model.py).
 
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
@@ -110,7 +114,7 @@ def load_model(
                 f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
         path = base
-    model = _read_model(path, config)
+    model = (_read_model if read is None else read)(path, config)
     _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
@@ -121,80 +125,78 @@ def load_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
-    router, coefficient = _router_loss(model, config, trains)
+    router, coefficient = router_loss(model, config, trains)
     if trains:
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
-        head = head_of(model)
+        head = make.head_of(model)
     except UnsupportedModel as error:
         raise UserError(str(error)) from None
     dtype = compute_dtype(config, device)
     if ranks.sharded:
         model = shard(model, ranks, device, dtype)
     if ranks.sharded or adapters is not None:
-        head = LiveHead(model.get_output_embeddings(), head)
-    return LanguageModel(model, head, device, dtype, config.impl, adapters, router, coefficient)
+        head = LiveHead(make.head_layer(model), head)
+    return make(model, head, device, dtype, config.impl, adapters, config.gradient_tolerance, router, coefficient)
 
 
 def _read_model(path: str, config: Config) -> "PreTrainedModel":
     """The whole causal LM of a folder or of the hub, in the settings' dtype."""
     from transformers import AutoModelForCausalLM
 
-    _require_model_folder(path)
+    gguf = _gguf_of(path, config.gguf_file)
+    if config.gguf_file is not None and not gguf and path == config.model_name_or_path:
+        raise UserError(f"gguf_file {config.gguf_file} does not exist in {path}: give a name in that folder")
+    model = read_weights(AutoModelForCausalLM, "a causal LM", path, config, **gguf)
+    return _that_can_be_saved(model) if gguf else model
+
+
+def read_weights(auto: type, what: str, path: str, config: Config, new: str = "", **options) -> "PreTrainedModel":
+    """The model of a folder or of the hub, by one of transformers' Auto classes. Weights whose names begin with `new`
+    may be absent: transformers draws them."""
+    if "gguf_file" not in options:
+        _require_model_folder(path)
     try:
         with file_faults_as_oserror():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 path,
                 dtype=getattr(torch, config.dtype),
                 output_loading_info=True,
                 trust_remote_code=config.trust_remote_code,
+                **options,
             )
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"cannot load a causal LM from {path}: {_fault(error)}") from None
+        raise UserError(f"cannot load {what} from {path}: {_fault(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    absent = [name for name in absent if not (new and name.startswith(new))]
     if absent:
         raise UserError(
             f"the weights in {path} lack or misshape {len(absent)} tensors of {type(model).__name__} "
-            f"({', '.join(absent[:3])}): expected a whole causal LM, its head included"
+            f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
 
 
-def _router_loss(model: "PreTrainedModel", config: Config, trains: bool) -> tuple[Router | None, float]:
-    """The router whose balance loss is to be added, and its weight. It is said where a mixture trains without.
+def _gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:
+    """transformers' argument for a folder in which the GGUF file stands; for another, none."""
+    if gguf_file is None or not (Path(path) / gguf_file).is_file():
+        return {}
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("gguf_file needs the package gguf: pip install gguf")
+    return {"gguf_file": gguf_file}
 
-    The model's own forward never adds it: the loss here is not that forward's.
-    """
-    own, text = own_coefficient(model), model.config.get_text_config()
-    asked = getattr(text, "output_router_logits", False)
-    if asked and trains and not config.output_router_logits:
-        raise UserError(
-            f"the config.json of {type(model).__name__} asks for its router's balance loss (output_router_logits is "
-            "true): give --output_router_logits true to add it, or set it to false there"
-        )
-    if asked:
-        text.output_router_logits = False
-    if not trains:
-        return None, 0.0
-    if not config.output_router_logits:
-        if own is not None:
-            logger.info(
-                "%s is a mixture of experts: its router's balance loss is no part of this training. TRL adds it with a "
-                "weight of %s; --output_router_logits true does so here", type(model).__name__, own,
-            )  # fmt: skip
-        return None, 0.0
-    try:
-        router = router_of(model)
-    except UnsupportedModel as error:
-        raise UserError(f"output_router_logits: {error}; drop output_router_logits") from None
-    coefficient = own if config.router_aux_loss_coef is None else config.router_aux_loss_coef
-    if not coefficient:
-        raise UserError(
-            f"output_router_logits: the config.json of {type(model).__name__} has {own} as its router_aux_loss_coef: "
-            "give --router_aux_loss_coef, or drop output_router_logits"
-        )
-    return router, coefficient
+
+def _that_can_be_saved(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model of the same weights: transformers saves none that it read from GGUF."""
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    again = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    again.load_state_dict(model.state_dict())
+    again.generation_config = model.generation_config
+    return again
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:
@@ -214,7 +216,7 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
         # So are adapters, in float32 whatever the base has.
         mixed = hasattr(lm.model, "with_weights") or lm.adapters is not None
         with lm.autocast() if mixed else contextlib.nullcontext():
-            where_weights_are(lambda lm: check_head(lm.model, probe, impl=lm.impl))(lm)
+            where_weights_are(lambda lm: lm.check(probe))(lm)
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
@@ -254,9 +256,10 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config)
     Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
     """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    how = {"trust_remote_code": config.trust_remote_code, "gguf_file": config.gguf_file}
+    tokens = load_tokenizer(config.model_name_or_path, **how).get_vocab()
     try:
-        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+        others = load_tokenizer(config.ref_model_name_or_path, **how).get_vocab()
     except UserError:  # a folder with weights alone
         others = None
     if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):
@@ -292,7 +295,9 @@ def save_model(
             lm.model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         else:
             save_adapters(lm.adapters, folder, weights)
-            if lm.model.generation_config is not None:  # peft leaves it out; it says where answers stop
+            if (
+                getattr(lm.model, "generation_config", None) is not None
+            ):  # peft leaves it out; it says where answers stop
                 lm.model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -9,16 +9,26 @@ import yaml
 from prefuse.engine.config.settings import Config, settings_of
 
 NOT_IN_CARD = {"output_dir", "resume", "device", "nproc", "max_restarts", "output_file"}  # of the machine
-METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl_to_ref", "loss")
+METRICS = (
+    "eval_accuracy",
+    "eval_margin",
+    "eval_ece",
+    "eval_length_correlation",
+    "eval_loss",
+    "eval_rewards/accuracies",
+    "eval_rewards/margins",
+    "eval_kl_to_ref",
+    "loss",
+)
 
 
 def model_card(config: Config, command: str, metrics: Mapping[str, float]) -> str:
     base, name = config.model_name_or_path, Path(config.output_dir).resolve().name
-    loss = "sft" if command == "sft" else config.loss_type
+    loss = {"sft": "sft", "reward": config.reward_loss}.get(command, config.loss_type)
     about = {
         "base_model": base,
         "library_name": "peft" if config.use_peft else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if command == "reward" else "text-generation",
         "tags": ["prefuse", loss, *(["lora"] if config.use_peft else [])],
     }
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -39,10 +49,12 @@ def model_card(config: Config, command: str, metrics: Mapping[str, float]) -> st
     last = [(key, f"{metrics[key]:.4g}") for key in METRICS if key in metrics]
     if last:
         parts += ["## Last metrics", _table(("metric", "mean"), last)]
-    return "\n\n".join([*parts, "## Use", _usage(config)]) + "\n"
+    return "\n\n".join([*parts, "## Use", _usage(config, command)]) + "\n"
 
 
-def _usage(config: Config) -> str:
+def _usage(config: Config, command: str) -> str:
+    if command == "reward":
+        return _usage_of_scores(config)
     run, base = str(Path(config.output_dir).resolve().name), config.model_name_or_path
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if config.use_peft:
@@ -52,6 +64,23 @@ def _usage(config: Config) -> str:
         lines.append(f"model = AutoModelForCausalLM.from_pretrained({run!r})")
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({run!r})")
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _usage_of_scores(config: Config) -> str:
+    run, base = str(Path(config.output_dir).resolve().name), config.model_name_or_path
+    auto = "AutoPeftModelForSequenceClassification" if config.use_peft else "AutoModelForSequenceClassification"
+    lines = [
+        "from transformers import AutoTokenizer"
+        if config.use_peft
+        else f"from transformers import {auto}, AutoTokenizer",
+        f"from peft import {auto}" if config.use_peft else "",
+        f"tokenizer = AutoTokenizer.from_pretrained({run!r})",
+        f"model = {auto}.from_pretrained({run!r}, num_labels=1).eval()",
+        'rows = tokenizer([prompt + answer], return_tensors="pt", padding=True)',
+        "score = model(**rows).logits[:, 0]  # one number a row, more is better",
+    ]
+    about = f"The base model is `{base}`.\n\n" if config.use_peft else ""
+    return about + "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, object]]) -> str:

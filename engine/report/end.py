@@ -24,9 +24,17 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({run!r})"
     if config.use_peft:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
+    if command == "reward":
+        return "\n  ".join(
+            ["next:", *_merging(config), f"in Python: {load.replace('CausalLM', 'SequenceClassification')}"]
+        )
     how = "--loss_type sft" if command == "sft" else against
     lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
-    if config.use_peft:
-        adapters, whole = shlex.quote(run), shlex.quote(f"{run}-merged")
-        lines.append(f"prefuse merge --model_name_or_path {adapters} --output_dir {whole}")
-    return "\n  ".join(["next:", *lines, f"in Python: {load}"])
+    return "\n  ".join(["next:", *lines, *_merging(config), f"in Python: {load}"])
+
+
+def _merging(config: Config) -> list[str]:
+    if not config.use_peft:
+        return []
+    adapters, whole = shlex.quote(config.output_dir), shlex.quote(f"{config.output_dir}-merged")
+    return [f"prefuse merge --model_name_or_path {adapters} --output_dir {whole}"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +18,9 @@ import prefuse
 from prefuse.engine.report.screen import console, printable
 from prefuse.engine.run.files import json_text, write_whole
 
+if TYPE_CHECKING:
+    from prefuse.engine.report.trackers import Trackers
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -25,12 +28,18 @@ SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
 
 SHOWN = (  # on the screen, as far as a run has them
     "loss",
+    "accuracy",
+    "margin",
+    "mean_reward",
+    "ece",
+    "length_correlation",
     "rewards/accuracies",
     "rewards/ties",
     "rewards/margins",
     "kl",
     "kl_to_ref",
     "grad_norm",
+    "head/skipped_mass",
     "learning_rate",
     "tokens_per_second",
     "samples_per_second",
@@ -108,9 +117,10 @@ class MetricsLog:
     main one `writes`.
     """
 
-    def __init__(self, path: Path, lines: int = 0, writes: bool = True):
+    def __init__(self, path: Path, lines: int = 0, writes: bool = True, trackers: "Trackers | None" = None):
         self.path = path
         self.lines = lines
+        self.trackers = trackers
         self._file = None
         if writes:
             kept = read_metrics(path)[:lines]
@@ -123,8 +133,12 @@ class MetricsLog:
             return
         self._file.write(json_text({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
         self._file.flush()
+        if self.trackers is not None:
+            self.trackers.write(step, epoch, metrics)
 
     def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()
         if self._file is not None:
             self._file.close()
 

@@ -11,6 +11,7 @@ N completion tokens of a batch, K of them in its sample, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,12 +33,15 @@ from prefuse.engine.model.forward import (
 )
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, progress, say
+from prefuse.engine.run.held_out_scores import evaluate_scores
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.losses.rewards import reads_scores
 
 KL_BYTES = 1 << 26  # of float32 log-probabilities held at once
 KL_POSITIONS = 1024  # at most
+SCORES = "held_out_scores.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class HeldOut:
     mismatches: Examples | None = None  # KTO
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: dict[int, KLSample] | None = None  # by batch
+    scores_file: Path | None = None  # of a reward model: where the scores of the last evaluation are written
 
 
 def evaluation_batches(examples: Examples, config: Config) -> list[list[int]]:
@@ -76,7 +81,7 @@ def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Conf
     """Computes all that the held-out rows need of the reference, while the reference is in memory."""
     batches = evaluation_batches(examples, config)
     if ref is None:
-        return HeldOut(examples, batches)
+        return HeldOut(examples, batches, scores_file=Path(config.output_dir) / SCORES if reads_scores(loss) else None)
     own = batches[ranks.rank :: ranks.size]
     mismatches = mismatch_logps = None
     if "z0" in needs_of(loss):
@@ -113,6 +118,8 @@ def evaluate(
     `unmoved`: the policy still is its reference, so its log-ratios are 0 and the model does not run. Each rank takes
     some of the batches; `between` is called before each.
     """
+    if reads_scores(loss):
+        return evaluate_scores(lm, held, loss, ranks, between)
     own = _own_batches(held.batches, ranks)
     z0 = None
     if held.mismatches is not None:

@@ -67,7 +67,7 @@ def test_settings_by_command():
     shown = {command: {name for names in settings_of(command).values() for name in names} for command in LOADING}
     assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
     assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
-    assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
+    assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
     assert shown["merge"] == {"model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
@@ -78,17 +78,20 @@ def test_what_a_resumed_run_may_differ_in():
     free = {name for name in FIELDS if not decides_weights(name)}
     assert {name for name in FIELDS if not set(commands_of(name)) & set(TRAINING_COMMANDS)} <= free
     assert {name for name in FIELDS if decides_weights(name)} == {
-        "model_name_or_path", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction", "max_length", "seed",
+        "model_name_or_path", "gguf_file", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction",
+        "max_length", "seed", "gradient_tolerance",
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
         "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
         "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",
         "output_router_logits", "router_aux_loss_coef",
-        "max_tokens_per_batch", "learning_rate",
+        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
         "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
         "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
+        "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience",
+        "early_stopping_threshold",
     }  # fmt: skip
 
 
@@ -267,7 +270,7 @@ def test_flags_take_the_type_of_their_field(words, name, value):
         ("trian", "unknown command 'trian'; did you mean train"),
         ("evaluate", "unknown command 'evaluate'; did you mean eval"),
         ("dpo", "unknown command 'dpo': the loss is a setting, prefuse train --loss_type dpo"),
-        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, eval, generate, merge"),
+        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, reward, eval, generate, merge"),
         ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
         ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
         ("train --beta x", "beta must be a number or null, got 'x'"),
@@ -278,7 +281,7 @@ def test_flags_take_the_type_of_their_field(words, name, value):
         ("train extra", "unrecognized arguments: extra"),
         (
             "generate --learning_rate 1",
-            "learning_rate has no meaning for `prefuse generate`, only for sft, train: drop",
+            "learning_rate has no meaning for `prefuse generate`, only for sft, train, reward: drop",
         ),
         ("sft --beta 1", "beta has no meaning for `prefuse sft`, only for train, eval: drop --beta"),
         ("train --config a.yaml --config b.yaml", r"--config is given twice \(a.yaml, b.yaml\)"),

@@ -1,0 +1,140 @@
+"""A reward model: a decoder with transformers' sequence classification head (token classification, for steps), which
+runs a prompt once for all its answers.
+
+It starts from a causal LM, whose trunk it takes (the score head is new, drawn from the seed), or from a folder that has
+a score head already. What is saved is what `AutoModelForSequenceClassification` reads, with equal scores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import prefuse
+from prefuse import RewardOutput
+from prefuse.engine.config.settings import Config
+from prefuse.engine.data.batches import Batch, Examples
+from prefuse.engine.data.stops import last_tokens
+from prefuse.engine.errors import UserError
+from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.load import load_model, read_weights
+from prefuse.engine.run.ranks import ALONE, Ranks
+from prefuse.losses.rewards import RewardLoss
+from prefuse.models.head import Head
+from prefuse.models.score import check_score, end_states, score_layer, score_of_states
+from prefuse.models.trunk import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+NEW = "score."  # the weights that a causal LM lacks
+
+
+@dataclass(frozen=True)
+class RewardModel(LanguageModel):
+    """`LanguageModel` with a head of one score: its weight is (1, D)."""
+
+    @property
+    def scores(self) -> bool:
+        return True
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    @staticmethod
+    def head_layer(model: nn.Module) -> nn.Module:
+        return score_layer(model)
+
+    @staticmethod
+    def head_of(model: nn.Module) -> Head:
+        layer = score_layer(model)
+        return Head(layer.weight, layer.bias)
+
+    def check(self, input_ids: Tensor) -> None:  # (1, T)
+        check_score(self.model, input_ids)
+
+    def states(self, batch: Batch) -> Tensor:  # (S, D)
+        return end_states(self.model, batch.tokens)
+
+    def scores_of_states(self, states: Tensor) -> Tensor:  # (M, D) -> (M,) float32
+        """In float32, outside of autocast: a score of bfloat16 has three digits."""
+        with torch.autocast(self.device.type, enabled=False):
+            return score_of_states(self.model, states.to(self.head.weight.dtype))
+
+    def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
+        return prefuse.reward_loss(self.scores_of_states(states), loss, num_items=num_items)
+
+
+def load_reward_model(
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
+) -> RewardModel:
+    """The reward model at `path`; with `trains`, from a causal LM too."""
+    return load_model(path, config, device, ranks, trains=trains, read=_read, make=RewardModel)
+
+
+def _read(path: str, config: Config) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification
+
+    logging_of_loads = logging.getLogger("transformers.modeling_utils")
+    level = logging_of_loads.level
+    logging_of_loads.setLevel(logging.ERROR)  # it reports the head that is new, and that of tokens which is left out
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the new head: every rank draws the same
+            what = "a model with a sequence classification head"
+            model = read_weights(AutoModelForSequenceClassification, what, path, config, new=NEW, num_labels=1)
+    finally:
+        logging_of_loads.setLevel(level)
+    try:
+        score_layer(model)
+    except UnsupportedModel as error:
+        raise UserError(str(error)) from None
+    return model
+
+
+def is_reward_folder(path: str) -> bool:
+    """Whether a folder holds a model that scores, whole or as adapters."""
+    for name, key in ("adapter_config.json", "task_type"), ("config.json", "architectures"):
+        try:
+            said = json.loads((Path(path) / name).read_text(encoding="utf-8"))[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return "SEQ_CLS" in said if key == "task_type" else "ForSequenceClassification" in str(said)
+    return False
+
+
+def pad_apart(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Examples]) -> str | None:
+    """Give model and tokenizer a padding token that ends no answer, if theirs does: a line that says so, or None.
+
+    transformers takes the score at the last token that is not padding. Where the padding token is the one that ends
+    answers (a common habit), that is the token before it, which was not trained.
+    """
+    ends = set(np.unique(np.concatenate([last_tokens(examples) for examples in rows])).tolist())
+    names = ("pad_token", "unk_token", "bos_token")
+    tokens = [token for name in names if (token := getattr(tokenizer, name)) is not None]
+    tokens += [*tokenizer.get_added_vocab(), *tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 1000)))]
+    before = tokenizer.pad_token
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens) if token is not None}
+    chosen = next((token for token, number in ids.items() if number not in ends and number < vocabulary), None)
+    if chosen is None:
+        raise UserError("every token of the tokenizer ends some answer: expected one that can be padding")
+    tokenizer.pad_token = chosen
+    model.config.get_text_config().pad_token_id = ids[chosen]
+    if chosen == before or before is None:
+        return None
+    return (
+        f"the padding token {before} also ends answers, where transformers would not see it: the reward model and its "
+        f"tokenizer pad with {chosen}"
+    )
