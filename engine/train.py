@@ -14,10 +14,8 @@ step, from a pass over all its mismatches before the update, where the paper and
 import contextlib
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Iterable
 from itertools import compress
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,18 +24,15 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
 from prefuse.engine.data.dataset import day_of_run
-from prefuse.engine.errors import Diverged
+from prefuse.engine.errors import Diverged, OtherRankFailed, UserError
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
-from prefuse.engine.model.load import save_model, trained_weights
-from prefuse.engine.report.card import model_card
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
 from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
-from prefuse.engine.run.checkpoint import load_weights, model_bytes, save_checkpoint
-from prefuse.engine.run.files import require_space
+from prefuse.engine.run.checkpoint import load_weights, save_checkpoint
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.following import move_on
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
@@ -45,6 +40,7 @@ from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
 from prefuse.engine.run.proof import fault_of_files
+from prefuse.engine.run.publish import kept_elsewhere, publish_model
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import FileRows, Run, following_of, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
@@ -90,10 +86,13 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     except Diverged as error:
         raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
-        publish_model(run, metrics | take_best(run, done))
+        publish_model(run, done, metrics | take_best(run, done))
 
     def end() -> None:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        try:
+            plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        except OSError as error:  # the model is there
+            logger.warning("curves.png was not written: %s", error)
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
@@ -165,6 +164,10 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 save(run, done, evaluates)
             ranks.wait()
             raise Stopped(stop.signal, f"{stop} after step {done}; {what_resume_does(run)}") from None
+        except (OSError, UserError) as error:  # a full disk under the log or a checkpoint
+            if ranks.sharded or not ranks.main or isinstance(error, Diverged | OtherRankFailed) or done == run.start:
+                raise
+            raise kept_elsewhere(run, done, error) from None
     return last, done
 
 
@@ -322,6 +325,7 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
 
     # A policy that is its own reference, before the first step: known without running it.
     unmoved = step == 0 and run.config.ref_model_name_or_path is None and run.held.meets_reference
+    unmoved = unmoved and run.lm.router is None  # whose loss takes a run of the model
     unmoved = unmoved and not getattr(run.held.examples, "policy_weights", False)
     following = following_of(run.data)
     if following is not None and following.moved:
@@ -359,6 +363,7 @@ def check_first_loss(run: Run, loss: Loss, share: Share, num_items: int, means: 
         for b in compress(share.batches, share.counts)
     )
     expected = run.ranks.sum_(torch.tensor(expected, dtype=torch.float64)).item()
+    expected += run.lm.router_aux_loss_coef * means.get("aux_loss", 0.0)
     bound = max(1e-5, torch.finfo(run.lm.compute_dtype).eps) * max(1.0, expected)
     if abs(means["loss"] - expected) > bound:
         logger.warning(
@@ -380,19 +385,3 @@ def save(run: Run, step: int, evaluate: bool) -> None:
         rest = (run.identity.rows, run.ranks, following_of(run.data))
         save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, *rest)
     run.checkpoints.saved(step)
-
-
-def publish_model(run: Run, metrics: dict[str, float]) -> None:
-    """The final model straight in the run folder, each file whole or absent."""
-    weights = trained_weights(run.lm, run.ranks)
-
-    def publish() -> None:
-        require_space(run.folder, model_bytes(run.lm), "the model")
-        with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.", suffix=".tmp") as aside:
-            save_model(run.lm, run.tokenizer, Path(aside), weights)
-            card = model_card(run.config, run.identity.command, metrics)
-            (Path(aside) / "README.md").write_text(card, encoding="utf-8")
-            for path in Path(aside).iterdir():
-                path.replace(run.folder / path.name)
-
-    run.ranks.from_main(publish)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import Rule, Topic, at_least, setting
+from prefuse.engine.config.setting import Rule, Topic, above, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
@@ -136,6 +136,18 @@ class LossSettings(Topic):
         commands=("train",),
         rule=at_least(1),
         only_with=("sync_ref_model", True),
+    )
+    output_router_logits: bool = setting(
+        False,
+        "Mixtures of experts: add the balance loss of the router, as transformers and TRL do, and log it as aux_loss.",
+        commands=("sft", "train"),
+    )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "Weight of the router's balance loss. None: the model's own, of its config.json.",
+        commands=("sft", "train"),
+        rule=above(0),
+        only_with=("output_router_logits", True),
     )
     reference_cache: str | None = setting(
         None,

@@ -33,6 +33,7 @@ from prefuse.engine.data.stops import describe_unstopped
 from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
+from prefuse.engine.run.files import write_whole
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.unpaired import kto_weights
 
@@ -278,6 +279,6 @@ def _held_out(examples: Examples, config: Config) -> tuple[list[int], list[int]]
 
 def write_skipped(skipped: list[Skipped], path: Path) -> None:
     """Every skipped row by name, where the screen shows the first ones."""
-    path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in skipped), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in skipped))
     if skipped:
         say(f"  all {len(skipped)} skipped rows are named in {path}")

@@ -1,5 +1,6 @@
 """Batch -> trunk -> hidden states of the completion tokens -> fused head."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
 from prefuse.models.flat import completion_hidden
 from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.router import Router, hidden_and_balance
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +36,8 @@ class LanguageModel:
     impl: str
     adapters: "PeftModel | None" = None  # the same model, as peft sees it
     gradient_tolerance: float = 0.0  # of the head's backward
+    router: Router | None = None  # whose balance loss is part of the training
+    router_aux_loss_coef: float = 0.0
 
     @property
     def scores(self) -> bool:
@@ -134,12 +138,36 @@ def logps_of_states(
 def fused_loss(
     lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
 ) -> PreferenceOutput | PolicyOutput | RewardOutput:
-    """The loss of one batch; its backward begins in the head and goes on in the trunk."""
-    hidden = completion_states(lm, batch)
+    """The loss of one batch, its router's included; its backward begins in the head and goes on in the trunk."""
+    hidden, balance = states_and_balance(lm, batch)
     if hidden.requires_grad:
         hidden.register_hook(lambda gradient: clock.to("trunk"))
     with clock.part("head"):
-        return loss_of_states(lm, hidden, batch, loss, num_items, z0)
+        return with_balance(lm, loss_of_states(lm, hidden, batch, loss, num_items, z0), balance, batch, loss, num_items)
+
+
+def states_and_balance(lm: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor | None]:  # (N, D), ()
+    """`completion_states`, and the balance loss of the same run where it is asked for."""
+    if lm.router is None:
+        return completion_states(lm, batch), None
+    with clock.part("trunk"), lm.autocast():
+        return hidden_and_balance(lm.model, batch.tokens, lm.router)
+
+
+def with_balance(
+    lm: LanguageModel, out: PreferenceOutput, balance: Tensor | None, batch: Batch, loss: Loss, num_items: int | None
+) -> PreferenceOutput:
+    """The loss and the balance loss of one batch, whose share is that of its items: over the batches of a step
+
+    loss = mean over items of the preference loss + router_aux_loss_coef * mean over items of their batch's balance
+    """
+    if balance is None:
+        return out
+    items = count_items(batch, loss)
+    share = items / (num_items or items)
+    added = lm.router_aux_loss_coef * share * balance.to(out.loss.dtype)
+    summed = torch.stack([balance.detach().double() * items, balance.new_tensor(items, dtype=torch.float64)])
+    return dataclasses.replace(out, loss=out.loss + added, metrics={**out.metrics, "aux_loss": summed})
 
 
 @torch.no_grad()

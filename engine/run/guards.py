@@ -119,15 +119,18 @@ class Guards:
             )
 
     def check_labels(self, labels: Sequence[bool], loss: Loss) -> None:
-        """Before the first step. The paper's ratio is of KTO's weights."""
+        """Before the first step, of a loss whose completions are good or bad. The ratio is a matter of KTO's paper."""
         good = sum(labels)
         bad = len(labels) - good
+        config = self.config
+        name = "KTO" if config.loss_type == "kto" else config.loss_type
         if not good or not bad:
             self._act(
-                "KTO labels",
-                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: the loss then only pulls the "
+                f"{name} labels",
+                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: {name} then only pulls the "
                 "policy one way. Add rows of the other kind, or use `prefuse sft` for good ones",
             )
+        if not good or not bad or config.loss_type != "kto":
             return
         weights = getattr(loss, "desirable_weight", 0.0), getattr(loss, "undesirable_weight", 0.0)
         ratio = weights[0] * good / (weights[1] * bad) if all(weights) else 1.0

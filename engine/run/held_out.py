@@ -28,6 +28,8 @@ from prefuse.engine.model.forward import (
     logps_of_states,
     loss_of_states,
     reference_point,
+    states_and_balance,
+    with_balance,
 )
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, progress, say
@@ -159,8 +161,8 @@ def _measure(
     lm: LanguageModel, batch: Batch, loss: Loss, z0: Tensor | None, sample: KLSample | None
 ) -> dict[str, Tensor]:
     """{name: (2,) [sum, count]} of one batch, from one run of the trunk."""
-    hidden = completion_states(lm, batch)
-    out = loss_of_states(lm, hidden, batch, loss, num_items=1, z0=z0)
+    hidden, balance = states_and_balance(lm, batch)
+    out = with_balance(lm, loss_of_states(lm, hidden, batch, loss, 1, z0), balance, batch, loss, 1)
     metrics = _with_loss(out, batch, loss)
     if sample is not None:  # an empty sample too: all ranks make the same names
         logits = lm.head.logits(hidden[sample.positions.to(lm.device)])

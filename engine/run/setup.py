@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def prepare(
     newest = state["step"] or None
 
     def begin() -> None:
-        require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+        _look_for_space(config, lm, data, home)
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
         write_about(home.path, tokenizer, examples, held_examples, device)
@@ -232,6 +233,15 @@ def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None
     for rows in (examples, held):
         if "z0" in needs_of(loss) and rows is not None:
             check_mismatches(lm, rows, config.max_length)
+
+
+def _look_for_space(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> None:
+    """Before the first step. A run that is stopped writes a checkpoint, whatever save_steps says."""
+    require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+    if not config.save_steps and shutil.disk_usage(home.path).free < checkpoint_bytes(lm):
+        logger.warning(
+            "%s has room for the model but not for a checkpoint: a run that is stopped early could not go on", home.path
+        )
 
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:

@@ -86,6 +86,7 @@ def test_what_a_resumed_run_may_differ_in():
         "undesirable_weight", "z0_scope", "score_low", "score_high", "odpo_scale", "modpo_weight", "beta_dpo_alpha",
         "beta_dpo_baseline", "beta_dpo_level", "use_weighting", "sync_ref_model", "ref_model_mixup_alpha",
         "ref_model_sync_steps", "control_good", "control_bad", "padding_free",
+        "output_router_logits", "router_aux_loss_coef",
         "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",

@@ -167,7 +167,7 @@ def test_kl_has_a_limit_only_if_given(caplog):
         (10, 40, {}, "make 0.25, expected 1 to 4/3: set desirable_weight to 4"),
         (30, 10, {"undesirable_weight": 3.0}, ""),
         (10, 10, {"undesirable_weight": 3.0}, "make 0.333, expected 1 to 4/3"),
-        (20, 0, {}, "all 20 rows are desirable: the loss then only pulls the policy one way"),
+        (20, 0, {}, "all 20 rows are desirable: KTO then only pulls the policy one way"),
         (0, 20, {}, "all 20 rows are undesirable"),
     ],
 )

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "bindings/models": {*KERNELS, "bindings"},
     "bindings/trl": {*KERNELS, "bindings", "bindings/losses", "bindings/models"},
     "bindings/liger": {*KERNELS, "bindings", "bindings/losses"},
-    "engine/config": {"engine/errors.py", "bindings/losses"},
+    "engine/config": {"engine/errors.py", "engine/run/files.py", "bindings/losses"},
     "engine/data": {*LOW, *SAID, "bindings", "bindings/losses"},
     "engine/model": {
         *LOW, *SAID, "engine/data", "engine/run/ranks.py", "bindings", "bindings/losses", "bindings/models",
