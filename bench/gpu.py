@@ -37,9 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if "--interpret" in sys.argv or "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
-
 import torch
 import triton
 
@@ -557,6 +554,10 @@ def main() -> None:
         small_case()
         return
     on_cpu = args.interpret or args.dry_run
+    if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":  # which Triton reads as it is imported
+        os.environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # (peers that compile take a minute)
+        command = [*record.again("gpu"), *sys.argv[1:]]
+        os.execv(command[0], command)
     if not on_cpu and not torch.cuda.is_available():
         parser.error("no GPU here: torch.cuda.is_available() is False (--dry-run and --interpret run on a CPU)")
 
