@@ -31,7 +31,7 @@ from prefuse.losses import Loss
 Check = Callable[[], None]  # raises AssertionError
 # What needs a gradient in each mode; "kept" is trainable with the forward's weights kept for the backward.
 MODES = {**NEEDS, "kept": NEEDS["trainable"]}
-Head = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+HeadFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 THREE = ("trainable", "kept", "frozen head")
 AMPLE = 16 << 30  # bytes of workspace: everything may be kept for the backward
 
@@ -450,7 +450,7 @@ TAILS = [(8, 1024), (64, 512), (2048, 128)]
 
 
 @dataclass
-class Batch:
+class TimedInputs:
     """One set of inputs of a timing."""
 
     hidden: Tensor  # (N, D) bf16
@@ -460,12 +460,12 @@ class Batch:
     cu_seqlens: Tensor  # (N / SEQUENCE + 1,)
     softcap: float | None = None
 
-    def leaves(self, *needs: str) -> Batch:
+    def leaves(self, *needs: str) -> TimedInputs:
         fresh = {name: getattr(self, name).detach().requires_grad_(name in needs) for name in ("hidden", "weight")}
         return replace(self, **fresh)
 
 
-def draw(model: Model, n: int, seed: int, device: str = "cuda") -> Batch:
+def draw(model: Model, n: int, seed: int, device: str = "cuda") -> TimedInputs:
     """Logits as a trained model's: unigram frequencies of Zipf, deviation 2 around them, the target near the top.
 
     The shape of the softmax matters to peers that skip tiles, and repeated targets to the gradient of the weight.
@@ -483,4 +483,4 @@ def draw(model: Model, n: int, seed: int, device: str = "cuda") -> Batch:
     hidden += ((z_target - (hidden * own).sum(-1)) / own.square().sum(-1))[:, None] * own
     grad = torch.randn(n, device=device, generator=g) / n
     cu_seqlens = torch.arange(0, n + 1, min(SEQUENCE, n // 2), device=device, dtype=torch.int32)
-    return Batch(hidden.bfloat16(), weight.bfloat16(), targets, grad, cu_seqlens, model.softcap)
+    return TimedInputs(hidden.bfloat16(), weight.bfloat16(), targets, grad, cu_seqlens, model.softcap)

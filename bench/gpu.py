@@ -300,7 +300,7 @@ def run_times(suite: Suite) -> None:
 
 
 def run_jobs(suite: Suite, jobs: list[Job]) -> None:
-    drawn: tuple[Model | None, list[cases.Batch]] = (None, [])
+    drawn: tuple[Model | None, list[cases.TimedInputs]] = (None, [])
     machine = suite.machine
     for model, mode, variant in jobs:
         if "lost_device" in suite.result:
@@ -352,11 +352,11 @@ def add_row(suite: Suite, model: Model, mode: str, variant: str, time_it: Callab
     print(f"{model.name:14} {mode:10} {row['variant']:24} {time_or_error}", flush=True)
 
 
-def time_gemms(units: int, batches: list[cases.Batch]) -> dict[str, float]:
+def time_gemms(units: int, batches: list[cases.TimedInputs]) -> dict[str, float]:
     return measure(peers.gemms(units, batches[0]))
 
 
-def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, float]:
+def time_variant(name: str, mode: str, batches: list[cases.TimedInputs]) -> dict[str, float]:
     variant, needs = peers.VARIANTS[name], peers.MODES[mode][0]
     sets = [batch.leaves(*needs) for batch in batches]
     leaves = [x for batch in sets for x in (batch.hidden, batch.weight)]
@@ -399,7 +399,7 @@ def measure(run: Callable[[], Any], leaves: list[torch.Tensor] | None = None) ->
 
 
 @torch.no_grad()
-def largest_error(variant: peers.Variant, x: cases.Batch, rows: int = 128) -> float:
+def largest_error(variant: peers.Variant, x: cases.TimedInputs, rows: int = 128) -> float:
     """|error| of the first rows' log-probabilities, against float64."""
     hidden = x.hidden[:rows].double()
     z = torch.cat([hidden @ part.double().T for part in x.weight.split(16384)], 1)
@@ -437,7 +437,7 @@ def run_tiles(suite: Suite) -> None:
 
 def tune_one(suite: Suite, kernel: str, model: Model, pool: Any, seconds: float, path: Path) -> dict[str, Any]:
     machine, began = suite.machine, time.monotonic()
-    head = tune.Head.random(machine.tokens, model.d, model.v, torch.bfloat16, torch.device(machine.device))
+    head = tune.RaceInputs.random(machine.tokens, model.d, model.v, torch.bfloat16, torch.device(machine.device))
     timer = tune.cuda_timer if not machine.dry else lambda run: measure(run)["ms"]
     tiles = None
     if machine.dry:

@@ -78,7 +78,7 @@ class Prepared:
 
 
 @dataclasses.dataclass
-class Outcome:
+class RunOutcome:
     seconds: dict[str, float]  # by phase
     losses: list[float]  # by log line
     model: torch.nn.Module
@@ -99,7 +99,7 @@ def prepare(case: Case, folder: Path, arguments: argparse.Namespace) -> Prepared
     return Prepared(folder, arguments, read["train"], read["held_out"], [])
 
 
-def by_prefuse(given: Prepared) -> Outcome:
+def by_prefuse(given: Prepared) -> RunOutcome:
     """`prefuse train`, from its first question to the reference on."""
     arguments = given.arguments
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
@@ -131,7 +131,7 @@ def by_prefuse(given: Prepared) -> Outcome:
             for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
             if "loss" in row
         ]
-    return Outcome(seconds, losses, run.lm.model)
+    return RunOutcome(seconds, losses, run.lm.model)
 
 
 class SameRows(DPOTrainer):
@@ -155,7 +155,7 @@ class SameRows(DPOTrainer):
         return len(self.train_dataset)
 
 
-def by_trl(given: Prepared, precompute: bool) -> Outcome:
+def by_trl(given: Prepared, precompute: bool) -> RunOutcome:
     arguments = given.arguments
     rows = [{"prompt_ids": x.prompt, "chosen_ids": x.chosen, "rejected_ids": x.rejected} for x in given.training]
     load = AutoModelForCausalLM.from_pretrained
@@ -183,7 +183,7 @@ def by_trl(given: Prepared, precompute: bool) -> Outcome:
             trainer.train()
         seconds = {"reference": reference.seconds, "training": training.stop()}
     assert next(trainer.order, None) is None, "TRL did not take all epochs' rows"
-    return Outcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
+    return RunOutcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
 
 
 class Stopwatch:
@@ -219,7 +219,7 @@ def timed(owner: Any, name: str, arguments: argparse.Namespace) -> Iterator[Stop
         setattr(owner, name, original)
 
 
-TRAINERS: dict[str, Callable[[Prepared], Outcome]] = {
+TRAINERS: dict[str, Callable[[Prepared], RunOutcome]] = {
     "prefuse": by_prefuse,  # first: it decides the order of the rows
     "TRL": lambda given: by_trl(given, precompute=False),
     "TRL, reference before": lambda given: by_trl(given, precompute=True),
@@ -300,7 +300,7 @@ def compare(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = prepare(case, Path(folder), arguments)
         rounds: list[dict[str, dict[str, float]]] = []
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, RunOutcome] = {}
         for number in range(arguments.rounds):
             names = list(TRAINERS) if number % 2 == 0 else ["prefuse", *reversed(list(TRAINERS)[1:])]
             rounds.append({})

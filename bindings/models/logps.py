@@ -40,7 +40,7 @@ from prefuse.models.inside import run_with_head
 from prefuse.models.probes import States, check_padding
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
 from prefuse.packing import Packed
-from prefuse.tokens import IGNORE, keep_tokens, learned
+from prefuse.tokens import IGNORE_INDEX, keep_tokens, learned
 
 # ---------------------------------------------------------------------------------------------------------
 # Log-probabilities
@@ -246,7 +246,7 @@ def _inputs(
 def _flat(input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor) -> _Inputs:
     lengths = cu_seqlens.diff().tolist()
     starts = cu_seqlens[:-1].long()
-    kept = labels != IGNORE
+    kept = labels != IGNORE_INDEX
     kept[0, starts] = False  # nothing predicts a sequence's first token
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

@@ -21,7 +21,7 @@ from prefuse.kernels.checks import check_tolerance
 from prefuse.models.head import head_layer, product_of, transform_of
 from prefuse.models.inside import in_place_of_head, is_running, router_loss
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
-from prefuse.tokens import IGNORE, keep_tokens
+from prefuse.tokens import IGNORE_INDEX, keep_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,7 +185,7 @@ def _sft_loss(
     gradient_tolerance: float,
 ) -> Tensor:  # ()
     """transformers' ForCausalLMLoss: a mean over the labels that are not -100, or their sum / num_items_in_batch."""
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
     if targets.shape != head.hidden.shape[:-1]:
         raise ValueError(
             f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(head.hidden.shape)}: "

@@ -54,4 +54,5 @@ class ModelSettings(Topic):
     )
 
     def check(self, command: str) -> None:
-        require(self, "model_name_or_path")
+        if not (command == "eval" and (self.model_answers or self.checkpoints)):
+            require(self, "model_name_or_path")

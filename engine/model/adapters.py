@@ -57,7 +57,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            with _quiet():
+            with quiet():
                 adapters = get_peft_model(model, wanted)
         except (ValueError, TypeError) as error:  # no module of such a name, or none that LoRA knows
             raise UserError(f"lora_target_modules or lora_modules_to_save: {error}") from None
@@ -110,7 +110,7 @@ def load_adapters(model: nn.Module, folder: Path) -> PeftModel:
     from safetensors.torch import load_file
 
     try:
-        with _quiet(), file_faults_as_oserror():
+        with quiet(), file_faults_as_oserror():
             adapters = PeftModel.from_pretrained(model, folder)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits
@@ -197,7 +197,7 @@ def _in_float32(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides FutureWarnings about how peft uses transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
