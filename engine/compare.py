@@ -22,7 +22,7 @@ from prefuse.engine.model.sampling import sample
 from prefuse.engine.report.log import say, table
 from prefuse.engine.run.files import json_text, sha256_of, write_whole
 from prefuse.engine.score import answers as files
-from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences, say_reasons
+from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
 from prefuse.engine.score.length_control import length_controlled
 from prefuse.engine.score.rubric import shown
 from prefuse.engine.score.scorers import scorer_of
@@ -55,17 +55,18 @@ def compare_answers(config: Config) -> dict[str, float]:
     answered = read_answered(config) if config.model_answers else sampled(config, device, list(needed))
     metrics: dict[str, float] = {"prompts": len(answered.rows), "length": lengths(answered.answers)}
     metrics |= {} if answered.cut is None else {"cut_answers": answered.cut}
-    found = None
+    verdict = verdict_of(answered, scorer)
+    trusted = None if gold is None else verdict_of(answered, gold)
     if answered.baseline is not None:
         metrics["ref_length"] = lengths(answered.baseline)
-        found, more = won(answered, scorer, gold, config)
-        metrics |= more
+        metrics |= won(answered, verdict, trusted, config)
+    metrics |= scorer.spent() if hasattr(scorer, "spent") else {}
     curve = []
-    if not hasattr(scorer, "compare"):
-        more, curve = scored(answered, scorer, gold)
+    if verdict.own is not None:
+        more, curve = scored(verdict, trusted)
         metrics |= more
     if config.answers_dir is not None:
-        write_answers(answered, scorer, found, Path(config.answers_dir))
+        write_answers(answered, scorer, verdict.found, Path(config.answers_dir))
     if config.output_file is not None:  # before it is shown: a screen may be gone
         content = metrics | ({"best_of_n": curve} if curve else {})
         write_whole(Path(config.output_file), json_text(content, indent=1) + "\n")
@@ -78,53 +79,63 @@ def compare_answers(config: Config) -> dict[str, float]:
     return metrics
 
 
-def won(
-    answered: Answered, scorer: Scorer, gold: Scorer | None, config: Config
-) -> tuple[Preferences, dict[str, float]]:
-    """The comparisons of each answer with the reference's of the same number, and what they come to."""
+@dataclass
+class Verdict:
+    """What a scorer or judge says of all answers."""
+
+    found: Preferences | None  # (P * N,) of each answer against the reference's of the same number
+    own: Scores | None = None  # (P, N) of the model's answers; a judge has no scores
+    ref: Scores | None = None
+
+
+def verdict_of(answered: Answered, scorer: Scorer) -> Verdict:
+    """Both sides of a prompt are scored at once. Says who got no score, and why."""
     size = len(answered.answers[0])
-    first = [answer for own in answered.answers for answer in own]
-    second = [answer for own in answered.baseline for answer in own]
-    prompts = [prompt for prompt in answered.prompts for _ in range(size)]
-    rows = [row for row in answered.rows for _ in range(size)]
-    columns = {name: [value for value in values for _ in range(size)] for name, values in answered.columns.items()}
-    found = preferences(scorer, prompts, first, second, columns)
-    say_reasons(scorer.name, found.reasons, rows)
+    if hasattr(scorer, "compare"):
+        if answered.baseline is None:
+            return Verdict(None)
+        first, second = ([a for own in side for a in own] for side in (answered.answers, answered.baseline))
+        found = scorer.compare([prompt for prompt in answered.prompts for _ in range(size)], list(first), list(second))
+        say_reasons(scorer.name, found.reasons, [row for row in answered.rows for _ in range(size)])
+        return Verdict(found)
+    others = answered.baseline or [[] for _ in answered.answers]
+    both = [own + other for own, other in zip(answered.answers, others, strict=True)]
+    scores = scorer.score(answered.prompts, both, answered.columns)
+    flat = [(row, reason) for row, reasons in zip(answered.rows, scores.reasons, strict=True) for reason in reasons]
+    say_reasons(scorer.name, [reason for _, reason in flat], [row for row, _ in flat])
+    own, ref = scores.parted(size)
+    return Verdict(None, own) if answered.baseline is None else Verdict(preferences_of(own, ref), own, ref)
+
+
+def won(answered: Answered, verdict: Verdict, trusted: Verdict | None, config: Config) -> dict[str, float]:
+    """What the comparisons come to."""
+    found, size = verdict.found, len(answered.answers[0])
     metrics = win_rate(found.values.view(-1, size), config.seed)
-    metrics["length_controlled_win_rate"] = length_controlled(
-        found.soft.tolist(), [len(a) for a in first], [len(a) for a in second]
-    )
+    first, second = ([len(a) for own in side for a in own] for side in (answered.answers, answered.baseline))
+    metrics["length_controlled_win_rate"] = length_controlled(found.soft.tolist(), first, second)
     say(f"  outcomes: {', '.join(f'{name} {count}' for name, count in sorted(found.outcomes.items()))}")
-    if metrics["without_verdict"] and hasattr(scorer, "compare"):
-        say("  the same command asks again only about what has no verdict")
     if found.first_shown is not None:
         metrics["first_shown_wins"] = found.first_shown
-    metrics |= scorer.spent() if hasattr(scorer, "spent") else {}
-    if gold is not None:
-        other = preferences(gold, prompts, first, second, columns)
-        say_reasons(gold.name, other.reasons, rows)
-        metrics |= {f"gold_{name}": value for name, value in win_rate(other.values.view(-1, size), config.seed).items()}
-        metrics["cohen_kappa"] = cohen_kappa(found.values, other.values)
-    return found, metrics
+    if metrics["without_verdict"] and verdict.own is None:
+        say("  the same command asks again only about what has no verdict")
+    if trusted is not None:
+        others = win_rate(trusted.found.values.view(-1, size), config.seed)
+        metrics |= {f"gold_{name}": value for name, value in others.items()}
+        metrics["cohen_kappa"] = cohen_kappa(found.values, trusted.found.values)
+    return metrics
 
 
-def scored(answered: Answered, scorer: Scorer, gold: Scorer | None) -> tuple[dict[str, float], list[dict]]:
+def scored(verdict: Verdict, trusted: Verdict | None) -> tuple[dict[str, float], list[dict]]:
     """Mean scores, and the curve of best-of-n where there are several answers."""
-    own = scorer.score(answered.prompts, answered.answers, answered.columns)
-    metrics = {"score": _mean(own, scorer.name, answered.rows)}
-    if answered.baseline is not None:
-        metrics["ref_score"] = _mean(scorer.score(answered.prompts, answered.baseline, answered.columns))
-    trusted = own
-    if gold is not None:
-        trusted = gold.score(answered.prompts, answered.answers, answered.columns)
-        metrics["gold_score"] = _mean(trusted, gold.name, answered.rows)
-    return metrics, best_of_n(own.values, trusted.values) if own.values.shape[1] > 1 else []
+    metrics = {"score": _mean(verdict.own)} | ({} if verdict.ref is None else {"ref_score": _mean(verdict.ref)})
+    gold = verdict.own if trusted is None or trusted.own is None else trusted.own
+    if gold is not verdict.own:
+        metrics["gold_score"] = _mean(gold)
+    several = verdict.own.values.shape[1] > 1
+    return metrics, best_of_n(verdict.own.values, gold.values) if several else []
 
 
-def _mean(scores: Scores, name: str = "", rows: list[str] | None = None) -> float:
-    if rows is not None:
-        flat = [(row, reason) for row, reasons in zip(rows, scores.reasons, strict=True) for reason in reasons]
-        say_reasons(name, [reason for _, reason in flat], [row for row, _ in flat])
+def _mean(scores: Scores) -> float:
     return float(scores.values.nanmean()) if scores.values.numel() else math.nan
 
 

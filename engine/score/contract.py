@@ -38,6 +38,11 @@ class Scores:
     values: Tensor  # (P, K) float64, NaN where there is a reason
     reasons: list[list[NoScore | None]]
 
+    def parted(self, size: int) -> tuple["Scores", "Scores"]:
+        """Those of each prompt's first `size` answers, and those of the others."""
+        parts = (slice(size), slice(size, None))
+        return tuple(Scores(self.values[:, part], [row[part] for row in self.reasons]) for part in parts)
+
     def counts(self) -> Counter[str]:
         """How often each kind of reason stands there; an answer that a prompt lacks is none."""
         kinds = Counter(reason.kind for row in self.reasons for reason in row if reason is not None)
@@ -74,9 +79,15 @@ def preferences(
     if hasattr(scorer, "compare"):
         return scorer.compare(prompts, first, second)
     scores = scorer.score(prompts, list(zip(first, second, strict=True)), columns)
-    difference = scores.values[:, 0] - scores.values[:, 1]
+    return preferences_of(*scores.parted(1))
+
+
+def preferences_of(first: Scores, second: Scores) -> Preferences:  # (P, N), (P, N) -> (P * N,)
+    """By the signs of the differences."""
+    difference = (first.values - second.values).flatten()
     values = torch.where(difference.isnan(), difference, (difference.sign() + 1) / 2)
-    reasons = [left or right for left, right in scores.reasons]
+    both = (zip(*rows, strict=True) for rows in zip(first.reasons, second.reasons, strict=True))
+    reasons = [left or right for row in both for left, right in row]
     return Preferences(values, values, reasons, outcomes_of(values, reasons))
 
 

@@ -62,7 +62,7 @@ def test_win_rate_of_two_models_by_a_function(made, tmp_path, capsys):
     assert found["length"] == pytest.approx(sum(len(row["output"]) for row in own) / len(own))
     assert found["score"] == pytest.approx(sum(len(r["output"]) for i, r in enumerate(own) if i != 2) / (len(own) - 1))
     said = capsys.readouterr().out
-    assert "no score for 1, none given: prompts.jsonl:3" in said
+    assert "no score for 2, none given: prompts.jsonl:3" in said
 
     # Its own files, read again, give the same numbers; so do those of MT-Bench and Arena-Hard.
     alpaca = [
