@@ -565,11 +565,12 @@ def main() -> None:
     versions = f"torch{torch.__version__.split('+')[0]}-triton{triton.__version__}"
     only = f"-{slug(args.only)}" if args.only else ""
     suite = Suite(args.out / f"{slug(chip)}-{versions}{only}.json", args.minutes, DRY if on_cpu else GPU)
-    if args.interpret:
+    if on_cpu:
         sys.path.append(str(record.CHECKOUT.parents[1] / "tests" / "lib"))
         import strict_interpreter
 
         strict_interpreter.install()
+    if args.interpret:
         run_environment(suite)
         run_checks(suite, cases.checks(cases.INTERPRETED))
     else:
