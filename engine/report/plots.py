@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from prefuse.engine.report.log import read_metrics
+from prefuse.engine.run.files import save_figure
 
 PANELS = {  # title -> metrics that share an axis
     "loss": ("loss",),
@@ -46,7 +47,7 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
         axes.legend(fontsize=7)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
-    figure.savefig(image, dpi=120)
+    save_figure(figure, image, dpi=120)
 
 
 def curve_points(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
