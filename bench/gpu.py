@@ -37,9 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if "--interpret" in sys.argv or "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
-
 import torch
 import triton
 
@@ -557,6 +554,10 @@ def main() -> None:
         small_case()
         return
     on_cpu = args.interpret or args.dry_run
+    if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":  # which Triton reads as it is imported
+        os.environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # (peers that compile take a minute)
+        command = [*record.again("gpu"), *sys.argv[1:]]
+        os.execv(command[0], command)
     if not on_cpu and not torch.cuda.is_available():
         parser.error("no GPU here: torch.cuda.is_available() is False (--dry-run and --interpret run on a CPU)")
 
@@ -564,11 +565,12 @@ def main() -> None:
     versions = f"torch{torch.__version__.split('+')[0]}-triton{triton.__version__}"
     only = f"-{slug(args.only)}" if args.only else ""
     suite = Suite(args.out / f"{slug(chip)}-{versions}{only}.json", args.minutes, DRY if on_cpu else GPU)
-    if args.interpret:
+    if on_cpu:
         sys.path.append(str(record.CHECKOUT.parents[1] / "tests" / "lib"))
         import strict_interpreter
 
         strict_interpreter.install()
+    if args.interpret:
         run_environment(suite)
         run_checks(suite, cases.checks(cases.INTERPRETED))
     else:

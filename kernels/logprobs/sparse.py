@@ -37,7 +37,7 @@ from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
 # one p_y is taken for too large, which is margin enough.
 MARGIN = 0.9
 # Rows of a block, rounded to whole row tiles. Smaller blocks keep fewer columns; larger ones gather W less often.
-BLOCK_ROWS = 512
+BLOCK_ROWS = 256
 # A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
 MOST_COLUMNS = 0.9
 MOST_BYTES = 256 << 20
