@@ -41,15 +41,18 @@ from prefuse.engine.run.plan import Share
 from prefuse.engine.run.proof import fault_of_files
 from prefuse.engine.run.publish import kept_elsewhere, publish_model
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import FileRows, Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import needs_of
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, command: str) -> dict[str, float]:
-    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
+def train(config: Config, command: str, rows: FileRows = FileRows()) -> dict[str, float]:  # noqa: B008 (without state)
+    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them.
+
+    `rows`: what is learned from, where it is not the rows of files.
+    """
     clock.restart(torch.device("cpu"))
     with StopSignals() as signals, Messages() as messages:
         home = None
@@ -61,7 +64,7 @@ def train(config: Config, command: str) -> dict[str, float]:
                 home = open_run(config, command, ranks)
                 if is_finished(home, config):
                     return last_metrics(home)
-                run = prepare(config, command, ranks, home)
+                run = prepare(config, command, ranks, home, rows)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
             if ranks.main:
@@ -126,7 +129,8 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
-                window.add(metrics)
+                run.data.after_step()
+                window.add({**metrics, **share.metrics})
                 window.count(*done_by_all)
                 done = share.step + 1
                 bar.update(task, completed=done)
@@ -325,7 +329,7 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
             signals.stop()
 
     # A policy that is its own reference, before the first step: known without running it.
-    unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
+    unmoved = step == 0 and run.config.ref_model_name_or_path is None and run.held.meets_reference
     unmoved = unmoved and run.lm.router is None  # whose loss takes a run of the model
     with run.window.clock_stopped(), clock.part("evaluation"):
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
@@ -343,6 +347,8 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
+    if any(batch.sampled is not None for batch in share.batches):  # its first ratio is 1
+        return
     if "reference" not in needs_of(run.loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
     z0 = 0.0 if "z0" in needs_of(run.loss) else None

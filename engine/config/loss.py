@@ -32,7 +32,9 @@ class LossSettings(Topic):
     beta: float | None = setting(
         None,
         "Strength of the pull towards the reference, or what the loss's paper calls beta (orpo: lambda). None: 0.1, "
-        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token.",
+        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token. `online`: 0 for grpo and reinforce, "
+        "0.05 for rloo and ppo, whose reward it lowers.",
+        commands=("train", "eval", "online"),
     )
     label_smoothing: float | None = setting(
         None,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse import PreferenceOutput, RewardOutput
+from prefuse import PolicyOutput, PreferenceOutput, RewardOutput
 from prefuse.engine.data.batches import Batch
+from prefuse.engine.model.policy import policy_loss_of_states
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
@@ -90,8 +91,10 @@ def loss_of_states(
     loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
-) -> PreferenceOutput | RewardOutput:
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
+    if batch.sampled is not None:
+        return policy_loss_of_states(lm, hidden, batch, loss, num_items)
     if lm.scores:
         return lm.loss_of_states(hidden, batch, loss, num_items)
     with lm.autocast():
@@ -111,15 +114,18 @@ def loss_of_states(
         )
 
 
-def logps_of_states(lm: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor:  # (N, D) -> (N,) float32
+def logps_of_states(
+    lm: LanguageModel, hidden: Tensor, batch: Batch, temperature: float = 1.0
+) -> Tensor:  # (N, D) -> (N,) float32
+    options = {**lm.head.options(), "temperature": temperature, "impl": lm.impl}
     with lm.autocast():
-        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **options)
 
 
 @where_weights_are
 def fused_loss(
     lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
-) -> PreferenceOutput | RewardOutput:
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
     """The loss of one batch, its router's included; its backward begins in the head and goes on in the trunk."""
     hidden, balance = states_and_balance(lm, batch)
     if hidden.requires_grad:
@@ -154,8 +160,15 @@ def with_balance(
 
 @torch.no_grad()
 @where_weights_are
-def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
-    return logps_of_states(lm, completion_states(lm, batch), batch)
+def token_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
+    return logps_of_states(lm, completion_states(lm, batch), batch, temperature)
+
+
+@torch.no_grad()
+@where_weights_are
+def token_values(lm: LanguageModel, batch: Batch, head: torch.nn.Module) -> Tensor:  # (N,) float32
+    """What PPO's value head says of each completion token."""
+    return head(completion_states(lm, batch))
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ class HeldOut:
     kl_samples: dict[int, KLSample] | None = None  # by batch
     scores_file: Path | None = None  # of a reward model: where the scores of the last evaluation are written
 
+    @property
+    def meets_reference(self) -> bool:
+        """Whether there is a reference, whose numbers are known."""
+        return self.ref_logps is not None
+
 
 def evaluation_batches(examples: Examples, config: Config) -> list[list[int]]:
     """All examples once, as indices."""
@@ -118,6 +123,8 @@ def evaluate(
     `unmoved`: the policy still is its reference, so its log-ratios are 0 and the model does not run. Each rank takes
     some of the batches; `between` is called before each.
     """
+    if not isinstance(held, HeldOut):  # held-out prompts, whose answers are sampled and scored
+        return held.evaluate(lm, ranks, between)
     if reads_scores(loss):
         return evaluate_scores(lm, held, loss, ranks, between)
     own = _own_batches(held.batches, ranks)
