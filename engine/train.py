@@ -311,6 +311,8 @@ def least_and_largest(share: Share, extremes: Tensor) -> dict[str, Tensor]:  # (
 
 
 def _backward(run: Run, loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise UserError(f"no gradient of the loss reaches the trained weights of {type(run.lm.model).__name__}")
     try:
         loss.backward()
     except AssertionError as error:  # of layers that ask for train mode
