@@ -275,7 +275,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
         out = fused_loss(lm, ask(batch.to(lm.device)), loss, num_items, z0)
         counts = share.counts[number]
         with clock.part("head"):  # until the gradient of the hidden states is there
-            (out.loss if counts else 0.0 * out.loss).backward()
+            _backward(run, out.loss if counts else 0.0 * out.loss)
         summed = out.loss.detach() * num_items
         count = torch.full_like(summed, count_items(batch, loss))
         metrics = out.metrics | {"loss": torch.stack([summed, count])}
@@ -313,6 +313,18 @@ def least_and_largest(share: Share, extremes: Tensor) -> dict[str, Tensor]:  # (
     one = torch.ones((), dtype=torch.float64, device=extremes.device)
     values = zip(EXTREMES, (least.min(), largest.max()), strict=True)
     return {name: torch.stack([value, one]) for name, value in values}
+
+
+def _backward(run: Run, loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise UserError(f"no gradient of the loss reaches the trained weights of {type(run.lm.model).__name__}")
+    try:
+        loss.backward()
+    except AssertionError as error:  # of layers that ask for train mode
+        fault = next(iter(str(error).splitlines()), "an assertion fails")
+        raise UserError(
+            f"{type(run.lm.model).__name__} gives no gradients in eval mode, in which models are trained here: {fault}"
+        ) from None
 
 
 def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:
