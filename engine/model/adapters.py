@@ -103,15 +103,32 @@ def _targets(model: nn.Module, config: Config) -> list[str] | str:
     return targets
 
 
+def go_on_with(model: nn.Module, folder: Path, config: Config) -> PeftModel:
+    """The adapters in `folder`, to be trained further; everything else is frozen. Their shape is their own."""
+    adapters = load_adapters(model, folder, trains=True)
+    own = adapters.active_peft_config
+    if own.task_type != TASKS[model.get_output_embeddings() is None]:
+        raise UserError(
+            f"{folder} holds adapters for {own.task_type}, and this command trains "
+            f"{TASKS[model.get_output_embeddings() is None]}: merge them into their base first (prefuse merge)"
+        )
+    for name, value in ("lora_r", own.r), ("lora_alpha", own.lora_alpha), ("lora_dropout", own.lora_dropout):
+        given = getattr(config, name)
+        if given not in (value, type(config).__dataclass_fields__[name].default):
+            raise UserError(f"{name} is {given}, but the adapters in {folder} have {value:g}: drop {name}")
+    _drop_only_where_gradients_are_taken(model)
+    return adapters
+
+
 @torch.no_grad()
-def load_adapters(model: nn.Module, folder: Path) -> PeftModel:
+def load_adapters(model: nn.Module, folder: Path, trains: bool = False) -> PeftModel:
     """The adapters in `folder`, in the model that they were made for."""
     from peft import PeftModel
     from safetensors.torch import load_file
 
     try:
         with _quiet(), file_faults_as_oserror():
-            adapters = PeftModel.from_pretrained(model, folder)
+            adapters = PeftModel.from_pretrained(model, folder, is_trainable=trains)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits
         for name, value in adapter_state(model, adapters).items():

@@ -1,5 +1,6 @@
 """What a training run is made of, put together once before its first step."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -16,7 +17,7 @@ from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import adapters_off, base_state
+from prefuse.engine.model.adapters import adapters_off, base_of, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_mismatches, check_rows
@@ -130,8 +131,9 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
     if "labels" in needs_of(loss):
         guards.check_labels(examples.labels)
-    model = checksums(base_state(lm.model), ranks)
-    with adapters_off(lm.model), clock.part("reference"):
+    goes_on = base_of(Path(config.model_name_or_path)) is not None  # then the adapters as they are are the reference
+    model = checksums(lm.model.state_dict() if goes_on else base_state(lm.model), ranks)
+    with contextlib.nullcontext() if goes_on else adapters_off(lm.model), clock.part("reference"):
         data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(

@@ -16,6 +16,7 @@ from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.load import load_tokenizer
 from prefuse.engine.model.reward_model import is_reward_folder, load_reward_model, pad_apart
+from prefuse.engine.run.guards import Guards
 from prefuse.engine.train import train
 from prefuse.losses.rewards import BradleyTerry
 from prefuse.models.score import check_score, sequence_scores
@@ -202,6 +203,24 @@ def test_accumulation_makes_the_same_update(model, pairs, tmp_path):
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=0, atol=2e-5)
+
+
+def test_guards_of_scores():
+    guards = Guards(reward("m"))
+    sound = {
+        "mean_reward": 3.0,
+        "std_reward": 1.0,
+        "unequal_lengths": 100,
+        "prefers_longer": 0.6,
+        "longer_is_chosen": 0.5,
+    }
+    guards.on_evaluation(1, sound)
+    guards.on_evaluation(2, sound | {"unequal_lengths": 10, "prefers_longer": 1.0})
+    assert guards.fired == []
+    guards.on_evaluation(3, sound | {"prefers_longer": 0.75})
+    assert guards.fired == ["length"]
+    guards.on_evaluation(4, sound | {"mean_reward": -11.0})
+    assert guards.fired == ["length", "score drift"]
 
 
 def test_settings():
