@@ -76,10 +76,52 @@ COMMANDS = {
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
-DATA = "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`."
 ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
-PLOT = "Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`."
-BENCH = "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs."
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command with flags of its own, none of them settings of a run."""
+
+    about: str
+    run: Callable[[Sequence[str]], int]
+
+
+def _data(words: Sequence[str]) -> int:
+    from prefuse.engine.curate import main
+
+    return main(words)
+
+
+def _plot(words: Sequence[str]) -> int:
+    from prefuse.engine.plot import main
+
+    return main(words)
+
+
+def _report(words: Sequence[str]) -> int:
+    from prefuse.engine.show import report
+
+    return report(words)
+
+
+def _bench(words: Sequence[str]) -> int:
+    from prefuse.bench.cli import main
+
+    return main(words)
+
+
+TOOLS = {
+    "data": Tool(
+        "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`.",
+        _data,
+    ),
+    "plot": Tool("Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`.", _plot),
+    "report": Tool("Write one HTML page about one run or several: `prefuse report RUN [RUN ...]`.", _report),
+    "bench": Tool(
+        "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs.", _bench
+    ),
+}
 OTHER_NAMES = {
     "benchmark": "bench",
     "evaluate": "eval",
@@ -100,18 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in ("-h", "--help", "--version"):
             print(_version() if argv[0] == "--version" else overview())
             return 0
-        if argv and argv[0] == "bench":
-            from prefuse.bench.cli import main as bench
-
-            return bench(argv[1:])
-        if argv and argv[0] == "plot":
-            from prefuse.engine.plot import main as plot
-
-            return plot(argv[1:])
-        if argv and argv[0] == "data":
-            from prefuse.engine.curate import main as data
-
-            return data(argv[1:])
+        if argv and argv[0] in TOOLS:
+            return TOOLS[argv[0]].run(argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about))
@@ -185,7 +217,10 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = did_you_mean(first, [*COMMANDS, "data", "plot", "bench"], OTHER_NAMES) or f": expected {', '.join(COMMANDS)}"
+    hint = (
+        did_you_mean(first, [*COMMANDS, "data", "plot", "report", "bench"], OTHER_NAMES)
+        or f": expected {', '.join(COMMANDS)}"
+    )
     raise UserError(f"unknown command {first!r}{hint}")
 
 
@@ -198,7 +233,7 @@ def run(command: str, config: Config) -> None:
 
 
 def overview() -> str:
-    abouts = {name: command.about for name, command in COMMANDS.items()} | {"data": DATA, "plot": PLOT, "bench": BENCH}
+    abouts = {name: command.about for name, command in [*COMMANDS.items(), *TOOLS.items()]}
     width = max(map(len, abouts))
     lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])

@@ -34,6 +34,7 @@ from prefuse.engine.report.card import model_card
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
+from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
 from prefuse.engine.run.checkpoint import model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 def train(config: Config, command: str) -> dict[str, float]:
     """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
     clock.restart(torch.device("cpu"))
-    with StopSignals() as signals:
+    with StopSignals() as signals, Messages() as messages:
         home = None
         try:
             try:
@@ -66,6 +67,8 @@ def train(config: Config, command: str) -> dict[str, float]:
                 run = prepare(config, command, ranks, home)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
+            if ranks.main:
+                messages.open(run.folder)
             with signals.postponed(), contextlib.closing(run.log):
                 return finish(run, signals)
         finally:

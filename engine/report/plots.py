@@ -1,5 +1,6 @@
 """curves.png from metrics.jsonl: what was trained on as lines, what was held out as dots and lines."""
 
+import math
 from pathlib import Path
 
 from prefuse.engine.report.log import read_metrics
@@ -35,7 +36,7 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
     for axes, (title, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
         for name in names:
             for prefix, style in ("", {}), ("eval_", {"marker": "o", "markersize": 3, "linestyle": "--"}):
-                if points := _curve(rows, name, prefix):
+                if points := curve_points(rows, name, prefix):
                     label = f"{'held-out' if prefix else 'train'} {name}"
                     axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
         axes.set_title(title, fontsize=10)
@@ -48,8 +49,12 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
     figure.savefig(image, dpi=120)
 
 
-def _curve(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
+def curve_points(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
     """(step, mean). A tie counts as half an accuracy: before the first step all rewards are equal."""
     half = 0.5 if name == "rewards/accuracies" else 0.0
-    points = [(row["step"], row.get(prefix + name), row.get(f"{prefix}rewards/ties") or 0.0) for row in rows]
-    return [(step, mean + half * ties) for step, mean, ties in points if mean is not None]
+    points = [(row.get("step"), row.get(prefix + name), row.get(f"{prefix}rewards/ties") or 0.0) for row in rows]
+    return [(step, mean + half * ties) for step, mean, ties in points if all(map(_is_number, (step, mean, ties)))]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

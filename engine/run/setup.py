@@ -26,6 +26,7 @@ from prefuse.engine.model.reward_model import load_reward_model, pad_apart
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
+from prefuse.engine.run.about import write_about
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
@@ -157,6 +158,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
+        write_about(home.path, tokenizer, examples, held_examples, device)
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)

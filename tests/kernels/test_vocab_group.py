@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).parents[1] / "lib" / "vocab_worker.py"
+RANKS = [("torch", 1), ("torch", 2), ("torch", 3), ("triton", 2), pytest.param("triton", 3, marks=pytest.mark.slow)]
 CHECKS = ["check_values_and_gradients", "check_bits", "check_losses", "check_errors"]
 
 
-@pytest.mark.parametrize(("impl", "ranks"), [("torch", 1), ("torch", 2), ("torch", 3), ("triton", 2), ("triton", 3)])
+@pytest.mark.parametrize(("impl", "ranks"), RANKS)
 def test_ranks_that_share_a_head_agree_with_the_whole(impl, ranks, tmp_path):
     command = [sys.executable, str(WORKER)]
     workers = [

@@ -1,0 +1,152 @@
+"""`prefuse report`: what a page says of a run, what it never lets through, and that a browser draws all of it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from prefuse.engine.cli import main
+from prefuse.engine.report.page.series import MOST_POINTS, charts_of, shortened
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MARKUP = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"
+CLOSING = "</script><script>document.title='taken'</script>"
+
+
+def write_run(folder, steps=30, text="a plain text", **files):
+    folder.mkdir()
+    rows = [{"step": 0, "epoch": 0.0, "eval_loss": 0.6931, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0}]
+    rows += [{"step": step, "epoch": 0.1, "loss": 1 / step, "learning_rate": 1e-3} for step in range(1, steps + 1)]
+    rows += [
+        {"step": steps, "epoch": 1.0, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_rewards/ties": 0.1}
+    ]
+    side = {"name": "chosen", "ids": [1, 2], "pieces": [text, "\n"], "roles": ["prompt", "chosen"]}
+    contents = {
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "run.json": json.dumps({"command": "train", "state": "finished", "libraries": {"torch": "2"}}),
+        "config.yaml": f"loss_type: dpo\nbeta: 0.3\ndataset_name: {json.dumps(text)}\n",
+        "about.json": json.dumps({
+            "rows": {"train": 19, "held_out": 1}, "example": {"row": text, "sides": [side]}, "chat_template": text,
+        }),
+        "skipped.jsonl": "".join(json.dumps({"row": text, "reason": text}) + "\n" for _ in range(3)),
+        "messages.jsonl": json.dumps({"time": "2026", "level": "warning", "text": text}) + "\n",
+        "answers.jsonl": json.dumps({"prompt": text, "model": text, "reference": text}) + "\n",
+        "eval.json": json.dumps({"loss": 0.25, "rewards/accuracies": 0.75}),
+    } | files  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def page_of(*folders):
+    assert main(["report", *map(str, folders)]) == 0
+    return (folders[0] / "report.html").read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_answers_the_questions_of_a_newcomer(tmp_path):
+    text = Tags(page_of(write_run(tmp_path / "dpo"))).text
+    for said in (
+        "What was it trained on?", "19 rows", "Why rows were skipped", "a plain text",
+        "Did it learn?", "0.6931", "0.25", "reward accuracy (a tie counts half)", "0.5", "0.8",
+        "Is it better?", "answers.jsonl", "eval.json", "What went wrong?", "warning", "finished, 30 steps",
+        "With which settings?", "beta", "0.3",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_runs_stand_side_by_side_and_what_differs_is_marked(tmp_path):
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", **{"config.yaml": "loss_type: dpo\nbeta: 0.7\n"})
+    page = page_of(one, two)
+    rows = re.findall(r'<tr class="differs">.*?</tr>', page, re.DOTALL)
+    assert any("beta" in row and "0.3" in row and "0.7" in row for row in rows)
+    assert not any("loss_type" in row for row in rows)
+    data = json.loads(re.search(r'id="chart-data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {line["run"] for line in data["charts"][0]["lines"]} == {0, 1}
+
+
+@pytest.mark.parametrize("text", [MARKUP, CLOSING, "{{ 7 * 7 }}", 'x" onmouseover="alert(1)'])
+def test_no_text_of_a_run_is_markup(text, tmp_path):
+    tags = Tags(page_of(write_run(tmp_path / "dpo", text=text)))
+    plain = Tags(page_of(write_run(tmp_path / "plain")))
+    assert [tag for tag, _ in tags.found] == [tag for tag, _ in plain.found]
+    assert [sorted(attrs) for _, attrs in tags.found] == [sorted(attrs) for _, attrs in plain.found]
+    assert text in tags.text  # shown as it is
+
+
+def test_nothing_is_fetched(tmp_path):
+    page = page_of(write_run(tmp_path / "dpo"))
+    assert not [attrs for tag, attrs in Tags(page).found if {"src"} & set(attrs) or tag in ("link", "iframe", "img")]
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "about.json", "skipped.jsonl", "messages.jsonl"])
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2", "[]", "null", "7", '{"a": ' * 3000, '{"rows": 3, "example": {"sides": [1]}}']
+)
+def test_a_strange_file_costs_its_own_part_of_the_page_alone(name, content, tmp_path):
+    assert "Did it learn?" in page_of(write_run(tmp_path / "dpo", **{name: content}))
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_long_curve_keeps_its_mean_and_its_spikes():
+    values = [0.0] * 100_000
+    values[54_321] = 9.0
+    line = shortened("loss", list(enumerate(values)), held_out=False)
+    assert len(line.values) == MOST_POINTS
+    assert max(line.high) == 9.0
+    assert min(line.low) == 0.0
+    assert sum(line.values) / len(line.values) == pytest.approx(9.0 / 100_000, rel=0.05)
+
+
+def test_lines_of_the_log_that_are_strange_are_left_out():
+    rows = [{"step": 1, "loss": 0.5}, {"step": "2", "loss": 0.5}, {"step": 3, "loss": None}, {"loss": 1.0}, {"step": 4}]
+    (line,) = charts_of(rows)["loss"]
+    assert (line.steps, line.values) == ([1.0], [0.5])
+
+
+def test_a_run_of_100_000_steps_makes_a_small_page(tmp_path):
+    page = page_of(write_run(tmp_path / "long", steps=100_000))
+    assert len(page) < 2_000_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_draws_every_figure_without_an_error(width, tmp_path):
+    long, hostile = write_run(tmp_path / "long", steps=20_000), write_run(tmp_path / "hostile", text=MARKUP + CLOSING)
+    page_of(long, hostile)
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000",
+         "--dump-dom",
+         (long / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert not re.findall(r".*:CONSOLE.*", done.stderr)
+    figures = re.findall(r'<figure class="chart"[^>]*>.*?</figure>', done.stdout, re.DOTALL)
+    assert figures
+    for figure in figures:
+        assert 'data-drawn="yes"' in figure
+        assert "<polyline" in figure
+    assert "<title>long, hostile" in done.stdout  # no script of a run has changed it
