@@ -18,7 +18,7 @@ from prefuse.preference import (
     preference_loss,
     reduce_metrics,
 )
-from prefuse.reward import RewardOutput, reward_loss
+from prefuse.reward import RewardOutput, combine_steps, reward_loss
 
 __version__ = "0.1.0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "SLiC",
     "SimPO",
     "StepReward",
+    "combine_steps",
     "kl_estimate",
     "kto_reference_point",
     "kto_weights",

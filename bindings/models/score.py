@@ -89,6 +89,15 @@ def sequence_scores(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor: 
     return score_of_states(model, end_states(model, tokens))
 
 
+def step_scores(model: PreTrainedModel, tokens: Packed | Padded, ends: Tensor) -> Tensor:  # (N,) bool -> (M,) float32
+    """The scores of steps: at the completion tokens where `ends` is true, in their order.
+
+    `model`: an `AutoModelForTokenClassification` of a decoder with two labels (TRL's process reward models: is the step
+    right?), whose score is the second logit less the first, or a model of one label.
+    """
+    return score_of_states(model, step_states(model, tokens, ends))
+
+
 def check_score(model: PreTrainedModel, input_ids: Tensor) -> None:  # (1, T)
     """Refuse the model if its own forward makes other scores of a row than are made here."""
     with quietly(model):

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from prefuse.engine.config.setting import Topic, at_least, setting
 from prefuse.engine.errors import UserError
-from prefuse.losses.rewards import BradleyTerry, RewardLoss
+from prefuse.losses.rewards import AllPairs, BradleyTerry, PlackettLuce, RewardLoss
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,10 @@ class RewardSettings(Topic):
     title: ClassVar[str] = "Reward model (docs/rewards.md)"
     commands: ClassVar[tuple[str, ...]] = ("reward",)
 
-    reward_loss: Literal["bradley_terry"] = setting(
+    reward_loss: Literal["bradley_terry", "plackett_luce", "all_pairs"] = setting(
         "bradley_terry",
-        "What a reward model learns from: bradley_terry, from pairs.",
+        "What a reward model learns from. bradley_terry: pairs (of a list of scored answers those that --pairs names). "
+        "plackett_luce, all_pairs: whole rankings, each answer run once.",
     )
     center_rewards_coefficient: float | None = setting(
         None,
@@ -26,9 +27,14 @@ class RewardSettings(Topic):
 
     def scores_loss(self) -> RewardLoss:
         """The loss these settings name."""
-        return BradleyTerry(self.center_rewards_coefficient, self.label_smoothing or 0.0)
+        if self.reward_loss == "plackett_luce":
+            return PlackettLuce(self.center_rewards_coefficient)
+        pairs = {"bradley_terry": BradleyTerry, "all_pairs": AllPairs}[self.reward_loss]
+        return pairs(self.center_rewards_coefficient, self.label_smoothing or 0.0)
 
     def check(self, command: str) -> None:
+        if self.reward_loss == "plackett_luce" and self.label_smoothing:
+            raise UserError("label_smoothing has no meaning with reward_loss plackett_luce: drop it")
         try:
             self.scores_loss()
         except ValueError as error:

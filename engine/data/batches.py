@@ -89,7 +89,7 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
         num_learned = int(learned.sum())
         tokens = replace(tokens, targets=tokens.targets.masked_fill(torch.from_numpy(~learned), IGNORE_INDEX))
     chosen = np.asarray(indices, np.int64)
-    return Batch(
+    batch = Batch(
         rows=[examples.rows[i] for i in indices],
         tokens=tokens,
         labels=None if examples.labels is None else torch.from_numpy(examples.labels[chosen]),
@@ -97,6 +97,7 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
         shapes=[(examples.sides, length) for length in examples.lengths[chosen].tolist()],
         num_learned=num_learned,
     )
+    return examples.finish(batch, indices)
 
 
 def _packed(sequences: Sequence[Tokens]) -> Packed:

@@ -26,7 +26,7 @@ FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
 
 def kind_of(loss: Loss) -> Kind:
     """What the rows must be to feed this loss."""
-    if loss.per == "pair":
+    if loss.per in ("pair", "group"):  # a ranking is read as its pairs (ranked.py)
         return "pair"
     return "labelled" if "labels" in needs_of(loss) else "sft"
 

@@ -148,6 +148,10 @@ class Examples(Sequence):
             labels=None if self.labels is None else self.labels[chosen],
         )
 
+    def finish(self, batch: Any, indices: Sequence[int]) -> Any:
+        """The batch of the examples at `indices`, with what rows of another kind add to it (ranked.py)."""
+        return batch
+
     def unpaired(self) -> Examples:
         """Each pair as two labelled completions: chosen (true), then rejected (false)."""
         twice = np.repeat(np.arange(len(self)), 2)

@@ -22,6 +22,7 @@ import prefuse
 from prefuse import RewardOutput
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples
+from prefuse.engine.data.ranked import RankedBatch
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.forward import LanguageModel
@@ -73,7 +74,8 @@ class RewardModel(LanguageModel):
             return score_of_states(self.model, states.to(self.head.weight.dtype))
 
     def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
-        return prefuse.reward_loss(self.scores_of_states(states), loss, num_items=num_items)
+        groups = {"cu_groups": batch.cu_groups, "ranks": batch.ranks} if isinstance(batch, RankedBatch) else {}
+        return prefuse.reward_loss(self.scores_of_states(states), loss, num_items=num_items, **groups)
 
 
 def load_reward_model(

@@ -15,6 +15,7 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
+from prefuse.engine.data.ranked import rankings_of
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_of, base_state
@@ -198,7 +199,11 @@ def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tup
 
     def read() -> tuple:
         tokenizer = load_tokenizer(config.model_name_or_path, config)
-        return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
+        if loss.per != "group":
+            return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
+        all_pairs = dataclasses.replace(config, pairs="all")
+        examples, held, skipped = read_training_data(all_pairs, kind_of(loss), tokenizer)
+        return tokenizer, rankings_of(examples), held and rankings_of(held), skipped
 
     with clock.part("data"):
         tokenizer, examples, held_examples, skipped = ranks.together(read)
