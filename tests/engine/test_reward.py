@@ -177,6 +177,8 @@ def test_a_padding_token_that_ends_answers_is_replaced(model, pairs):
     tokenizer.pad_token = tokenizer.eos_token
     lm = load_reward_model(model, reward(model), CPU)
     examples = examples_of(load_examples(pairs, "pair", tokenizer, 64).examples)
+    lm.model.config.pad_token_id = tokenizer.eos_token_id
+    lm.check(torch.tensor([examples.longest_sequence()]))  # whatever its padding token is
     assert tokenizer.eos_token_id in last_tokens(examples)
     assert "also ends answers" in pad_apart(lm.model, tokenizer, [examples])
     assert tokenizer.pad_token_id not in last_tokens(examples)
