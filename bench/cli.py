@@ -17,6 +17,7 @@ VERBS = {
     "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
     "model": "Time and memory of a whole model's step, with its own logits and without them.",
     "packing": "Pairs per second in flat batches with shared prompts, beside padded ones.",
+    "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
     "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",
     "reward": "Pairs per second of a reward model's training beside TRL's, and tokens of scoring several answers.",
     "seam": "Time and memory of a DPO step of TRL's trainer, with its own head and with prefuse's.",

@@ -54,15 +54,18 @@ def gradients_in_forward(
     groups: list[ItemGroup],
     call: HeadCall,
     loss_of: Callable[[Tensor, slice, slice], Tensor],  # logps, sequences, tokens of a group -> ()
-) -> tuple[Tensor, Gradients]:
-    """(N,) log-probabilities, and d(sum of `loss_of` over the groups) by hidden, weight and bias."""
-    head = GroupedHead(call)
-    logps = []
+    outputs: tuple[str, ...] = (),
+) -> tuple[Tensor, Gradients, dict[str, Tensor]]:
+    """(N,) log-probabilities, d(sum of `loss_of` over the groups) by hidden, weight and bias, and the outputs (N,)."""
+    head = GroupedHead(call, outputs)
+    logps, extra = [], []
     for group in groups:
         logps.append(head.forward(group.tokens))
+        extra.append(head.saved.extra)
         leaf = logps[-1].detach().requires_grad_()
         head.backward(torch.autograd.grad(loss_of(leaf, group.sequences, group.tokens), leaf)[0])
-    return torch.cat(logps), head.gradients
+    named = dict(zip(outputs, torch.cat(extra, -1), strict=True)) if outputs else {}
+    return torch.cat(logps), head.gradients, named
 
 
 class WithGradients(torch.autograd.Function):

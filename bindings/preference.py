@@ -183,7 +183,7 @@ def _linear_preference_loss(
         return loss_of(logprobs_of(call, workspace)), None
     if isinstance(given.z0, Mismatched):  # it is the mean over all groups
         given = replace(given, z0=kto_reference_point(*given.z0))
-    logps, gradients = gradients_in_forward(groups, call, lambda *group: loss_of(*group).loss)
+    logps, gradients, _ = gradients_in_forward(groups, call, lambda *group: loss_of(*group).loss)
     return loss_of(logps), gradients
 
 

@@ -124,6 +124,8 @@ def needs_of(loss: Loss) -> frozenset[Need]:
     An attribute `uses_reference`, true or false, decides about "reference" in place of `needs`, also in a subclass.
     Raises TypeError if `loss` is no loss, ValueError if `needs` has a name that is not in NEEDS.
     """
+    if not isinstance(loss, type) and hasattr(loss, "policy_losses") and not hasattr(loss, "losses"):
+        raise TypeError(f"{type(loss).__name__} is a loss over sampled tokens: give it to prefuse.linear_policy_loss")
     if isinstance(loss, type) or not hasattr(loss, "losses"):
         raise TypeError(f"loss must be an instance such as prefuse.DPO(beta=0.1), got {loss!r}")
     needs = frozenset(getattr(loss, "needs", ()))

@@ -12,7 +12,8 @@ from prefuse.losses.contract import Loss
 from prefuse.losses.dpo_family import FDPO, LDDPO, MODPO, ODPO, BetaDPO
 from prefuse.losses.likelihood import CPO, ORPO, RPO, ChosenNLL, SimPO, SLiC
 from prefuse.losses.pairs import AOT, APO, BCO, DPO, EXO, IPO, NCA, SPPO, DiscoPOP, DPONorm, Hinge, RobustDPO
-from prefuse.losses.unpaired import KTO, MOKTO, UNA, ConditionalSFT, PPOClip
+from prefuse.losses.policy import PPOClip
+from prefuse.losses.unpaired import KTO, MOKTO, UNA, ConditionalSFT
 
 # name -> the class, and the fields that the name itself decides
 LOSSES: dict[str, tuple[type, dict[str, object]]] = {

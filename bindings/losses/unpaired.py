@@ -21,7 +21,6 @@ from prefuse.losses.contract import (
     Need,
     Per,
     Sequences,
-    capped_exp,
     check_beta,
 )
 
@@ -128,35 +127,6 @@ class MOKTO(KTO):
         z0 = seq.z0 if self.reference_point is None else self.reference_point
         shifted = z0 + (self.beta * (seq.ratios - z0) - seq.margins) / (self.weight * self.beta)
         return super().losses(seq._replace(ratios=shifted))
-
-
-@dataclass(frozen=True)
-class PPOClip(Defaults):
-    """Offline PPO with rewards of +1 and -1, the KTO paper's strong baseline (arXiv 2402.01306, section 3.2).
-
-        loss = -(1 / n) sum over t of min(q_t A, clip(q_t, 1 - clip, 1 + clip) A)      q_t = pi(y_t) / pi_ref(y_t)
-
-    A is 1 for a desirable completion and -1 for another. The clipped objective is Schulman et al. 2017 (arXiv
-    1707.06347), eq. 7. Needs `ref_logps` token by token. The reward that is logged is r.
-    """
-
-    clip: float = 0.2
-    per: ClassVar[Per] = "sequence"
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference", "labels"})
-
-    def __post_init__(self):
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip must be in (0, 1), got {self.clip}")
-
-    def losses(self, seq: Sequences) -> Tensor:  # (S,)
-        tokens = seq.tokens
-        advantages = torch.where(seq.labels, 1.0, -1.0).double()[tokens.owners]
-        q = capped_exp(tokens.ratios)
-        gains = torch.minimum(q * advantages, q.clamp(1 - self.clip, 1 + self.clip) * advantages)
-        return -tokens.sums(gains * tokens.counted) / seq.lengths
-
-    def rewards(self, seq: Sequences) -> Tensor:  # (S,)
-        return seq.ratios
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,12 @@ def group_rows(call: HeadCall, workspace: int) -> int:
 class GroupedHead:
     """`linear_logprobs` group by group; afterwards `gradients` are those of hidden, weight and bias."""
 
-    def __init__(self, call: HeadCall):
+    def __init__(self, call: HeadCall, outputs: tuple[str, ...] = ()):
         checks.check_targets(call.targets, Whole(), len(call.weight), call.options.ignore_index)
         self.needs, self.options, self.targets = call.needs, call.options, call.targets
         self.hidden, self.weight = call.hidden.detach(), call.weight.detach()
         self.bias = None if call.bias is None else call.bias.detach()
-        self.module = implementation(call.impl)
+        self.module, self.outputs = implementation(call.impl), outputs
         self.dhidden = torch.zeros_like(self.hidden) if self.needs.hidden else None
         self.sums = Sums.zeros(self.weight, self.bias, self.needs, accumulator_dtype(self.hidden.dtype))
 
@@ -56,7 +56,7 @@ class GroupedHead:
         """(rows,) log-probabilities; keeps what `backward` of the same rows needs."""
         self.rows = rows
         hidden, targets = self.hidden[rows], self.targets[rows]
-        self.saved = self.module.forward(hidden, self.weight, self.bias, targets, self.options, (), "stash")
+        self.saved = self.module.forward(hidden, self.weight, self.bias, targets, self.options, self.outputs, "stash")
         return self.saved.logps
 
     def backward(self, grad: Tensor) -> None:

@@ -13,7 +13,8 @@ from prefuse import liger
 from prefuse.losses.names import LOSSES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("losses.md", "liger.md", "rewards.md")}
+NAMES = "losses.md", "liger.md", "policy_losses.md", "rewards.md"
+PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in NAMES}
 SNIPPETS = [
     (name, text) for name, page in PAGES.items() for text in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)
 ]
