@@ -1,4 +1,4 @@
-"""What docs/losses.md, liger.md and rewards.md show runs as it stands, and their tables say what the code does.
+"""What docs/losses.md, liger.md and rewards.md show runs as it stands, and their tables say what the code does."""
 
 import dataclasses
 import re
