@@ -18,8 +18,8 @@ import torch
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import base_of
-from prefuse.engine.model.load import SHARD_SIZE, load_model, load_tokenizer
-from prefuse.engine.model.reward_model import is_reward_folder, load_reward_model
+from prefuse.engine.model.load import SHARD_SIZE, load_tokenizer
+from prefuse.engine.model.reward_model import loader_of
 from prefuse.engine.report.log import say
 from prefuse.engine.run.files import published_folder
 
@@ -36,8 +36,9 @@ def merge(config: Config) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir {folder} exists and is not empty: give another folder")
     tokenizer = load_tokenizer(config.model_name_or_path, config)
-    load = load_reward_model if is_reward_folder(config.model_name_or_path) else load_model
-    lm = load(config.model_name_or_path, dataclasses.replace(config, dtype="float32"), torch.device("cpu"))
+    lm = loader_of(config.model_name_or_path)(
+        config.model_name_or_path, dataclasses.replace(config, dtype="float32"), torch.device("cpu")
+    )
     # peft refuses adapters that hold a NaN
     model = lm.model if lm.adapters is None else lm.adapters.merge_and_unload(safe_merge=True)
     model = model.to(getattr(torch, config.dtype))

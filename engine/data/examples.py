@@ -106,7 +106,7 @@ def _read_examples(
 ) -> Dataset:  # fmt: skip
     records, form, ignored = read_records(source, kind, split, options)
     source = name_of(source)
-    room = _room(max_length, tokenizer, text)
+    room = room_of(max_length, tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
     examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
@@ -124,7 +124,7 @@ def _read_examples(
             else:
                 sides = list(outcome.sides.values())
                 examples.append(outcome.row, outcome.prompt, sides, outcome.label, outcome.learned)
-    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
+    require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
     if has_preferences and kind == "labelled":
         table = table.unpaired()
@@ -143,7 +143,7 @@ def _read_examples(
     )
 
 
-def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
+def room_of(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
     parts = character_parts(tokenizer)
     return Room(max_length, tokenizer.bos_token_id, parts, text.truncation_mode, text.long_completions)
 
@@ -164,7 +164,7 @@ def load_prompts(
     records, form, ignored = read_records(source, "prompt", split, ReadOptions(**reading))
     source = name_of(source)
     text = text or TextOptions()
-    room = _room(max_length, tokenizer, text)
+    room = room_of(max_length, tokenizer, text)
     prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
@@ -176,7 +176,7 @@ def load_prompts(
             else:
                 prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
     rows = form.tally.rows
-    _require_usable(len(prompts), skipped, rows, source)
+    require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
         report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
@@ -239,7 +239,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+def require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
     bad = [skip for skip in skipped if not skip.by_rule]
     if not count:
         raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.run.files import file_faults_as_oserror
+from prefuse.models.trunk import class_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ABOUT = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-TASKS = "CAUSAL_LM", "SEQ_CLS"  # with the second, peft trains the score head whole and saves it with the adapters
 PREFIX = "base_model.model."  # of the transformers model's names inside a PeftModel
 
 
@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
         target_modules=targets,
         exclude_modules=None if config.lora_target_modules else _never_called(model),
         modules_to_save=config.lora_modules_to_save,
-        task_type=TASKS[model.get_output_embeddings() is None],
+        task_type=task_of(model),
     )
     if Path(model.name_or_path).exists():  # the adapters will be read from elsewhere
         model.name_or_path = str(Path(model.name_or_path).absolute())
@@ -71,6 +71,13 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
     _drop_only_where_gradients_are_taken(model)
     _in_float32(model)
     return adapters
+
+
+def task_of(model: nn.Module) -> str:
+    """peft's name. With the second and third it trains the score head whole and saves it with the adapters."""
+    if model.get_output_embeddings() is not None:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if "ForSequenceClassification" in class_of(model).__name__ else "TOKEN_CLS"
 
 
 def _never_called(model: nn.Module) -> list[str] | None:
@@ -107,10 +114,10 @@ def go_on_with(model: nn.Module, folder: Path, config: Config) -> PeftModel:
     """The adapters in `folder`, to be trained further; everything else is frozen. Their shape is their own."""
     adapters = load_adapters(model, folder, trains=True)
     own = adapters.active_peft_config
-    if own.task_type != TASKS[model.get_output_embeddings() is None]:
+    if own.task_type != task_of(model):
         raise UserError(
-            f"{folder} holds adapters for {own.task_type}, and this command trains "
-            f"{TASKS[model.get_output_embeddings() is None]}: merge them into their base first (prefuse merge)"
+            f"{folder} holds adapters for {own.task_type}, and this command trains {task_of(model)}: merge them into "
+            "their base first (prefuse merge)"
         )
     for name, value in ("lora_r", own.r), ("lora_alpha", own.lora_alpha), ("lora_dropout", own.lora_dropout):
         given = getattr(config, name)

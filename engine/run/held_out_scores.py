@@ -16,13 +16,14 @@ import torch
 
 from prefuse.engine.data.batches import collate
 from prefuse.engine.data.ranked import Rankings
+from prefuse.engine.data.steps import Solutions
 from prefuse.engine.model.forward import LanguageModel, completion_states
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.rewards import RewardLoss, Scored
-from prefuse.reward import reward_loss
-from prefuse.score_quality import score_quality
+from prefuse.reward import RewardOutput, reward_loss
+from prefuse.score_quality import expected_calibration_error, score_quality
 
 if TYPE_CHECKING:
     from prefuse.engine.run.held_out import HeldOut
@@ -39,7 +40,8 @@ def evaluate_scores(
     """loss, TRL's metrics and `score_quality` over all held-out rows; each rank takes some of the batches."""
     examples = held.examples
     ranked = isinstance(examples, Rankings)
-    starts = examples.offsets if ranked else np.arange(0, len(examples) + 1) * examples.sides
+    steps = isinstance(examples, Solutions)
+    starts = examples.offsets if ranked or steps else np.arange(0, len(examples) + 1) * examples.sides
     scores = torch.zeros(int(starts[-1]), dtype=torch.float64)
     for number, counts in ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True):
         between()
@@ -49,16 +51,23 @@ def evaluate_scores(
             own = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
             scores[torch.from_numpy(own)] = found
     scores = ranks.sum_(scores)
+    if steps:
+        labels = torch.from_numpy(examples.right)
+        quality = {"ece": expected_calibration_error(torch.where(labels, scores, -scores))}
+        return _means(reward_loss(scores, loss, labels=labels)) | quality
     lengths = torch.from_numpy(examples.completions.lengths.astype(np.float64))
     places = torch.from_numpy(examples.ranks) if ranked else torch.arange(len(scores))  # less is better
     cu_groups = torch.from_numpy(starts)
     out = reward_loss(scores, loss, cu_groups=cu_groups, ranks=places if ranked else None)
-    means = {"loss": out.loss.item()} | {name: (x[0] / x[1]).item() for name, x in out.metrics.items() if x[1]}
     if held.scores_file is not None and ranks.main:
         write_scores(held.scores_file, examples.rows, scores.tolist(), examples.completions.lengths.tolist(), starts)
     pairs = pairs_of(cu_groups, places)
     quality = score_quality(scores[pairs], lengths[pairs])
-    return means | quality | {"std_reward": scores.std(correction=0).item()}
+    return _means(out) | quality | {"std_reward": scores.std(correction=0).item()}
+
+
+def _means(out: RewardOutput) -> dict[str, float]:
+    return {"loss": out.loss.item()} | {name: (x[0] / x[1]).item() for name, x in out.metrics.items() if x[1]}
 
 
 def pairs_of(cu_groups: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:  # (E + 1,), (A,) -> (2 P,)

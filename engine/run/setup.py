@@ -16,6 +16,7 @@ from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import kind_of, read_training_data, write_skipped
 from prefuse.engine.data.ranked import rankings_of
+from prefuse.engine.data.steps import read_steps
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off, base_of, base_state
@@ -23,7 +24,7 @@ from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_mismatches, check_rows
 from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
-from prefuse.engine.model.reward_model import load_reward_model, pad_apart
+from prefuse.engine.model.reward_model import load_reward_model, load_step_model, pad_apart
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
@@ -123,7 +124,9 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
     tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
-    load = load_reward_model if reads_scores(loss) else load_model
+    load = load_model
+    if reads_scores(loss):
+        load = load_step_model if loss.per == "token" else load_reward_model
     lm = load(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     _check_rows_fit(lm, examples, held_examples, loss, config)
@@ -199,6 +202,8 @@ def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tup
 
     def read() -> tuple:
         tokenizer = load_tokenizer(config.model_name_or_path, config)
+        if reads_scores(loss) and loss.per == "token":
+            return tokenizer, *read_steps(config, tokenizer)
         if loss.per != "group":
             return tokenizer, *read_training_data(config, kind_of(loss), tokenizer)
         all_pairs = dataclasses.replace(config, pairs="all")

@@ -82,7 +82,7 @@ def test_what_a_resumed_run_may_differ_in():
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
         "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
         "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",
-        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient",
+        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient", "step_separator",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",

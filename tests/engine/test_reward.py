@@ -23,8 +23,8 @@ from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.data.ranked import rankings_of
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.load import load_tokenizer
-from prefuse.engine.model.reward_model import is_reward_folder, load_reward_model, pad_apart
+from prefuse.engine.model.load import load_model, load_tokenizer
+from prefuse.engine.model.reward_model import load_reward_model, loader_of, pad_apart
 from prefuse.engine.run.guards import Guards
 from prefuse.engine.train import train
 from prefuse.losses.rewards import BradleyTerry
@@ -134,8 +134,8 @@ def test_a_new_head_is_drawn_from_the_seed_and_a_causal_lm_alone_may_lack_it(mod
     assert not torch.equal(heads[0], heads[2])
     again = load_reward_model(str(run), reward(run), CPU)
     assert torch.equal(again.model.score.weight, weights(run)["score.weight"])
-    assert is_reward_folder(run)
-    assert not is_reward_folder(model)
+    assert loader_of(run) is load_reward_model
+    assert loader_of(model) is load_model
 
 
 # ---------------------------------------------------------------------------------------------------------
