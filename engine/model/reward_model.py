@@ -8,7 +8,6 @@ a score head already. What is saved is what `AutoModelForSequenceClassification`
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,6 @@ from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 NEW = "score."  # the weights that a causal LM lacks
 
@@ -112,15 +109,16 @@ def _read_steps(path: str, config: Config) -> PreTrainedModel:
 
 
 def _with_head(auto: type, what: str, path: str, config: Config, labels: int) -> PreTrainedModel:
-    logging_of_loads = logging.getLogger("transformers.modeling_utils")
-    level = logging_of_loads.level
-    logging_of_loads.setLevel(logging.ERROR)  # it reports the head that is new, and that of tokens which is left out
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports the head that is new, and that of tokens which is left out
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the new head: every rank draws the same
             model = read_weights(auto, what, path, config, new=NEW, num_labels=labels)
     finally:
-        logging_of_loads.setLevel(level)
+        transformers_logging.set_verbosity(level)
     try:
         score_layer(model)
     except UnsupportedModel as error:
