@@ -19,7 +19,9 @@ class RewardSettings(Topic):
         "plackett_luce, all_pairs: whole rankings, each answer run once. steps: prompt, completions and labels (two "
         "lists), TRL's stepwise form; the model says of each step whether it is right.",
     )
-    step_separator: str = setting("\n", "steps: the text behind each step, at whose end its score stands.")
+    step_separator: str | None = setting(
+        None, "steps: the text behind each step, at whose end its score stands. None: a newline."
+    )
     center_rewards_coefficient: float | None = setting(
         None,
         "Weight of the squared sum of a pair's scores, which keeps scores around 0 (TRL's name; 0.01 is usual). None: "
@@ -41,8 +43,6 @@ class RewardSettings(Topic):
         for name, losses in without.items():
             if getattr(self, name) and self.reward_loss in losses:
                 raise UserError(f"{name} has no meaning with reward_loss {self.reward_loss}: drop it")
-        if not self.step_separator:
-            raise UserError("step_separator must not be empty: the score of a step stands at its end")
         try:
             self.scores_loss()
         except ValueError as error:

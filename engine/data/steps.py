@@ -85,7 +85,7 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
         raise DataError(f"{source} has no column {absent[0]}: expected prompt, completions and labels (lists)")
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     labels: dict[str, list[bool]] = {}
-    records = [_record(name, row, template, config.step_separator, labels) for name, row in named]
+    records = [_record(name, row, template, config.step_separator or "\n", labels) for name, row in named]
     room = room_of(config.max_length, tokenizer, text_options(config))
     builder, right, skipped = ExamplesBuilder(), [], []
     for outcome in each(tokenize(records, tokenizer), lambda record: room.fit(_at_ends(record, tokenizer))):

@@ -70,7 +70,8 @@ def test_settings_by_command():
     assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
-    assert shown["merge"] == {"model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
+    merged = {"model_name_or_path", "base_model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
+    assert shown["merge"] == merged
 
 
 def test_what_a_resumed_run_may_differ_in():
