@@ -114,11 +114,6 @@ def go_on_with(model: nn.Module, folder: Path, config: Config) -> PeftModel:
     """The adapters in `folder`, to be trained further; everything else is frozen. Their shape is their own."""
     adapters = load_adapters(model, folder, trains=True)
     own = adapters.active_peft_config
-    if own.task_type != task_of(model):
-        raise UserError(
-            f"{folder} holds adapters for {own.task_type}, and this command trains {task_of(model)}: merge them into "
-            "their base first (prefuse merge)"
-        )
     for name, value in ("lora_r", own.r), ("lora_alpha", own.lora_alpha), ("lora_dropout", own.lora_dropout):
         given = getattr(config, name)
         if given not in (value, type(config).__dataclass_fields__[name].default):
@@ -133,6 +128,12 @@ def load_adapters(model: nn.Module, folder: Path, trains: bool = False) -> PeftM
     from peft import PeftModel
     from safetensors.torch import load_file
 
+    made_for = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("task_type")
+    if made_for not in (None, task_of(model)):
+        raise UserError(
+            f"{folder} holds adapters for {made_for}, and this command takes {task_of(model)}: merge them into their "
+            "base first (prefuse merge)"
+        )
     try:
         with _quiet(), file_faults_as_oserror():
             adapters = PeftModel.from_pretrained(model, folder, is_trainable=trains)

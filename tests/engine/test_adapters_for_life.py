@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_resumes_bit_by_bit(sft, pairs, tmp_path):
 def test_a_shape_that_is_not_the_adapters_is_refused(sft, pairs, tmp_path):
     with pytest.raises(UserError, match=r"lora_r is 2, but the adapters in .* have 4: drop lora_r"):
         run("train", sft, pairs, tmp_path / "x", lora_r=2)
-    with pytest.raises(UserError, match="holds adapters for CAUSAL_LM, and this command trains SEQ_CLS"):
+    with pytest.raises(UserError, match="holds adapters for CAUSAL_LM, and this command takes SEQ_CLS"):
         run("reward", sft, pairs, tmp_path / "y")
 
 
