@@ -21,6 +21,7 @@ from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import NEEDS, OPTIONS, Inputs, check_head, evaluate, random_inputs
 from prefuse.bench.truth.kl_cases import Models, check_kl, random_models
 from prefuse.bench.truth.kl_cases import evaluate as evaluate_kl
+from prefuse.kernels import record_skipped_mass
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.logprobs.portable import row_tile, stash_size
@@ -30,7 +31,7 @@ from prefuse.losses import Loss
 Check = Callable[[], None]  # raises AssertionError
 # What needs a gradient in each mode; "kept" is trainable with the forward's weights kept for the backward.
 MODES = {**NEEDS, "kept": NEEDS["trainable"]}
-Head = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+HeadFunction = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 THREE = ("trainable", "kept", "frozen head")
 AMPLE = 16 << 30  # bytes of workspace: everything may be kept for the backward
 
@@ -60,11 +61,53 @@ class Sizes:
 
 GPU = Sizes((1024, 2048, 128256), (640, 1024, 32768), (333, 1001, 16001), "cuda")
 INTERPRETED = Sizes(None, (40, 64, 160), (19, 33, 77), "cpu")
+TOY = Sizes((24, 32, 96), (24, 32, 96), (19, 33, 77), "cpu")
+
+
+def real_checks(sizes: Sizes) -> Iterator[tuple[str, Check]]:
+    """Each mode at the size of a released model's head."""
+    for mode in THREE:
+        yield f"bf16, the head of Llama-3.2-1B, {mode}", functools.partial(agrees_at_real_size, sizes, mode)
+    yield "the sparse backward keeps its promise", functools.partial(keeps_its_promise, sizes)
+    yield "no-grad, trainable, kept and frozen agree", functools.partial(modes_agree, sizes)
+    yield "the same bits in a second run, forward and gradients", functools.partial(same_bits_again, sizes)
+    yield "a row has the same bits in any batch", functools.partial(same_bits_in_any_batch, sizes)
+
+
+def agrees_at_real_size(sizes: Sizes, mode: str) -> None:
+    inputs = random_inputs(*sizes.real, torch.bfloat16, device=sizes.device)
+    check_head(keeping_head if mode == "kept" else head, inputs, MODES[mode], False)
+
+
+def keeps_its_promise(sizes: Sizes, tolerance: float = 2**-6) -> None:
+    """gradient_tolerance: exact log-probabilities, the share within the promise, gradients within the bounds' size."""
+    n, d, v = sizes.real
+    drawn = draw(Model("", d, v), n, 0, sizes.device)
+    results = []
+    for share in (0.0, tolerance):
+        x = drawn.leaves("hidden", "weight")
+        with record_skipped_mass(bounds=True) as record:
+            logps = head(x.hidden, x.weight, x.targets, gradient_tolerance=share)
+            logps.backward(x.grad)
+        results.append((logps.detach(), x.hidden.grad.double(), x.weight.grad.double()))
+    (exact, dhidden, dweight), (logps, *sparse) = results
+    assert torch.equal(logps, exact), "log-probabilities differ"
+    assert 0.0 <= record.share <= tolerance, f"skipped {record.share:.2e} where {tolerance:.2e} is promised"
+    eps = torch.finfo(torch.bfloat16).eps
+    bounds = (record.dhidden_bounds[0].norm().item(), record.dweight_bound)
+    for name, truth, made, bound in zip(("hidden", "weight"), (dhidden, dweight), sparse, bounds, strict=True):
+        error = (made - truth).norm().item()
+        allowed = bound + 4 * eps * truth.norm().item()
+        assert error <= allowed, f"d{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
 def checks(sizes: Sizes) -> Iterator[tuple[str, Check]]:
     """(name, check), the most telling first."""
     yield from agreement(sizes)
+    yield (
+        "the sparse backward keeps its promise, small",
+        functools.partial(keeps_its_promise, replace(sizes, real=sizes.whole), 2**-3),
+    )
     yield "the same bits in a second run, forward and gradients", functools.partial(same_bits_again, sizes)
     yield "a row has the same bits in any batch", functools.partial(same_bits_in_any_batch, sizes)
     yield "no-grad, trainable, kept and frozen agree", functools.partial(modes_agree, sizes)
@@ -92,9 +135,6 @@ def agreement(sizes: Sizes) -> Iterator[tuple[str, Check]]:
         )
         return name, lambda: check_head(called, made(), MODES[mode], entropy, **chosen)
 
-    if sizes.real:
-        for mode in THREE:
-            yield case(f"bf16, the head of Llama-3.2-1B, {mode}", sizes.real, mode=mode)
     for mode in (*THREE, "frozen trunk"):
         yield case(f"bf16, {mode}", sizes.whole, mode=mode)
     for options, mode in itertools.product(OPTIONS, THREE):
@@ -410,7 +450,7 @@ TAILS = [(8, 1024), (64, 512), (2048, 128)]
 
 
 @dataclass
-class Batch:
+class TimedInputs:
     """One set of inputs of a timing."""
 
     hidden: Tensor  # (N, D) bf16
@@ -420,12 +460,12 @@ class Batch:
     cu_seqlens: Tensor  # (N / SEQUENCE + 1,)
     softcap: float | None = None
 
-    def leaves(self, *needs: str) -> Batch:
+    def leaves(self, *needs: str) -> TimedInputs:
         fresh = {name: getattr(self, name).detach().requires_grad_(name in needs) for name in ("hidden", "weight")}
         return replace(self, **fresh)
 
 
-def draw(model: Model, n: int, seed: int, device: str = "cuda") -> Batch:
+def draw(model: Model, n: int, seed: int, device: str = "cuda") -> TimedInputs:
     """Logits as a trained model's: unigram frequencies of Zipf, deviation 2 around them, the target near the top.
 
     The shape of the softmax matters to peers that skip tiles, and repeated targets to the gradient of the weight.
@@ -443,4 +483,4 @@ def draw(model: Model, n: int, seed: int, device: str = "cuda") -> Batch:
     hidden += ((z_target - (hidden * own).sum(-1)) / own.square().sum(-1))[:, None] * own
     grad = torch.randn(n, device=device, generator=g) / n
     cu_seqlens = torch.arange(0, n + 1, min(SEQUENCE, n // 2), device=device, dtype=torch.int32)
-    return Batch(hidden.bfloat16(), weight.bfloat16(), targets, grad, cu_seqlens, model.softcap)
+    return TimedInputs(hidden.bfloat16(), weight.bfloat16(), targets, grad, cu_seqlens, model.softcap)

@@ -23,6 +23,7 @@ VERBS = {
     "seam": "Time and memory of a DPO step of TRL's trainer, with its own head and with prefuse's.",
     "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
     "templates": "Every chat template of trl and axolotl through the reader of rows, checked against transformers.",
+    "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",
     "train": "Pairs per second of a whole DPO run beside TRL's, and whether both learn the same.",
 }
 

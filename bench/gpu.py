@@ -1,12 +1,19 @@
 """The one command for a machine with a GPU: are the kernels right there, and how fast are they beside their peers?
 
     prefuse bench gpu --minutes 9
-    prefuse bench gpu --interpret        # the checks alone, at small sizes, on a CPU under Triton's interpreter
+    prefuse bench gpu --dry-run --minutes 1   # the same course on a CPU, at toy sizes, under Triton's interpreter
+    prefuse bench gpu --interpret             # the checks alone, at small sizes, on the interpreter
 
-In order: the environment and the chip's own ceilings; every kernel, mode and option against float64; compute-sanitizer
-where it is on the PATH; the loss behind the log-probabilities in one launch and in torch; then timings of the head, the
-most telling first, until the minutes are spent. What was measured so far is in results/<gpu>-<torch>-<triton>.json and
-.md after every row. Exits 1 if a check failed or prefuse could not be timed.
+Sections in order, each with its part of the minutes; what one leaves over goes to those behind it:
+
+    environment   versions, the chip's own ceilings
+    real size     every mode against float64 at the head of a released model
+    first times   lean, stash, frozen, no grad and sparse at two models' heads, beside TRL and Liger
+    tiles         the tiles of the two kernels that take the most time, raced at these heads
+    checks, sanitizer, tail, times    everything else, the most telling first
+
+What was measured so far is in results/<gpu>-<torch>-<triton>.json and .md after every row, and a file is always whole:
+a run that is killed leaves what it had. Exits 1 if a check failed or prefuse could not be timed.
 
 Times are medians of CUDA events after warm-up, with the L2 cache flushed and two sets of random inputs taken in turn.
 TFLOP/s count 2NDV operations without gradients, 4NDV with a frozen head and 8NDV with a trainable one, for everybody;
@@ -16,6 +23,7 @@ the bare GEMMs are as many large bf16 products. Memory is the peak beyond the in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -25,10 +33,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if "--interpret" in sys.argv:
+if "--interpret" in sys.argv or "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
 
 import torch
@@ -37,37 +46,85 @@ import triton
 import prefuse
 from prefuse.bench import cases, peers, record
 from prefuse.bench.cases import MODELS, TOKENS, Model
-from prefuse.bench.record import RESULTS, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, environment, markdown, slug, write_json, write_text
 from prefuse.bench.truth.head_cases import NEEDS, check_head, random_inputs
+from prefuse.kernels.tiles import tune
+from prefuse.kernels.tiles.table import allow_descriptors, capability, choose
+from prefuse.kernels.tiles.write import write
 
-CHECKS_SHARE = 0.5  # of the minutes
 SANITIZER_SECONDS = 90
 LARGEST_ERROR = 1e-4  # nats a token, at the sizes of the timings
 
 
-class Suite:
-    """The result so far, and the time that is left."""
+@dataclass(frozen=True)
+class Machine:
+    """Where the suite runs, and at which sizes."""
 
-    def __init__(self, path: Path, minutes: float):
-        self.path, self.start, self.seconds = path, time.monotonic(), 60 * minutes
+    device: str
+    sizes: cases.Sizes
+    models: list[Model]
+    tokens: int
+    tails: list[tuple[int, int]]
+    tiles: int | None  # at most so many candidates of a kernel
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "cpu"
+
+
+GPU = Machine("cuda", cases.GPU, MODELS, TOKENS, cases.TAILS, None)
+DRY = Machine(
+    "cpu", cases.TOY, [Model(model.name, 32, 160, model.softcap) for model in MODELS], 48, [(4, 8)], 1
+)  # fmt: skip
+
+
+class Suite:
+    """The result so far, and the time that is left to its present section."""
+
+    def __init__(self, path: Path, minutes: float, machine: Machine = GPU):
+        self.path, self.machine, self.seconds = path, machine, 60 * minutes
+        self.start = self.deadline = time.monotonic()
+        self.deadline += self.seconds
         self.result: dict[str, Any] = {
             "environment": {},
+            "sections": [],
             "checks": [],
             "sanitizer": "not run",
             "tail": [],
+            "tiles": [],
             "timings": [],
         }
         self.failed = False
 
-    def left(self, share: float = 1.0) -> float:
-        return self.start + share * self.seconds - time.monotonic()
+    def run(self, name: str, share: float, section: Callable[[Suite], None]) -> None:
+        """One section, which is to end when `share` of the minutes is over."""
+        self.deadline = self.start + share * self.seconds
+        row = {"section": name, "began_s": round(time.monotonic() - self.start, 1), "until_s": share * self.seconds}
+        self.result["sections"].append(row)
+        print(f"-- {name}: {max(self.left(), 0.0):.0f} s", flush=True)
+        try:
+            section(self)
+        except Exception as error:  # the sections behind it are worth their time all the same
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}"[:1000]
+            self.failed = True
+        row["ended_s"] = round(time.monotonic() - self.start, 1)
+        self.save()
+
+    def left(self) -> float:
+        """Seconds of the present section."""
+        return self.deadline - time.monotonic()
 
     def save(self) -> None:
         write_json(self.path, self.result)
-        self.path.with_suffix(".md").write_text(report(self.result))
+        write_text(self.path.with_suffix(".md"), report(self.result))
 
 
 # ------------------------------------------------------------------------------------------- environment
+
+
+def run_environment(suite: Suite) -> None:
+    suite.result["environment"] = environment() if suite.machine.dry else gpu_environment()
 
 
 def gpu_environment() -> dict[str, Any]:
@@ -105,10 +162,19 @@ def ceilings() -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def run_checks(suite: Suite, sizes: cases.Sizes) -> None:
-    """Every check, as far as its share of the minutes goes."""
-    for name, check in cases.checks(sizes):
-        if suite.left(CHECKS_SHARE) < 0:
+def run_real(suite: Suite) -> None:
+    """Each mode at one size as a released model has it."""
+    run_checks(suite, cases.real_checks(suite.machine.sizes))
+
+
+def run_rest(suite: Suite) -> None:
+    run_checks(suite, cases.checks(suite.machine.sizes))
+
+
+def run_checks(suite: Suite, checks: Iterable[tuple[str, cases.Check]]) -> None:
+    """Every check, as far as the time goes."""
+    for name, check in checks:
+        if suite.left() < 0:
             suite.result["checks"].append({"check": name, "outcome": "not reached"})
             continue
         torch.manual_seed(0)
@@ -137,6 +203,9 @@ def run_check(check: cases.Check) -> tuple[str, str]:
 def run_sanitizer(suite: Suite) -> None:
     """compute-sanitizer's memcheck over a small case of every mode, in a process of its own."""
     tool = shutil.which("compute-sanitizer")
+    if suite.machine.dry or suite.left() < 10:
+        suite.result["sanitizer"] = f"not run: {'no GPU' if suite.machine.dry else 'no time'}"
+        return
     if tool is None:
         suite.result["sanitizer"] = "not run: compute-sanitizer is not on the PATH"
         return
@@ -168,10 +237,13 @@ def small_case() -> None:
 # -------------------------------------------------------------------------------------------------- tail
 
 
-def run_tail(suite: Suite, device: str = "cuda") -> None:
+def run_tail(suite: Suite) -> None:
     """Everything behind the log-probabilities, forward and backward: the host's launches are part of its time."""
-    for loss, (sequences, tokens) in itertools.product((prefuse.DPO(), prefuse.IPO(), prefuse.KTO()), cases.TAILS):
-        arguments = cases.preferences(loss, torch.full((sequences,), tokens), device)
+    losses = (prefuse.DPO(), prefuse.IPO(), prefuse.KTO())
+    for loss, (sequences, tokens) in itertools.product(losses, suite.machine.tails):
+        if suite.left() < 0:
+            return
+        arguments = cases.preferences(loss, torch.full((sequences,), tokens), suite.machine.device)
         for impl in ("triton", "torch"):
             row = {"loss": type(loss).__name__, "sequences": sequences, "tokens": tokens, "impl": impl}
 
@@ -184,61 +256,93 @@ def run_tail(suite: Suite, device: str = "cuda") -> None:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 suite.failed = True
             suite.result["tail"].append(row)
+            suite.save()
             print(f"tail, {row['loss']}, {sequences} x {tokens}, {impl}: {_ms_or_error(row)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- timings
 
 
-def jobs() -> list[tuple[Model, str, str]]:
-    """(model, mode, variant), the most telling first."""
+Job = tuple[Model, str, str]  # model, mode, variant
 
-    def rows(models: list[Model], variants: Iterable[str]) -> list[tuple[Model, str, str]]:
+
+def first_jobs(models: list[Model]) -> list[Job]:
+    """Two heads of 7 to 8 billion weights: every mode of prefuse, beside TRL and Liger."""
+    main = [model for model in models if model.name in ("Llama-3-8B", "Qwen2.5-7B")]
+    return [
+        (model, mode, variant)
+        for mode, model, variant in itertools.product(reversed(peers.MODES), main, ["bare GEMMs", *peers.FIRST])
+        if mode in peers.MODES_OF.get(variant, peers.MODES)
+    ]
+
+
+def other_jobs(models: list[Model]) -> list[Job]:
+    """The rest, the most telling first; at last prefuse's own once more, for the drift of the clock."""
+
+    def rows(models: list[Model], variants: Iterable[str]) -> list[Job]:
         return [
             (model, mode, variant)
             for model, mode, variant in itertools.product(models, peers.MODES, variants)
             if mode in peers.MODES_OF.get(variant, peers.MODES)
         ]
 
-    main, rest, first = MODELS[:1], MODELS[1:], ["bare GEMMs", *peers.FIRST]
+    main, rest, first = models[:1], models[1:], ["bare GEMMs", *peers.FIRST]
+    done = first_jobs(models)
     return [
-        *rows(main, first), *rows(rest, first), *rows(main, peers.OTHERS), *rows(main, peers.SLOW),
+        *(job for job in rows(rest, first) if job not in done), *rows(main, peers.OTHERS), *rows(main, peers.SLOW),
         *rows(rest, peers.OTHERS), *rows(rest, peers.SLOW), *rows(main, ["prefuse"]),
     ]  # fmt: skip
 
 
-def run_timings(suite: Suite) -> None:
-    drawn: tuple[Model | None, list[cases.Batch]] = (None, [])
-    for model, mode, variant in jobs():
+def run_first_times(suite: Suite) -> None:
+    run_jobs(suite, first_jobs(suite.machine.models))
+
+
+def run_times(suite: Suite) -> None:
+    run_jobs(suite, other_jobs(suite.machine.models))
+
+
+def run_jobs(suite: Suite, jobs: list[Job]) -> None:
+    drawn: tuple[Model | None, list[cases.TimedInputs]] = (None, [])
+    machine = suite.machine
+    for model, mode, variant in jobs:
+        if "lost_device" in suite.result:
+            return
         if suite.left() < 0:
             print("out of time: the rest is not measured")
             return
         if drawn[0] != model:
             drawn = (None, [])  # frees the last model's inputs before the next are drawn
-            drawn = (model, [cases.draw(model, TOKENS, seed) for seed in range(2)])
+            drawn = (model, [cases.draw(model, machine.tokens, seed, machine.device) for seed in range(2)])
         torch._dynamo.reset()  # else a compiled peer runs into its recompilation limit and goes on as eager
         if variant == "bare GEMMs":
             for units in peers.GEMM_UNITS[mode]:
-                add_row(suite, model, mode, f"{variant} ({units})", functools.partial(time_gemms, units, drawn[1]))
+                time_it = functools.partial(time_gemms, units, drawn[1])
+                add_row(suite, model, mode, f"{variant} ({units})", time_it)
         else:
             add_row(suite, model, mode, variant, functools.partial(time_variant, variant, mode, drawn[1]))
         try:
-            torch.cuda.synchronize()
+            synchronize()
         except RuntimeError as error:  # an illegal access leaves the process without a device
             suite.result["lost_device"] = f"after {model.name}, {mode}, {variant}: {error}".splitlines()[0]
             print(suite.result["lost_device"])
-            return
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def add_row(suite: Suite, model: Model, mode: str, variant: str, time_it: Callable[[], dict]) -> None:
     """One timing, or the error that stood in its way."""
-    row = {"model": model.name, "N": TOKENS, "D": model.d, "V": model.v, "mode": mode, "variant": variant}
+    tokens = suite.machine.tokens
+    row = {"model": model.name, "N": tokens, "D": model.d, "V": model.v, "mode": mode, "variant": variant}
     here = {r["variant"]: r for r in suite.result["timings"] if (r["model"], r["mode"]) == (model.name, mode)}
     if variant in here:
         row["variant"] += " (again)"
     try:
         row |= time_it()
-        row["tflops"] = peers.MODES[mode][1] * 2 * TOKENS * model.d * model.v / row["ms"] / 1e9
+        row["tflops"] = peers.MODES[mode][1] * 2 * tokens * model.d * model.v / row["ms"] / 1e9
         floor = here.get(f"bare GEMMs ({peers.GEMM_UNITS[mode][0]})", {}).get("ms")
         row["gemm_share"] = floor / row["ms"] if floor else None
         suite.failed |= variant == "prefuse" and not row["largest_error_nats"] < LARGEST_ERROR
@@ -251,11 +355,11 @@ def add_row(suite: Suite, model: Model, mode: str, variant: str, time_it: Callab
     print(f"{model.name:14} {mode:10} {row['variant']:24} {time_or_error}", flush=True)
 
 
-def time_gemms(units: int, batches: list[cases.Batch]) -> dict[str, float]:
+def time_gemms(units: int, batches: list[cases.TimedInputs]) -> dict[str, float]:
     return measure(peers.gemms(units, batches[0]))
 
 
-def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, float]:
+def time_variant(name: str, mode: str, batches: list[cases.TimedInputs]) -> dict[str, float]:
     variant, needs = peers.VARIANTS[name], peers.MODES[mode][0]
     sets = [batch.leaves(*needs) for batch in batches]
     leaves = [x for batch in sets for x in (batch.hidden, batch.weight)]
@@ -268,17 +372,20 @@ def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, 
         for x in leaves:
             x.grad = None
 
-    torch.cuda.empty_cache()
-    run()  # compile
+    began = time.monotonic()
+    run()  # compiles
+    synchronize()
+    row = {"first_call_s": round(time.monotonic() - began, 2)}
     clear()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    clear()
-    row = {**measure(run, leaves), "peak_mib": peak / 2**20}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        clear()
+    row |= measure(run, leaves)
     if name not in peers.MODES_OF:
         row["largest_error_nats"] = largest_error(variant, sets[0])
     return row
@@ -286,12 +393,16 @@ def time_variant(name: str, mode: str, batches: list[cases.Batch]) -> dict[str, 
 
 def measure(run: Callable[[], Any], leaves: list[torch.Tensor] | None = None) -> dict[str, float]:
     """Median and 20% to 80% of the milliseconds of one call."""
+    if not torch.cuda.is_available():  # a dry run: one call, whose time means nothing
+        began = time.perf_counter()
+        run()
+        return dict.fromkeys(("ms", "ms_low", "ms_high"), 1000 * (time.perf_counter() - began))
     ms, low, high = triton.testing.do_bench(run, warmup=50, rep=400, grad_to_none=leaves, quantiles=[0.5, 0.2, 0.8])
     return {"ms": ms, "ms_low": low, "ms_high": high}
 
 
 @torch.no_grad()
-def largest_error(variant: peers.Variant, x: cases.Batch, rows: int = 128) -> float:
+def largest_error(variant: peers.Variant, x: cases.TimedInputs, rows: int = 128) -> float:
     """|error| of the first rows' log-probabilities, against float64."""
     hidden = x.hidden[:rows].double()
     z = torch.cat([hidden @ part.double().T for part in x.weight.split(16384)], 1)
@@ -299,6 +410,54 @@ def largest_error(variant: peers.Variant, x: cases.Batch, rows: int = 128) -> fl
         z = x.softcap * torch.tanh(z / x.softcap)
     truth = torch.log_softmax(z, -1).gather(1, x.targets[:rows, None])[:, 0]
     return (variant(x)[:rows].double() - truth).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------- tiles
+
+
+HOTTEST = ("dlogits", "fold")  # the backward's kernel and the forward's
+
+
+def run_tiles(suite: Suite) -> None:
+    """The two hottest kernels at the two heads of `first_jobs`; rows that win are written beside the result."""
+    path = suite.path.with_suffix(".tiles.toml")
+    heads = list(dict.fromkeys(model for model, *_ in first_jobs(suite.machine.models)))
+    work = list(itertools.product(HOTTEST, heads))
+    with contextlib.nullcontext() if suite.machine.dry else tune.compilers() as pool:
+        for i, (kernel, model) in enumerate(work):
+            seconds = suite.left() / (len(work) - i)
+            if seconds < 0:
+                return
+            row = {"kernel": kernel, "model": model.name, "D": model.d, "V": model.v}
+            try:
+                row |= tune_one(suite, kernel, model, pool, seconds, path)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:1000]
+            suite.result["tiles"].append(row)
+            suite.save()
+            print(f"tiles of {kernel} at {model.name}: {row.get('error') or row['winner']}", flush=True)
+
+
+def tune_one(suite: Suite, kernel: str, model: Model, pool: Any, seconds: float, path: Path) -> dict[str, Any]:
+    machine, began = suite.machine, time.monotonic()
+    head = tune.RaceInputs.random(machine.tokens, model.d, model.v, torch.bfloat16, torch.device(machine.device))
+    timer = tune.cuda_timer if not machine.dry else lambda run: measure(run)["ms"]
+    tiles = None
+    if machine.dry:
+        chip, descriptors = capability(head.hidden.device), allow_descriptors(head.hidden, head.weight)
+        tiles = [choose(kernel, chip, torch.bfloat16, descriptors, model.d, model.v)] * machine.tiles
+    tuned = tune.tune_kernel(
+        kernel, head, tiles, timer=timer, pool=pool,
+        time_left=lambda share: time.monotonic() < began + share * seconds,
+    )  # fmt: skip
+    row = tune.measured(tuned, False, f"{torch.cuda.get_device_name() if not machine.dry else 'the interpreter'}")
+    if row is not None:
+        write(path, [row])
+    return {
+        "timed": sum(bool(x.ms) for x in tuned.entrants),
+        "winner": "no time" if row is None else str(row.config),
+        "table": tune.describe(tuned),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -318,6 +477,18 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"Lost the device {result['lost_device']}.", ""] if "lost_device" in result else []
     lines += [f"Checks: {counts}. compute-sanitizer: {result['sanitizer']}.", ""]
     lines += [f"* {row['outcome']}: {row['check']}" for row in result["checks"] if row["outcome"] != "passed"]
+    for row in result["sections"]:
+        ended = f"{row['ended_s']:.0f} s" if "ended_s" in row else "not ended"
+        lines += [f"* section {row['section']}: {row['began_s']:.0f} s to {ended} {row.get('error', '')}".rstrip()]
+    for row in result["tiles"]:
+        lines += [
+            "",
+            f"## Tiles of {row['kernel']}, {row['model']}",
+            "",
+            "```",
+            row.get("error") or row["table"],
+            "```",
+        ]
     if result["tail"]:
         lines += [
             "",
@@ -328,7 +499,8 @@ def report(result: dict[str, Any]) -> str:
     for model, mode in itertools.product(MODELS, peers.MODES):
         rows = [row for row in result["timings"] if (row["model"], row["mode"]) == (model.name, mode)]
         if rows:
-            title = f"## {model.name}, {mode} (N = {TOKENS}, D = {model.d}, V = {model.v})"
+            first = rows[0]
+            title = f"## {model.name}, {mode} (N = {first['N']}, D = {first['D']}, V = {first['V']})"
             lines += ["", title, "", timing_table(rows)]
     return "\n".join(lines) + "\n"
 
@@ -359,11 +531,16 @@ def timing_table(rows: list[dict[str, Any]]) -> str:
 # -------------------------------------------------------------------------------------------------- main
 
 
-SECTIONS = {
-    "checks": functools.partial(run_checks, sizes=cases.GPU),
-    "sanitizer": run_sanitizer,
-    "tail": run_tail,
-    "timings": run_timings,
+# Section -> the part of the minutes that is over when it ends, and what it does.
+SECTIONS: dict[str, tuple[float, Callable[[Suite], None]]] = {
+    "environment": (0.5 / 9, run_environment),
+    "real size": (2.5 / 9, run_real),
+    "first times": (5.5 / 9, run_first_times),
+    "tiles": (7.5 / 9, run_tiles),
+    "checks": (8.2 / 9, run_rest),
+    "sanitizer": (8.4 / 9, run_sanitizer),
+    "tail": (8.6 / 9, run_tail),
+    "times": (1.0, run_times),
 }
 
 
@@ -371,6 +548,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="stop measuring after this long (default 9)")
     parser.add_argument("--interpret", action="store_true", help="the checks alone, on a CPU, at small sizes")
+    parser.add_argument("--dry-run", action="store_true", help="the whole course on a CPU, at toy sizes")
     parser.add_argument("--only", choices=SECTIONS, help="one section alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default bench/results)")
     parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
@@ -378,28 +556,27 @@ def main() -> None:
     if args.small_case:
         small_case()
         return
-    if not args.interpret and not torch.cuda.is_available():
-        parser.error("no GPU here: torch.cuda.is_available() is False (--interpret runs the checks on a CPU)")
+    on_cpu = args.interpret or args.dry_run
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error("no GPU here: torch.cuda.is_available() is False (--dry-run and --interpret run on a CPU)")
 
-    chip = "interpreter" if args.interpret else torch.cuda.get_device_name()
+    chip = "dry-run" if args.dry_run else "interpreter" if args.interpret else torch.cuda.get_device_name()
     versions = f"torch{torch.__version__.split('+')[0]}-triton{triton.__version__}"
-    only = f"-{args.only}" if args.only else ""
-    suite = Suite(args.out / f"{slug(chip)}-{versions}{only}.json", args.minutes)
+    only = f"-{slug(args.only)}" if args.only else ""
+    suite = Suite(args.out / f"{slug(chip)}-{versions}{only}.json", args.minutes, DRY if on_cpu else GPU)
     if args.interpret:
         sys.path.append(str(record.CHECKOUT.parents[1] / "tests" / "lib"))
         import strict_interpreter
 
         strict_interpreter.install()
-        suite.result["environment"] = environment()
-        run_checks(suite, cases.INTERPRETED)
+        run_environment(suite)
+        run_checks(suite, cases.checks(cases.INTERPRETED))
     else:
-        suite.result["environment"] = gpu_environment()
-        suite.save()
-        for name, section in SECTIONS.items():
+        for name, (share, section) in SECTIONS.items():
             if args.only in (None, name):
-                section(suite)
-                suite.save()
-        suite.result["environment"]["nvidia_smi_after"] = nvidia_smi()
+                suite.run(name, 1.0 if args.only else share, section)
+        if not on_cpu:
+            suite.result["environment"]["nvidia_smi_after"] = nvidia_smi()
     suite.save()
     print(f"\n{report(suite.result)}\nwritten to {suite.path}")
     sys.exit(int(suite.failed))

@@ -40,20 +40,20 @@ GOALS = {"forward": 0.97, "forward+backward": 0.93}
 
 
 @dataclass
-class Inputs:
+class TimedHead:
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     targets: Tensor  # (N,)
     grad: Tensor  # (N,) dL/dlogp
 
     @staticmethod
-    def draw(n: int, d: int, v: int) -> Inputs:
+    def draw(n: int, d: int, v: int) -> TimedHead:
         g = torch.Generator().manual_seed(0)
         # Filled in place: no temporary may raise the peak that memory is measured from. Logits of deviation 3.
         hidden = torch.empty(n, d).normal_(generator=g).requires_grad_()
         weight = torch.empty(v, d).normal_(std=3 / d**0.5, generator=g).requires_grad_()
         targets = torch.randint(v, (n,), generator=g)
-        return Inputs(hidden, weight, targets, torch.empty(n).normal_(generator=g))
+        return TimedHead(hidden, weight, targets, torch.empty(n).normal_(generator=g))
 
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +95,7 @@ LOGPS: dict[str, Logps] = {
 }
 
 
-def run_logps(name: str, x: Inputs, backward: bool) -> None:
+def run_logps(name: str, x: TimedHead, backward: bool) -> None:
     """One step of a variant that computes log-probabilities; gradients are dropped, as an optimizer would."""
     if not backward:
         with torch.no_grad():
@@ -108,7 +108,7 @@ def run_logps(name: str, x: Inputs, backward: bool) -> None:
 class OwnGemms:
     """The matrix products of the portable path and nothing else: same tiles, same order, buffers made beforehand."""
 
-    def __init__(self, x: Inputs):
+    def __init__(self, x: TimedHead):
         self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
         self.rows, self.columns = slices.TILE["cpu"]
         self.tile = torch.empty(self.rows, self.columns)
@@ -137,7 +137,7 @@ class OwnGemms:
 class LargeGemms:
     """Three products over the whole `(N, V)` matrix, buffers made beforehand."""
 
-    def __init__(self, x: Inputs):
+    def __init__(self, x: TimedHead):
         self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
         self.z = torch.zeros(len(self.hidden), len(self.weight))
         self.dhidden, self.dweight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
@@ -155,7 +155,7 @@ class LargeGemms:
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure_times(x: Inputs, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, list[float]]]:
+def measure_times(x: TimedHead, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, list[float]]]:
     """{"forward" | "forward+backward": {variant: seconds of each round}}"""
     own, large = OwnGemms(x), LargeGemms(x)
     steps: dict[str, Callable[[bool], None]] = {OWN: own.run, LARGE: large.run}
@@ -208,9 +208,9 @@ def peak_bytes(name: str, shape: tuple[int, int, int], backward: bool) -> int:
 
 
 def print_peak(name: str, shape: tuple[int, int, int], backward: bool) -> None:
-    small = Inputs.draw(64, shape[1], 512)
+    small = TimedHead.draw(64, shape[1], 512)
     run_logps(name, small, backward)  # imports, threads and BLAS workspaces are no part of the step
-    x = Inputs.draw(*shape)
+    x = TimedHead.draw(*shape)
     before = high_water()
     run_logps(name, x, backward)
     print(high_water() - before)
@@ -294,7 +294,7 @@ def main() -> None:
 
     settings = {"N": n, "D": d, "V": v, "dtype": "float32", "rounds": args.rounds, "clock": args.clock}
     result = {"environment": environment(), "settings": settings}
-    times = measure_times(Inputs.draw(n, d, v), args.rounds, CLOCKS[args.clock])
+    times = measure_times(TimedHead.draw(n, d, v), args.rounds, CLOCKS[args.clock])
     summary = {
         kind: summarize(times[kind], flops * n * d * v) for kind, flops in (("forward", 2), ("forward+backward", 6))
     }

@@ -1,4 +1,4 @@
-"""Every way of computing a preference loss's head that the GPU suite times, each from one `Batch`.
+"""Every way of computing a preference loss's head that the GPU suite times, each from one `TimedInputs`.
 
 A variant takes a batch and returns per-token log-probabilities (N,), or the loss itself (). Imports stand inside, so
 that a peer that is missing or fails is a line in the report and no more.
@@ -17,23 +17,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import prefuse
-from prefuse.bench.cases import AMPLE, Batch
+from prefuse.bench.cases import AMPLE, TimedInputs
 
-Variant = Callable[[Batch], Tensor]
+Variant = Callable[[TimedInputs], Tensor]
 
 
-def prefuse_logps(x: Batch) -> Tensor:
+def prefuse_logps(x: TimedInputs) -> Tensor:
     return prefuse.linear_logprobs(x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton")
 
 
-def prefuse_dpo(x: Batch, workspace: int) -> Tensor:
+def prefuse_sparse(x: TimedInputs) -> Tensor:
+    """Up to 2^-9 of the gradient's mass skipped and measured."""
+    return prefuse.linear_logprobs(
+        x.hidden, x.weight, x.targets, softcap=x.softcap, impl="triton", gradient_tolerance=2**-9
+    )
+
+
+def prefuse_dpo(x: TimedInputs, workspace: int) -> Tensor:
     ref_logps = torch.zeros(len(x.cu_seqlens) - 1, dtype=torch.float64, device=x.hidden.device)
     return prefuse.linear_preference_loss(
         x.hidden, x.weight, x.targets, x.cu_seqlens, ref_logps, workspace=workspace, softcap=x.softcap, impl="triton"
     ).loss
 
 
-def trl(x: Batch) -> Tensor:
+def trl(x: TimedInputs) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     _let_trl_run_alone()
@@ -51,7 +58,7 @@ def _let_trl_run_alone() -> None:
         sys.modules["trl.trainer.utils"] = stand_in
 
 
-def liger_dpo(x: Batch) -> Tensor:
+def liger_dpo(x: TimedInputs) -> Tensor:
     """Chunked by pairs; its own reference pass left out. (The first half of the batch is chosen here: equal work.)"""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -62,7 +69,7 @@ def liger_dpo(x: Batch) -> Tensor:
     return loss(x.weight, hidden, targets)[0]
 
 
-def liger_scaled(x: Batch) -> Tensor:
+def liger_scaled(x: TimedInputs) -> Tensor:
     """The CuTe kernel on Hopper, chunks of PyTorch elsewhere."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -71,7 +78,7 @@ def liger_scaled(x: Batch) -> Tensor:
     return -(nll[0] if isinstance(nll, tuple) else nll)
 
 
-def cce(x: Batch, filter_eps: str | None = "high") -> Tensor:
+def cce(x: TimedInputs, filter_eps: str | None = "high") -> Tensor:
     """Skips the gradient of tiles whose largest |dlogit| is under 2^-12; exactly all of them without the filter."""
     from cut_cross_entropy import linear_cross_entropy
 
@@ -80,7 +87,7 @@ def cce(x: Batch, filter_eps: str | None = "high") -> Tensor:
     )
 
 
-def torch_chunked(x: Batch) -> Tensor:
+def torch_chunked(x: TimedInputs) -> Tensor:
     """Since torch 2.13; the result is bf16."""
     from torch.nn import LinearCrossEntropyOptions
 
@@ -89,12 +96,12 @@ def torch_chunked(x: Batch) -> Tensor:
     return -F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", options=options)
 
 
-def eager(x: Batch) -> Tensor:
+def eager(x: TimedInputs) -> Tensor:
     """bf16 logits, then a float32 log-softmax."""
     return _eager(x.hidden, x.weight, x.targets, x.softcap)
 
 
-def compiled(x: Batch) -> Tensor:
+def compiled(x: TimedInputs) -> Tensor:
     return _compiled()(x.hidden, x.weight, x.targets, x.softcap)
 
 
@@ -110,7 +117,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_eager, dynamic=False)
 
 
-def _refuse_softcap(x: Batch) -> None:
+def _refuse_softcap(x: TimedInputs) -> None:
     if x.softcap is not None:
         raise NotImplementedError("no softcap")
 
@@ -118,12 +125,13 @@ def _refuse_softcap(x: Batch) -> None:
 FIRST: dict[str, Variant] = {
     "prefuse": prefuse_logps,
     "prefuse DPO, 3 units": functools.partial(prefuse_dpo, workspace=AMPLE),
+    "prefuse sparse": prefuse_sparse,
     "TRL chunked log-probs": trl,
+    "Liger scaled CE": liger_scaled,
+    "Liger chunked DPO": liger_dpo,
 }
 OTHERS: dict[str, Variant] = {
     "prefuse DPO, 4 units": functools.partial(prefuse_dpo, workspace=0),
-    "Liger scaled CE": liger_scaled,
-    "Liger chunked DPO": liger_dpo,
     "CCE": cce,
     "CCE without filter": functools.partial(cce, filter_eps=None),
     "F.linear_cross_entropy": torch_chunked,
@@ -135,6 +143,7 @@ VARIANTS = {**FIRST, **OTHERS, **SLOW}
 # differ with a trainable head only.
 MODES_OF = {
     "prefuse DPO, 3 units": ("trainable",),
+    "prefuse sparse": ("trainable", "frozen"),
     "prefuse DPO, 4 units": ("trainable", "frozen"),
     "Liger chunked DPO": ("trainable", "frozen"),
 }
@@ -149,7 +158,7 @@ MODES = {
 GEMM_UNITS = {"no grad": (1,), "frozen": (2,), "trainable": (4, 3)}
 
 
-def step(variant: Variant, x: Batch) -> None:
+def step(variant: Variant, x: TimedInputs) -> None:
     """Forward, and backward if anything needs a gradient."""
     if not (x.hidden.requires_grad or x.weight.requires_grad):
         with torch.no_grad():
@@ -159,7 +168,7 @@ def step(variant: Variant, x: Batch) -> None:
     out.backward(x.grad.to(out.dtype) if out.dim() else None)
 
 
-def gemms(units: int, x: Batch) -> Callable[[], None]:
+def gemms(units: int, x: TimedInputs) -> Callable[[], None]:
     """`units` large bf16 products of N * D * V, into buffers made beforehand."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     z = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)

@@ -27,7 +27,7 @@ BOUND = 1e-6
 
 
 @dataclass(frozen=True)
-class Batch:
+class PolicyTensors:
     """Sampled answers: packed numbers of tokens, and one advantage for each answer."""
 
     logps: Tensor  # (N,)
@@ -49,16 +49,16 @@ class Batch:
         return torch.zeros(self.mask.shape, dtype=x.dtype).masked_scatter(self.mask, x)
 
 
-def draw(seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+def draw(seed: int = 0, dtype: torch.dtype = torch.float64) -> PolicyTensors:
     """Policies some way apart, so that every clip is met."""
     g = torch.Generator().manual_seed(seed)
     logps = -3 * torch.rand(sum(LENGTHS), generator=g, dtype=torch.float64) - 0.01
     near = [logps + spread * torch.randn(len(logps), generator=g, dtype=torch.float64) for spread in (0.2, 0.5)]
     entropy, advantages = 2 * torch.rand(len(logps), generator=g), torch.randn(len(LENGTHS), generator=g)
-    return Batch(*(x.to(dtype) for x in (logps, *near, entropy, advantages)))
+    return PolicyTensors(*(x.to(dtype) for x in (logps, *near, entropy, advantages)))
 
 
-def trl_grpo(batch: Batch, logps: Tensor, loss: prefuse.GRPO) -> tuple[Tensor, dict[str, float]]:
+def trl_grpo(batch: PolicyTensors, logps: Tensor, loss: prefuse.GRPO) -> tuple[Tensor, dict[str, float]]:
     """TRL's loss, differentiable in `logps` (N,), and its metrics."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -77,7 +77,7 @@ def trl_grpo(batch: Batch, logps: Tensor, loss: prefuse.GRPO) -> tuple[Tensor, d
     return _computed(GRPOTrainer, trainer, _inputs(batch) | given)
 
 
-def trl_rloo(batch: Batch, logps: Tensor, loss: prefuse.RLOO) -> tuple[Tensor, dict[str, float]]:
+def trl_rloo(batch: PolicyTensors, logps: Tensor, loss: prefuse.RLOO) -> tuple[Tensor, dict[str, float]]:
     from trl.trainer.rloo_trainer import RLOOTrainer
 
     trainer = _trainer(batch, logps) | {"epsilon_low": loss.epsilon, "epsilon_high": loss.upper}
@@ -85,7 +85,7 @@ def trl_rloo(batch: Batch, logps: Tensor, loss: prefuse.RLOO) -> tuple[Tensor, d
     return _computed(RLOOTrainer, trainer, _inputs(batch) | given)
 
 
-def _trainer(batch: Batch, logps: Tensor) -> dict:
+def _trainer(batch: PolicyTensors, logps: Tensor) -> dict:
     """What both losses ask a trainer for; its forward gives `logps`."""
     accelerator = types.SimpleNamespace(
         num_processes=1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
@@ -99,7 +99,7 @@ def _trainer(batch: Batch, logps: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
+def _inputs(batch: PolicyTensors) -> dict[str, Tensor]:
     ids, mask = torch.zeros(batch.mask.shape, dtype=torch.long), batch.mask.long()
     return {
         "prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids, "completion_mask": mask,
@@ -113,7 +113,7 @@ def _computed(trainer: type, settings: dict, inputs: dict) -> tuple[Tensor, dict
     return loss, {name: sum(values) / len(values) for name, values in stand_in._metrics["train"].items()}
 
 
-def ours(batch: Batch, logps: Tensor, loss: PolicyObjective) -> tuple[Tensor, dict[str, float]]:
+def ours(batch: PolicyTensors, logps: Tensor, loss: PolicyObjective) -> tuple[Tensor, dict[str, float]]:
     out = prefuse.policy_loss(
         logps, batch.old_logps, batch.advantages, batch.cu_seqlens, loss, entropy=batch.entropy,
         ref_logps=batch.ref_logps if "ref_logps" in loss.policy_needs else None,
@@ -121,7 +121,7 @@ def ours(batch: Batch, logps: Tensor, loss: PolicyObjective) -> tuple[Tensor, di
     return out.loss, prefuse.reduce_metrics(out.metrics)
 
 
-def compare(loss: PolicyObjective, batch: Batch) -> dict[str, float]:
+def compare(loss: PolicyObjective, batch: PolicyTensors) -> dict[str, float]:
     """Both losses and what lies between them."""
     theirs, values, grads, metrics = trl_rloo if isinstance(loss, prefuse.RLOO) else trl_grpo, [], [], []
     asked = prefuse.GRPO("grpo", epsilon=loss.clip, epsilon_high=loss.clip_high) if _is_ppo(loss) else loss

@@ -61,10 +61,15 @@ def slug(text: str) -> str:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Written aside and renamed, so that a run cut short leaves the rows so far."""
+    """Whole at any time, so that a run cut short leaves the rows so far."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.write_text(text)
     aside.replace(path)
 
 

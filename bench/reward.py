@@ -37,7 +37,7 @@ from trl import RewardConfig, RewardTrainer
 import prefuse.engine.run.setup
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
 from prefuse.bench.rows import LONG, SEED, Case, add_model_arguments, drawn_case, save_model
-from prefuse.bench.train import SIDES, Outcome, Prepared, SameRows, Stopwatch, quiet
+from prefuse.bench.train import SIDES, Prepared, RunOutcome, SameRows, Stopwatch, quiet
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import load_examples
 from prefuse.engine.run.signals import StopSignals
@@ -66,7 +66,7 @@ def prepare(case: Case, folder: Path, arguments: argparse.Namespace) -> Prepared
     return Prepared(folder, arguments, read["train"], read["held_out"], [])
 
 
-def by_prefuse(given: Prepared) -> Outcome:
+def by_prefuse(given: Prepared) -> RunOutcome:
     arguments = given.arguments
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
         config = Config(
@@ -89,7 +89,7 @@ def by_prefuse(given: Prepared) -> Outcome:
             train_loop(run, run.data.steps_from(run.start), signals)
         seconds = {"training": training.stop()}
         lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return Outcome(seconds, [row["loss"] for row in map(json.loads, lines) if "loss" in row], run.lm.model)
+    return RunOutcome(seconds, [row["loss"] for row in map(json.loads, lines) if "loss" in row], run.lm.model)
 
 
 class SameRewardRows(RewardTrainer):
@@ -102,7 +102,7 @@ class SameRewardRows(RewardTrainer):
     _get_train_sampler, __iter__, __len__ = SameRows._get_train_sampler, SameRows.__iter__, SameRows.__len__
 
 
-def by_trl(given: Prepared) -> Outcome:
+def by_trl(given: Prepared) -> RunOutcome:
     arguments = given.arguments
     rows = [{f"{side}_ids": x.prompt + getattr(x, side) for side in SIDES} for x in given.training]
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
@@ -124,10 +124,10 @@ def by_trl(given: Prepared) -> Outcome:
         with contextlib.redirect_stdout(None):
             trainer.train()
         seconds = {"training": training.stop()}
-    return Outcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
+    return RunOutcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
 
 
-TRAINERS: dict[str, Callable[[Prepared], Outcome]] = {
+TRAINERS: dict[str, Callable[[Prepared], RunOutcome]] = {
     "prefuse": by_prefuse,
     "TRL": by_trl,
 }  # the first decides the order
@@ -169,7 +169,7 @@ def compare(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = prepare(case, Path(folder), arguments)
         rounds: list[dict[str, float]] = []
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, RunOutcome] = {}
         for number in range(arguments.rounds):
             rounds.append({})
             for name in list(TRAINERS) if number % 2 == 0 or not outcomes else list(TRAINERS)[::-1]:

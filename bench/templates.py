@@ -63,7 +63,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RowOutcome:
     word: str  # "right", "refused" or "WRONG"
     why: str = ""
 
@@ -85,7 +85,7 @@ def main() -> int:
     return 1 if wrong or not found else 0
 
 
-def _of_package(name: str, folder: str) -> dict[str, dict[str, Outcome]]:
+def _of_package(name: str, folder: str) -> dict[str, dict[str, RowOutcome]]:
     spec = importlib.util.find_spec(name)  # found, not imported: axolotl's own imports are many
     if spec is None or not spec.submodule_search_locations:
         print(f"{name} is not installed: pip install --no-deps {name}", file=sys.stderr)
@@ -94,19 +94,19 @@ def _of_package(name: str, folder: str) -> dict[str, dict[str, Outcome]]:
     return {file.stem: outcomes(file.read_text(encoding="utf-8")) for file in files}
 
 
-def outcomes(template: str) -> dict[str, Outcome]:
+def outcomes(template: str) -> dict[str, RowOutcome]:
     """What becomes of one row of each kind."""
     tokenizer = tokenizer_for(template)
     found = {name: outcome(tokenizer, kind) for name, kind in KINDS.items()}
     return found | {"all turns": outcome_of_turns(tokenizer)}
 
 
-def outcome_of_turns(tokenizer: Any) -> Outcome:
+def outcome_of_turns(tokenizer: Any) -> RowOutcome:
     """A conversation of which both answers are learned: as one example, or one for each answer."""
     turns = [USER, ANSWER, USER | {"content": "Sure?"}, ANSWER | {"content": "Yes."}]
     examples = read(tokenizer, {"messages": turns})
     if isinstance(examples, str):
-        return Outcome("refused", examples)
+        return RowOutcome("refused", examples)
     rendered = []
     for shape in SHAPES:
         with contextlib.suppress(Exception):  # a template refuses the shapes of others
@@ -115,12 +115,12 @@ def outcome_of_turns(tokenizer: Any) -> Outcome:
     said = ""
     for example in examples:
         if not any(text.startswith(tokenizer.decode(example.prompt + example.completion)) for text in rendered):
-            return Outcome("WRONG", "decode(prompt + completion) is not the rendered text")
+            return RowOutcome("WRONG", "decode(prompt + completion) is not the rendered text")
         flags = example.learned or [True] * len(example.completion)
         said += tokenizer.decode([token for token, flag in zip(example.completion, flags, strict=True) if flag])
     if [said.count(word) for word in ("42", "Yes.", "six times seven", "Sure?")] != [1, 1, 0, 0]:
-        return Outcome("WRONG", "what is learned is not the two answers")
-    return Outcome("right")
+        return RowOutcome("WRONG", "what is learned is not the two answers")
+    return RowOutcome("right")
 
 
 def read(tokenizer: Any, row: dict[str, Any]) -> Any:
@@ -136,11 +136,11 @@ def read(tokenizer: Any, row: dict[str, Any]) -> Any:
             return str(error).splitlines()[-1].partition(": ")[2]
 
 
-def outcome(tokenizer: Any, kind: Kind) -> Outcome:
+def outcome(tokenizer: Any, kind: Kind) -> RowOutcome:
     row = {"prompt": kind.prompt, "completion": [kind.answer]} | ({"tools": kind.tools} if kind.tools else {})
     examples = read(tokenizer, row)
     if isinstance(examples, str):
-        return Outcome("refused", examples)
+        return RowOutcome("refused", examples)
     (example,) = examples
     checks = [check(tokenizer, kind, list(example.prompt), list(example.completion), shape) for shape in SHAPES]
     return next((found for found in checks if found.word == "right"), checks[0])
@@ -159,7 +159,7 @@ def with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:
 SHAPES = (dict, as_parts, with_text_arguments)
 
 
-def check(tokenizer: Any, kind: Kind, prompt: list[int], completion: list[int], shape: Callable) -> Outcome:
+def check(tokenizer: Any, kind: Kind, prompt: list[int], completion: list[int], shape: Callable) -> RowOutcome:
     """Against transformers' rendering and tokenization of messages in that shape."""
 
     def rendered(messages: list[dict[str, Any]], **options: bool) -> str:
@@ -171,23 +171,23 @@ def check(tokenizer: Any, kind: Kind, prompt: list[int], completion: list[int], 
 
     asked, said = rendered(kind.prompt, add_generation_prompt=True), tokenizer.decode(completion)
     if prompt != tokenizer(asked, add_special_tokens=False)["input_ids"]:
-        return Outcome("WRONG", "the prompt's ids are not those met at inference")
+        return RowOutcome("WRONG", "the prompt's ids are not those met at inference")
     whole, read = rendered([*kind.prompt, kind.answer]), tokenizer.decode([*prompt, *completion])
     folded = "".join(t["content"] for t in kind.prompt if t["role"] == "system")
     if not whole.startswith(read) and not (folded and folded in read and folded not in whole):
-        return Outcome("WRONG", "decode(prompt + completion) is not the rendered text")
+        return RowOutcome("WRONG", "decode(prompt + completion) is not the rendered text")
     if any(part not in said for part in kind.said):
-        return Outcome("WRONG", "text of the answer is missing")
+        return RowOutcome("WRONG", "text of the answer is missing")
     if said.count("<think>") + asked.rstrip().endswith("<think>") > 1:
-        return Outcome("WRONG", "<think> stands twice")
+        return RowOutcome("WRONG", "<think> stands twice")
     specials = tokenizer.get_added_vocab()
     rest = tokenizer.decode(completion[-1:])
     if rest in specials:
-        return Outcome("right")
+        return RowOutcome("right")
     behind = whole[len(read) :]
     if any(token in behind for token in specials):
-        return Outcome("WRONG", "the stop token is not learned")
-    return Outcome("right", "ends with no stop token")
+        return RowOutcome("WRONG", "the stop token is not learned")
+    return RowOutcome("right", "ends with no stop token")
 
 
 def tokenizer_for(template: str) -> Any:
@@ -213,7 +213,7 @@ def tokenizer_for(template: str) -> Any:
 START, END = "<!-- the table: prefuse bench templates --write docs/chat_templates.md -->", "<!-- its end -->"
 
 
-def page(text: str, found: dict[str, dict[str, dict[str, Outcome]]]) -> str:
+def page(text: str, found: dict[str, dict[str, dict[str, RowOutcome]]]) -> str:
     """The page with its table made anew."""
     before, _, rest = text.partition(START)
     outcomes = [o for results in found.values() for row in results.values() for o in row.values()]
@@ -231,7 +231,9 @@ def page(text: str, found: dict[str, dict[str, dict[str, Outcome]]]) -> str:
     return before + "\n".join([*lines, "", END]) + rest.partition(END)[2]
 
 
-def _lines(name: str, results: dict[str, dict[str, Outcome]], numbers: dict[str, int] | None = None) -> Iterator[str]:
+def _lines(
+    name: str, results: dict[str, dict[str, RowOutcome]], numbers: dict[str, int] | None = None
+) -> Iterator[str]:
     yield f"## {name} {version(name)}: {len(results)} templates"
     yield ""
     yield f"| template | {' | '.join(next(iter(results.values())))} |"

@@ -2,6 +2,7 @@
 
     prefuse bench train                             # lengths of chat data, and prompts four times the answers
     prefuse bench train --dataset_name pairs.json   # your own rows, too
+    prefuse bench train --model_name_or_path FOLDER --dataset_name pairs.json      # your own model: see real.py
 
 One small Llama, one set of token ids, one order of the rows, the same hyperparameters, float32 on a CPU and bfloat16
 autocast on a GPU. TRL runs as it comes (the reference model in every step) and once more with its reference
@@ -25,6 +26,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +78,7 @@ class Prepared:
 
 
 @dataclasses.dataclass
-class Outcome:
+class RunOutcome:
     seconds: dict[str, float]  # by phase
     losses: list[float]  # by log line
     model: torch.nn.Module
@@ -97,7 +99,7 @@ def prepare(case: Case, folder: Path, arguments: argparse.Namespace) -> Prepared
     return Prepared(folder, arguments, read["train"], read["held_out"], [])
 
 
-def by_prefuse(given: Prepared) -> Outcome:
+def by_prefuse(given: Prepared) -> RunOutcome:
     """`prefuse train`, from its first question to the reference on."""
     arguments = given.arguments
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
@@ -129,7 +131,7 @@ def by_prefuse(given: Prepared) -> Outcome:
             for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
             if "loss" in row
         ]
-    return Outcome(seconds, losses, run.lm.model)
+    return RunOutcome(seconds, losses, run.lm.model)
 
 
 class SameRows(DPOTrainer):
@@ -153,7 +155,7 @@ class SameRows(DPOTrainer):
         return len(self.train_dataset)
 
 
-def by_trl(given: Prepared, precompute: bool) -> Outcome:
+def by_trl(given: Prepared, precompute: bool) -> RunOutcome:
     arguments = given.arguments
     rows = [{"prompt_ids": x.prompt, "chosen_ids": x.chosen, "rejected_ids": x.rejected} for x in given.training]
     load = AutoModelForCausalLM.from_pretrained
@@ -181,7 +183,7 @@ def by_trl(given: Prepared, precompute: bool) -> Outcome:
             trainer.train()
         seconds = {"reference": reference.seconds, "training": training.stop()}
     assert next(trainer.order, None) is None, "TRL did not take all epochs' rows"
-    return Outcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
+    return RunOutcome(seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model)
 
 
 class Stopwatch:
@@ -217,7 +219,7 @@ def timed(owner: Any, name: str, arguments: argparse.Namespace) -> Iterator[Stop
         setattr(owner, name, original)
 
 
-TRAINERS: dict[str, Callable[[Prepared], Outcome]] = {
+TRAINERS: dict[str, Callable[[Prepared], RunOutcome]] = {
     "prefuse": by_prefuse,  # first: it decides the order of the rows
     "TRL": lambda given: by_trl(given, precompute=False),
     "TRL, reference before": lambda given: by_trl(given, precompute=True),
@@ -298,7 +300,7 @@ def compare(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = prepare(case, Path(folder), arguments)
         rounds: list[dict[str, dict[str, float]]] = []
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, RunOutcome] = {}
         for number in range(arguments.rounds):
             names = list(TRAINERS) if number % 2 == 0 else ["prefuse", *reversed(list(TRAINERS)[1:])]
             rounds.append({})
@@ -351,6 +353,10 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    if any(word.startswith("--model_name_or_path") for word in sys.argv):
+        from prefuse.bench import real
+
+        return real.main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", type=Path, help="JSON or JSONL file of pairs, in a form that prefuse reads")
     parser.add_argument("--rows", type=int, default=32, help="pairs to train on")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefuse.kernels import linear_logprobs
 from prefuse.losses.contract import Loss, Sequences, needs_of
 from prefuse.losses.pairs import DPO
-from prefuse.tokens import IGNORE, keep_tokens, learned
+from prefuse.tokens import IGNORE_INDEX, keep_tokens, learned
 
 
 class PackedRows(NamedTuple):
@@ -87,7 +87,7 @@ def concatenated_inputs(batch: Mapping[str, object]) -> dict[str, Tensor]:
     result = {}
     for name in names:
         sides = [batch[f"{side}_{name}"] for side in ("chosen", "rejected")]
-        fill = IGNORE if "labels" in name else 0
+        fill = IGNORE_INDEX if "labels" in name else 0
         padded = [nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in sides]
         result[f"concatenated_{name}"] = torch.cat(padded)
     return result

@@ -16,7 +16,7 @@ from prefuse.packing import Group
 
 # ---- labels of padded rows -----------------------------------------------------------------------
 
-IGNORE = -100  # transformers' label of a token that is not learned
+IGNORE_INDEX = -100  # transformers' label of a token that is not learned
 
 
 class KeptTokens(NamedTuple):
@@ -42,7 +42,7 @@ def keep_tokens(
 
     `lengths` says how many kept tokens each sequence has where several stand in one row.
     """
-    kept = labels != IGNORE if kept is None else kept
+    kept = labels != IGNORE_INDEX if kept is None else kept
     lengths = kept.sum(-1) if lengths is None else lengths
     places = kept.flatten().nonzero()[:, 0]
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -51,7 +51,7 @@ def keep_tokens(
 
 def learned(labels: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
     """Which labels are learned when `labels[:, t]` is the token at t: not the first, for nothing predicts it."""
-    return nn.functional.pad(labels[:, 1:] != IGNORE, (1, 0))
+    return nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
 
 
 # ---- prompts that several rows share -------------------------------------------------------------

@@ -49,9 +49,18 @@ def _reward(config: Config) -> None:
 
 
 def _eval(config: Config) -> None:
-    from prefuse.engine.evaluate import evaluate_command
+    if config.checkpoints:
+        from prefuse.engine.watch import watch
 
-    evaluate_command(config)
+        watch(config)
+    elif config.scorer:
+        from prefuse.engine.compare import compare_answers
+
+        compare_answers(config)
+    else:
+        from prefuse.engine.evaluate import evaluate_command
+
+        evaluate_command(config)
 
 
 def _generate(config: Config) -> None:
@@ -72,7 +81,7 @@ COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
     "reward": Command("Train a reward model from preferences; AutoModelForSequenceClassification loads it.", _reward),
-    "eval": Command("Compare a model with its reference on held-out rows: accuracy, margin, KL.", _eval),
+    "eval": Command("Compare a model with its reference: accuracy, margin, KL; with --scorer, win rates.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
@@ -105,6 +114,12 @@ def _report(words: Sequence[str]) -> int:
     return report(words)
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from prefuse.engine.doctor import doctor
+
+    return doctor(words)
+
+
 def _bench(words: Sequence[str]) -> int:
     from prefuse.bench.cli import main
 
@@ -118,6 +133,9 @@ TOOLS = {
     ),
     "plot": Tool("Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`.", _plot),
     "report": Tool("Write one HTML page about one run or several: `prefuse report RUN [RUN ...]`.", _report),
+    "doctor": Tool(
+        "Check versions, devices and kernels, and what a run needs: `prefuse doctor --config FILE`.", _doctor
+    ),
     "bench": Tool(
         "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs.", _bench
     ),

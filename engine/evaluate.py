@@ -19,8 +19,9 @@ from torch import Tensor
 
 import prefuse
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples, collate
+from prefuse.engine.data.batches import Batch, Examples, collate
 from prefuse.engine.data.dataset import kind_of, read_evaluation_data
+from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary, token_metrics
 from prefuse.engine.model.forward import (
     LanguageModel,
     completion_states,
@@ -31,9 +32,7 @@ from prefuse.engine.model.forward import (
 )
 from prefuse.engine.model.load import (
     check_model,
-    check_same_vocabulary,
     device_of,
-    first_rows,
     load_model,
     load_tokenizer,
     without_padding,
@@ -42,6 +41,7 @@ from prefuse.engine.report.log import add_metrics, progress, say, table
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
 from prefuse.losses.contract import Loss, needs_of
+from prefuse.tokens import IGNORE_INDEX
 
 
 def evaluate_command(config: Config) -> dict[str, float]:
@@ -102,48 +102,6 @@ def measure(
     if ref is not None:
         metrics["kl_to_ref"] = kl_of_states(lm, hidden, ref, ref_hidden, learned)
     return metrics
-
-
-def kl_of_states(
-    lm: LanguageModel,
-    hidden: Tensor,  # (N, D)
-    ref: LanguageModel,
-    ref_hidden: Tensor,  # (N, ref D)
-    mask: Tensor,  # (N,)
-) -> Tensor:  # (2,) [sum of nats, positions]
-    """The exact KL(policy || reference) at the completion positions in `mask`."""
-    ref_options = ref.head.options()
-    ref_bias = ref_options.pop("bias")
-    with lm.autocast():
-        kl = prefuse.linear_kl(
-            hidden, lm.head.weight, ref_hidden.to(hidden.dtype), ref.head.weight,
-            ref_bias=ref_bias, mask=mask, ref_options=ref_options, impl=lm.impl, **lm.head.options(),
-        )  # fmt: skip
-    return torch.stack([kl.double().sum(), mask.sum().double()])
-
-
-def token_metrics(lm: LanguageModel, hidden: Tensor, batch: Batch, learned: Tensor) -> dict[str, Tensor]:
-    """TRL's names for demonstrations, with sums over the `learned` tokens (N,), from one pass of the head."""
-    with lm.autocast():
-        logps, outputs = prefuse.linear_logprobs(
-            hidden, lm.head.weight, batch.targets, outputs=("entropy", "is_top1"), impl=lm.impl, **lm.head.options()
-        )
-    sums = {"loss": -logps, "mean_token_accuracy": outputs["is_top1"], "entropy": outputs["entropy"]}
-    return {
-        name: torch.stack([torch.where(learned, x.double(), 0.0).sum(), learned.sum().double()])
-        for name, x in sums.items()
-    }
-
-
-def over_common_vocabulary(
-    lm: LanguageModel, ref: LanguageModel, config: Config
-) -> tuple[LanguageModel, LanguageModel]:
-    """Both models with heads over the tokens that both have, if they differ in rows of padding alone."""
-    common = check_same_vocabulary(lm, ref, config)
-    return tuple(
-        one if one.head.weight.shape[0] == common else dataclasses.replace(one, head=first_rows(one.head, common))
-        for one in (lm, ref)
-    )
 
 
 def _reference_point(

@@ -36,13 +36,14 @@ from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
 from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
-from prefuse.engine.run.checkpoint import model_bytes, save_checkpoint
+from prefuse.engine.run.checkpoint import load_weights, model_bytes, save_checkpoint
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
+from prefuse.engine.run.proof import fault_of_files
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
 from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
@@ -85,7 +86,7 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     except Diverged as error:
         raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
-        publish_model(run, metrics)
+        publish_model(run, metrics | take_best(run, done))
 
     def end() -> None:
         plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
@@ -122,7 +123,7 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 last |= evaluate_and_log(run, done, signals)
             evaluates = False
             window.restart_clock()
-            for share in timed(steps, "data"):
+            for share in timed(() if run.best.stop else steps, "data"):  # resumed where it was to end
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
@@ -142,14 +143,15 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                         say_metrics(done, total, means)
                     last |= means
                     window.clear()
-                evaluates = done % config.eval_steps == 0 or done == total
+                evaluates = is_due(run, config.eval_strategy, config.eval_steps, done) or done == total
                 if evaluates:
                     last |= evaluate_and_log(run, done, signals)
                 evaluates = False
-                if run.guards.stop or (config.save_steps and done % config.save_steps == 0):
+                stop = stop_of(run, done)
+                if stop or is_due(run, config.save_strategy, config.save_steps, done) or is_best(run, done):
                     save(run, done, evaluate=False)
-                if run.guards.stop:
-                    say(f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}")
+                if stop:
+                    say(stop)
                     break
         except Stopped as stop:
             if done > (run.checkpoints.newest or 0):
@@ -157,6 +159,39 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
             ranks.wait()
             raise Stopped(stop.signal, f"{stop} after step {done}; {what_resume_does(run)}") from None
     return last, done
+
+
+def is_due(run: Run, strategy: str, every: int, done: int) -> bool:
+    """Whether step `done` is one after which to evaluate, or to save."""
+    every = {"no": 0, "epoch": run.data.steps_per_epoch}.get(strategy, every)
+    return every > 0 and done % every == 0
+
+
+def is_best(run: Run, done: int) -> bool:
+    """Whether the weights after `done` must be kept for load_best_model_at_end."""
+    return run.config.load_best_model_at_end and run.best.step == done
+
+
+def stop_of(run: Run, done: int) -> str:
+    """Why the run ends after `done`, in words, or nothing."""
+    if run.guards.stop:
+        return f"a guard ends the run after step {done} (guard_action stop): {run.guards.stop}"
+    return f"the run ends after step {done}: {run.best.stop}" if run.best.stop else ""
+
+
+def take_best(run: Run, done: int) -> dict[str, float]:
+    """With load_best_model_at_end, the weights of the best evaluation into the model; its eval_* metrics."""
+    run.best.say()
+    if not run.config.load_best_model_at_end or run.best.step in (None, done):
+        return {}
+    path = run.folder / f"checkpoint-{run.best.step}"
+    fault = run.ranks.from_main(lambda: fault_of_files(path))
+    if fault is not None:
+        logger.warning("%s cannot be read (%s): the model is that of the last step", path, fault)
+        return {}
+    load_weights(path, run.lm)
+    say(f"the model is that of step {run.best.step}")
+    return {f"eval_{name}": value for name, value in run.best.metrics.items()}
 
 
 def what_resume_does(run: Run) -> str:
@@ -269,7 +304,7 @@ def least_and_largest(share: Share, extremes: Tensor) -> dict[str, Tensor]:  # (
 
 
 def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, float]:
-    if run.held is None:
+    if run.held is None or run.config.eval_strategy == "no":
         return {}
 
     def between() -> None:
@@ -282,6 +317,7 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     check_evaluation(step, means)
     run.guards.on_evaluation(step, means)
+    run.best.on_evaluation(step, means)
     metrics = {f"eval_{name}": value for name, value in means.items()}
     run.log.write(step, step / run.data.steps_per_epoch, metrics)
     say_metrics(step, run.data.total_steps, metrics, prefix="eval_")

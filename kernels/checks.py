@@ -101,6 +101,14 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
 
 
+def check_tolerance(tolerance: float, impl: str = "auto") -> None:
+    """Raises unless it is a `gradient_tolerance`, and one that `impl` has."""
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"gradient_tolerance must be in [0, 1), 0.0 for the exact gradient, got {tolerance}")
+    if tolerance > 0.0 and impl == "reference":
+        raise ValueError('impl="reference" is exact: set gradient_tolerance to 0.0, or use another impl')
+
+
 def resolve(impl: str, x: Tensor) -> str:
     """ "auto" -> "triton" where it can run on `x`, else "torch"; RuntimeError for an `impl` that cannot run."""
     if impl == "auto":

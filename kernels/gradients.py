@@ -38,10 +38,11 @@ class Sums(NamedTuple):
     dbias: Tensor | None  # (V,)
 
     @staticmethod
-    def empty(weight: Tensor, bias: Tensor | None, needs: Needs) -> Sums:
-        """For a backward that writes every element."""
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
-        return Sums(dweight, torch.empty_like(bias) if needs.bias else None)
+    def empty(weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype | None = None) -> Sums:
+        """For a backward that writes every element, in their own dtypes or in `dtype`."""
+        contiguous = torch.contiguous_format
+        dweight = torch.empty_like(weight, dtype=dtype, memory_format=contiguous) if needs.weight else None
+        return Sums(dweight, torch.empty_like(bias, dtype=dtype) if needs.bias else None)
 
     @staticmethod
     def zeros(weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype) -> Sums:

@@ -19,7 +19,7 @@ from prefuse.kernels import device
 from prefuse.kernels.gemm import addmm_
 from prefuse.kernels.gradients import Gradients, Needs, Sums
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.tiles.table import Config, allow_descriptors, capability, choose
+from prefuse.kernels.tiles.table import Tile, allow_descriptors, capability, choose
 from prefuse.kernels.vocab import Whole
 
 # As the device sees them, but plain numbers.
@@ -93,11 +93,11 @@ class Operands:
             w = w.to(self.dtype, memory_format=torch.contiguous_format)
         return w, self.hidden if self.bias is None else self.bias[first:last]
 
-    def config(self, kernel: str, w: Tensor, h: Tensor | None = None) -> Config:
+    def config(self, kernel: str, w: Tensor, h: Tensor | None = None) -> Tile:
         """The tile of `kernel` for these rows of the weight and of hidden (default: all of it)."""
         return self.config_for(kernel, self.hidden if h is None else h, w)
 
-    def config_for(self, kernel: str, *operands: Tensor) -> Config:
+    def config_for(self, kernel: str, *operands: Tensor) -> Tile:
         d, v = self.hidden.shape[1], len(self.weight)
         return choose(kernel, self.chip, self.dtype, allow_descriptors(*operands), d, v)
 
@@ -110,13 +110,13 @@ class Operands:
         return self.y != IGNORED
 
 
-def tile_args(config: Config) -> dict:
+def tile_args(config: Tile) -> dict:
     """The constants and options that a tile stands for in a launch."""
     blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
     return {**blocks, "DESC": config.descriptors, "GROUP": 8, **config.launch}
 
 
-def loadable(x: Tensor, rows: int, columns: int, config: Config) -> Tensor | TensorDescriptor:
+def loadable(x: Tensor, rows: int, columns: int, config: Tile) -> Tensor | TensorDescriptor:
     """`x` as a kernel takes it: a descriptor of (rows, columns) blocks, or the pointer."""
     return TensorDescriptor.from_tensor(x, [rows, columns]) if config.descriptors else x
 

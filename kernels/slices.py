@@ -136,6 +136,7 @@ def backward_slices(
     needs: Needs,
     slices: Iterable[tuple],  # (first column, weight (C, D), ...) of each slice
     dlogits: Callable[[Tensor, int, tuple], object],
+    dtype: torch.dtype | None = None,  # of dweight and dbias; None: their own
 ) -> Gradients:
     """dhidden (N, D) in the accumulator's dtype, dweight (V, D), dbias (V,): each row of dweight is written once.
 
@@ -144,7 +145,7 @@ def backward_slices(
     (n, d), weight, bias = hidden.shape, head.weight, head.bias
     hidden = operand(hidden, head.dtype)
     dhidden = hidden.new_zeros(n, d, dtype=head.acc) if needs.hidden else None
-    dweight, dbias = Sums.empty(weight, bias, needs)
+    dweight, dbias = Sums.empty(weight, bias, needs, dtype)
     tiles = -(-n // head.rows)
     # One buffer for every slice: fresh memory costs a page fault where the product writes it.
     together = max(1, min(tiles, BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))

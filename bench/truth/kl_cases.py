@@ -71,7 +71,7 @@ def random_models(
 
 
 @dataclass
-class Result:
+class KLResult:
     kl: Tensor
     grads: dict[str, Tensor]
 
@@ -79,14 +79,14 @@ class Result:
         return {"kl": self.kl, **{f"d{name}": g for name, g in self.grads.items()}}
 
 
-def evaluate(linear_kl, models: Models, needs=(), grad: Tensor | None = None) -> Result:
+def evaluate(linear_kl, models: Models, needs=(), grad: Tensor | None = None) -> KLResult:
     """`linear_kl(hidden, weight, ref_hidden, ref_weight, **keywords)`, then backward of (N,) `grad`."""
     fresh = {n: getattr(models, n).detach().requires_grad_() for n in needs if getattr(models, n) is not None}
     m = models.but(**fresh)
     kl = linear_kl(m.hidden, m.weight, m.ref_hidden, m.ref_weight, **m.keywords())
     if needs:
         kl.backward(grad)
-    return Result(kl.detach(), {name: x.grad for name, x in fresh.items()})
+    return KLResult(kl.detach(), {name: x.grad for name, x in fresh.items()})
 
 
 def both_logits(m: Models, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def from_definition(dtype: torch.dtype):
     return linear_kl
 
 
-def check_kl(linear_kl, models: Models, needs=NAMES, grad: Tensor | None = None) -> Result:
+def check_kl(linear_kl, models: Models, needs=NAMES, grad: Tensor | None = None) -> KLResult:
     """Asserts that `linear_kl` agrees with the float64 truth, as far as logits in float32 can; returns what it made."""
     m, dtype, n = models, models.hidden.dtype, len(models.hidden)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32

@@ -40,7 +40,7 @@ from prefuse.models.inside import run_with_head
 from prefuse.models.probes import States, check_padding
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
 from prefuse.packing import Packed
-from prefuse.tokens import IGNORE, keep_tokens, learned
+from prefuse.tokens import IGNORE_INDEX, keep_tokens, learned
 
 # ---------------------------------------------------------------------------------------------------------
 # Log-probabilities
@@ -64,6 +64,7 @@ def sequence_logps(
     reduction: Literal["sum", "mean", "none"] = "sum",
     temperature: float = 1.0,
     impl: str = "auto",
+    gradient_tolerance: float = 0.0,
 ) -> Tensor:  # (B,) or (S,) float64; (B, T) float32
     """Equals, without the `(B, T, V)` logits ever existing::
 
@@ -90,7 +91,7 @@ def sequence_logps(
         reduction: "sum"; "mean", per token that counts (0 for a row without any); or "none": (B, T) float32, at t that
             of `labels[:, t]`, 0 where it does not count.
         temperature: divides the logits.
-        impl: as in `prefuse.linear_logprobs`.
+        impl, gradient_tolerance: as in `prefuse.linear_logprobs`.
 
     Raises:
         UnsupportedModel: (a ValueError) a wrapper, a head or a transform of the logits that this does not compute.
@@ -102,7 +103,7 @@ def sequence_logps(
     batch = _inputs(input_ids, labels, attention_mask, position_ids, cu_seqlens)
     if reduction == "none" and batch.shape is None:
         raise ValueError('reduction="none" needs a (B, T) batch to lay its numbers out: use token_logps for a Packed')
-    logps = _run(model, batch, temperature, impl)
+    logps = _run(model, batch, temperature, impl, gradient_tolerance)
     if reduction == "none":
         return logps.new_zeros(batch.shape).flatten().index_put((batch.rows + 1,), logps).view(batch.shape)
     sums = torch.segment_reduce(logps.double(), "sum", offsets=batch.cu_seqlens.long(), unsafe=True)
@@ -119,16 +120,17 @@ def token_logps(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     temperature: float = 1.0,
     impl: str = "auto",
+    gradient_tolerance: float = 0.0,
 ) -> TokenLogps:
     """`sequence_logps` before the sum: the log-probability of each token that counts, the sequences end to end.
 
     For `prefuse.preference_loss(policy.logps, reference.logps, policy.cu_seqlens)`, which subtracts token by token.
     """
     batch = _inputs(input_ids, labels, attention_mask, position_ids, cu_seqlens)
-    return TokenLogps(_run(model, batch, temperature, impl), batch.cu_seqlens)
+    return TokenLogps(_run(model, batch, temperature, impl, gradient_tolerance), batch.cu_seqlens)
 
 
-def _run(model: nn.Module, batch: _Inputs, temperature: float, impl: str) -> Tensor:  # (N,)
+def _run(model: nn.Module, batch: _Inputs, temperature: float, impl: str, gradient_tolerance: float) -> Tensor:  # (N,)
     check_versions(model)
     causal = causal_lm_of(model)
     layer = head_layer(causal)
@@ -136,7 +138,10 @@ def _run(model: nn.Module, batch: _Inputs, temperature: float, impl: str) -> Ten
 
     def logps(hidden: Tensor) -> Tensor:  # (B, T, D) -> (N,)
         rows, weight, bias = product_of(causal, layer, batch.pick(hidden))
-        return linear_logprobs(rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl, **transform)
+        return linear_logprobs(
+            rows, weight, batch.targets, bias=bias, temperature=temperature, impl=impl,
+            gradient_tolerance=gradient_tolerance, **transform,
+        )  # fmt: skip
 
     with batch.attention(causal):
         return run_with_head(model, causal, layer, logps, batch.checks(causal), **batch.inputs(causal))
@@ -241,7 +246,7 @@ def _inputs(
 def _flat(input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor) -> _Inputs:
     lengths = cu_seqlens.diff().tolist()
     starts = cu_seqlens[:-1].long()
-    kept = labels != IGNORE
+    kept = labels != IGNORE_INDEX
     kept[0, starts] = False  # nothing predicts a sequence's first token
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

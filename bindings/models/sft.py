@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, nn
 
 import prefuse
+from prefuse.kernels.checks import check_tolerance
 from prefuse.models.head import head_layer, product_of, transform_of
 from prefuse.models.inside import in_place_of_head, is_running, router_loss
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
-from prefuse.tokens import IGNORE, keep_tokens
+from prefuse.tokens import IGNORE_INDEX, keep_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int | None = None, impl: str = "auto"):
+def fuse_loss(
+    model: nn.Module, *, logits_in_eval: bool = False, workspace: int | None = None, impl: str = "auto",
+    gradient_tolerance: float = 0.0,
+):  # fmt: skip
     """`model(..., labels=labels).loss` without the logits, from now on; returns `model`.
 
     For `transformers.Trainer` as it is, and any loop that lets the model compute its loss: the same number, divided by
@@ -40,12 +44,14 @@ def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int 
     Args:
         model: a causal LM of transformers, or one in PEFT.
         logits_in_eval: in eval mode compute loss and logits as before, for a Trainer's `compute_metrics`.
-        workspace, impl: as in `prefuse.linear_preference_loss`.
+        workspace, impl, gradient_tolerance: as in `prefuse.linear_preference_loss`.
 
     Raises:
         UnsupportedModel, UnsupportedVersion, TypeError: as `sequence_logps`; and for a loss of the model's own.
     """
+    check_tolerance(gradient_tolerance, impl)
     causal = _with_causal_loss(model)
+    how = {"workspace": workspace, "impl": impl, "gradient_tolerance": gradient_tolerance}
 
     def forward(self, run, *args, **kwargs):
         if kwargs.get("labels") is None or (logits_in_eval and not self.training):
@@ -55,7 +61,7 @@ def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int 
 
         def loss(hidden: Tensor) -> Tensor:  # (1,)
             inputs = _head_inputs(self, layer, hidden)
-            return _sft_loss(inputs, **given, workspace=workspace, impl=impl)[None]
+            return _sft_loss(inputs, **given, **how)[None]
 
         made, output = in_place_of_head(self, layer, loss, run, args, kwargs, own_loss=True)
         # (no view, for the hooks of fully_shard)
@@ -66,7 +72,7 @@ def fuse_loss(model: nn.Module, *, logits_in_eval: bool = False, workspace: int 
 
 
 def sft_loss(
-    model: nn.Module, *, workspace: int | None = None, impl: str = "auto"
+    model: nn.Module, *, workspace: int | None = None, impl: str = "auto", gradient_tolerance: float = 0.0
 ) -> Callable[[object, Tensor, Tensor | int | None], Tensor]:
     """A `compute_loss_func` for `transformers.Trainer`, of the number that the Trainer has without one.
 
@@ -77,7 +83,9 @@ def sft_loss(
     eval mode nothing changes. The head thus runs after the forward. Under `fully_shard` (FSDP2) its weight is gone by
     then, so such a model is refused: use `fuse_loss(model)`, which needs no `compute_loss_func`, there or anywhere.
     """
+    check_tolerance(gradient_tolerance, impl)
     causal = _with_causal_loss(model)
+    how = {"workspace": workspace, "impl": impl, "gradient_tolerance": gradient_tolerance}
 
     def forward(self, run, *args, **kwargs):
         asked = self.training and torch.is_grad_enabled() and not is_running(self)
@@ -104,7 +112,7 @@ def sft_loss(
 
     def loss(outputs: object, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if isinstance(outputs, HeadInputs):
-            return _sft_loss(outputs, labels, None, num_items_in_batch, workspace, impl)
+            return _sft_loss(outputs, labels, None, num_items_in_batch, **how)
         logits = outputs["logits"]
         return causal.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
@@ -174,9 +182,10 @@ def _sft_loss(
     num_items_in_batch: Tensor | int | None,
     workspace: int | None,
     impl: str,
+    gradient_tolerance: float,
 ) -> Tensor:  # ()
     """transformers' ForCausalLMLoss: a mean over the labels that are not -100, or their sum / num_items_in_batch."""
-    targets = nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
     if targets.shape != head.hidden.shape[:-1]:
         raise ValueError(
             f"expected hidden states for each of the labels {tuple(targets.shape)}, got {tuple(head.hidden.shape)}: "
@@ -198,6 +207,7 @@ def _sft_loss(
             workspace=workspace,
             bias=head.bias,
             impl=impl,
+            gradient_tolerance=gradient_tolerance,
             **head.transform,
         ).loss
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import prefuse
 from prefuse.kernels import HeadOptions
+from prefuse.kernels.checks import check_tolerance
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import loss_from
@@ -147,7 +148,9 @@ class FusedTrainer:
     CONFIG: type
     _uses_reference: bool
 
-    def _start(self, positional: tuple, named: dict, padding_free: bool, workspace: int | None) -> dict[str, Any]:
+    def _start(
+        self, positional: tuple, named: dict, padding_free: bool, workspace: int | None, gradient_tolerance: float
+    ) -> dict[str, Any]:
         """TRL's arguments by name, once it is known that all of them can be honoured."""
         given = dict(inspect.signature(super().__init__).bind(*positional, **named).arguments)
         model = given.get("model")
@@ -155,9 +158,11 @@ class FusedTrainer:
             path = model if isinstance(model, str) else model.config._name_or_path
             given["args"] = self.CONFIG(f"{path.split('/')[-1]}-{self._name}")
         self._refuse(given, given["args"])
+        check_tolerance(gradient_tolerance)
         # TRL builds everything else in its own __init__, which may already ask for reference numbers.
         self._collate = Collator(given["args"].max_length, flat=padding_free)
         self._workspace = WORKSPACE if workspace is None else workspace
+        self._tolerance = gradient_tolerance
         self._cache = ReferenceCache()
         self._rope_follows_batch = False  # then a row's reference numbers hold in its own batch alone
         self._window = {"train": MicrobatchMetrics(), "eval": MicrobatchMetrics()}
@@ -247,16 +252,22 @@ class FusedTrainer:
             self._collate.flat = False
             warnings.warn(f"{error}. Batches are padded, and prompts run once for each completion", stacklevel=2)
 
-    def _log_probabilities(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(N,) of the policy, with gradient, and what else its head tells of each token."""
+    def _log_probabilities(
+        self, model: nn.Module, batch: Microbatch, ref_logps: Tensor | None, meter: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N,) of the policy, with gradient, and what else its head tells of each token.
+
+        Under a gradient_tolerance, `meter` is filled by the backward.
+        """
 
         def run(base: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
             head, tokens = head_of(base), batch.tokens
             options = HeadOptions(head.softcap, head.logit_scale)
             hidden = completion_hidden(base, tokens)
             return logprobs_within(
-                self._workspace, hidden, head.weight, tokens.targets, head.bias, options, self.OUTPUTS, "auto"
-            )
+                self._workspace, hidden, head.weight, tokens.targets, head.bias, options, self.OUTPUTS, "auto",
+                gradient_tolerance=self._tolerance, guess=ref_logps, meter=meter,
+            )  # fmt: skip
 
         with self.accelerator.autocast():
             return model(prefuse=run)
@@ -346,7 +357,8 @@ class FusedTrainer:
         mode = "train" if self.model.training else "eval"
         batch = inputs["batch"]
         ref_logps, z0 = self._before_policy(batch)
-        logps, extra = self._log_probabilities(model, batch)
+        meter = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        logps, extra = self._log_probabilities(model, batch, ref_logps, meter)
         loss, metrics = self._loss(logps, extra, ref_logps, z0, batch)
         metrics = metrics | {
             "entropy": counted(extra["entropy"]),
@@ -355,6 +367,8 @@ class FusedTrainer:
         }
         if "is_top1" in extra:
             metrics["mean_token_accuracy"] = counted(extra["is_top1"], batch.preferred)
+        if self._tolerance > 0.0:
+            metrics["head/skipped_mass"] = meter  # [0, 0], which nobody logs, until the backward has run
         self._window[mode].add(metrics)
         if mode == "train":
             self._tokens += inputs["num_tokens"].sum()
@@ -368,7 +382,7 @@ class FusedTrainer:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         window = self._window[mode]
-        if window.sums:
+        if window.microbatches:
             self._cache.settle()
             means, self._total_train_tokens = window.take(self._tokens, self._group)
             self._metrics[mode] = defaultdict(list, num_tokens=[int(self._total_train_tokens)])

@@ -210,32 +210,28 @@ class MicrobatchMetrics:
     """Sums and counts of each microbatch since the last log line, on the device until then.
 
     TRL logs the plain mean of its microbatches' means (over all ranks each), where `reduce_metrics` weighs each row the
-    same; so every microbatch keeps its own sums here, and all of them are reduced at once.
+    same; so every microbatch keeps its own sums here, and all of them are reduced at once. They are read then, not
+    before: a backward may still write into one.
     """
 
-    names: list[str] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)  # (names, 2) of each microbatch
+    microbatches: list[dict[str, Tensor]] = field(default_factory=list)  # {name: (2,) [sum, count]}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:  # {name: (2,) [sum, count]}
-        self.names = list(metrics)
-        self.sums.append(torch.stack([value.double() for value in metrics.values()]))
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.microbatches.append(metrics)
 
     def take(self, extra: Tensor, group: dist.ProcessGroup | None) -> tuple[list[dict[str, float]], float]:
         """The means of each microbatch, a name that nobody counted left out, and the sum of () `extra` over `group`.
 
         One packed reduction, one wait for the device; the window is empty afterwards.
         """
-        packed = torch.cat([*(sums.flatten() for sums in self.sums), extra.double().reshape(1)])
+        sums = [value.double() for metrics in self.microbatches for value in metrics.values()]
+        packed = torch.cat([*sums, extra.double().reshape(1)])
         if group is not None:
             dist.all_reduce(packed, group=group)
         *values, total = packed.tolist()
-        pairs = list(zip(values[0::2], values[1::2], strict=True))
-        size = len(self.names)
-        means = [
-            means_of(dict(zip(self.names, pairs[start : start + size], strict=True)))
-            for start in range(0, len(pairs), max(size, 1))
-        ]
-        self.sums = []
+        pairs = zip(values[0::2], values[1::2], strict=True)
+        means = [means_of({name: next(pairs) for name in metrics}) for metrics in self.microbatches]
+        self.microbatches = []
         return means, total
 
 

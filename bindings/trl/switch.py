@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prefuse.kernels.checks import IMPLS
+from prefuse.kernels.checks import IMPLS, check_tolerance
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
 
@@ -58,6 +58,7 @@ class Replacement:
 
     workspace: int
     impl: str
+    gradient_tolerance: float = 0.0
 
     def apply(
         self,
@@ -75,7 +76,10 @@ class Replacement:
         check_head(hidden, weight)
         options = HeadOptions(final_logit_softcapping, float(logit_scale), float(temperature))
         names = tuple(name for name in EXTRAS if name in outputs)
-        found = logprobs_within(self.workspace, hidden, weight, targets, bias, options, names, self.impl)
+        found = logprobs_within(
+            self.workspace, hidden, weight, targets, bias, options, names, self.impl,
+            gradient_tolerance=self.gradient_tolerance,
+        )  # fmt: skip
         logps, extra = found if names else (found, {})
         # What an operator returns are views, which may not be changed in place; results of an autograd function may.
         extra = {name: x.bool() if name == "is_top1" else x.clone() for name, x in extra.items()}
@@ -95,13 +99,14 @@ class _State:
 # --------------------------------------------------------------------------------------------- the switch
 
 
-def enable(*, workspace: int = 0, impl: str = "auto") -> None:
+def enable(*, workspace: int = 0, impl: str = "auto", gradient_tolerance: float = 0.0) -> None:
     """TRL's trainers compute their log-probabilities here from now on; a second call changes nothing.
 
     Args:
         workspace: bytes a forward may keep, so that the backward of a trainable head takes one pass over the
             vocabulary less; 0 keeps nothing.
-        impl: as in `linear_logprobs`.
+        impl, gradient_tolerance: as in `linear_logprobs`. What a tolerance above 0.0 skips is told to
+            `prefuse.kernels.record_skipped_mass`; TRL has no metric for it.
 
     Raises:
         ImportError: there is no TRL.
@@ -109,7 +114,7 @@ def enable(*, workspace: int = 0, impl: str = "auto") -> None:
         ValueError: an option out of range, or other options than those in force.
     """
     with _State.lock:
-        _install(workspace, impl)
+        _install(workspace, impl, gradient_tolerance)
         _State.lasting = True
 
 
@@ -121,12 +126,12 @@ def disable() -> None:
 
 
 @contextlib.contextmanager
-def enabled(*, workspace: int = 0, impl: str = "auto") -> Iterator[None]:
+def enabled(*, workspace: int = 0, impl: str = "auto", gradient_tolerance: float = 0.0) -> Iterator[None]:
     """`enable` for a block of code. Blocks nest, in one thread and over several; the last one out restores TRL's own
     function, unless `enable` was called too.
     """
     with _State.lock:
-        _install(workspace, impl)
+        _install(workspace, impl, gradient_tolerance)
         _State.blocks += 1
     try:
         yield
@@ -141,12 +146,13 @@ def is_enabled() -> bool:
     return _State.replacement is not None
 
 
-def _install(workspace: int, impl: str) -> None:
-    wanted = Replacement(workspace, impl)
+def _install(workspace: int, impl: str, gradient_tolerance: float) -> None:
+    wanted = Replacement(workspace, impl, gradient_tolerance)
     if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 0:
         raise ValueError(f"workspace must be a whole number of bytes, 0 or more, got {workspace!r}")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    check_tolerance(gradient_tolerance, impl)
     if _State.replacement is None:
         original = recognize()
         _swap(original, wanted)

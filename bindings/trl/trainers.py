@@ -41,6 +41,8 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
             "sigmoid", `args.label_smoothing` is cDPO's (TRL ignores it there).
         padding_free: False pads, as TRL does; a model that takes no flat batches is padded with a warning.
         workspace: bytes that may be kept from forward to backward, see `prefuse.linear_preference_loss`.
+        gradient_tolerance: the share of the gradient's mass that the head's backward may skip, see
+            `prefuse.linear_logprobs`; the measured share is logged as "head/skipped_mass".
 
     Raises ValueError for what cannot be had: see docs/trl_trainers.md.
     """
@@ -49,9 +51,10 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
     CONFIG = trl.DPOConfig
 
     def __init__(
-        self, *args, loss: Loss | None = None, padding_free: bool = True, workspace: int | None = None, **kwargs
-    ):
-        given = self._start(args, kwargs, padding_free, workspace)
+        self, *args, loss: Loss | None = None, padding_free: bool = True, workspace: int | None = None,
+        gradient_tolerance: float = 0.0, **kwargs,
+    ):  # fmt: skip
+        given = self._start(args, kwargs, padding_free, workspace, gradient_tolerance)
         config = given["args"]
         self._terms = self._terms_of(loss, config)
         self._weighs = config.use_weighting
@@ -142,7 +145,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
             of another one (never of the same prompt), and takes one z0 for the step, over its microbatches and ranks,
             so a microbatch of one row will do. "trl" is TRL's way: rows in their order, each with the completion before
             it in its microbatch, whatever its prompt, and a z0 for each microbatch.
-        padding_free, workspace: see `DPOTrainer`.
+        padding_free, workspace, gradient_tolerance: see `DPOTrainer`.
 
     Raises ValueError for what cannot be had: see docs/trl_trainers.md.
     """
@@ -152,9 +155,9 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
 
     def __init__(
         self, *args, loss: Loss | None = None, sampling: Literal["shuffled", "trl"] = "shuffled",
-        padding_free: bool = True, workspace: int | None = None, **kwargs,
+        padding_free: bool = True, workspace: int | None = None, gradient_tolerance: float = 0.0, **kwargs,
     ):  # fmt: skip
-        given = self._start(args, kwargs, padding_free, workspace)
+        given = self._start(args, kwargs, padding_free, workspace, gradient_tolerance)
         config = given["args"]
         if sampling not in ("shuffled", "trl"):
             raise ValueError(f'sampling must be "shuffled" or "trl", got {sampling!r}')

@@ -46,7 +46,8 @@ class DataSettings(Topic):
         return {"eval_fraction": 0.05 if command in TRAINING else 1.0}
 
     def check(self, command: str) -> None:
-        if command in TRAINING or self.eval_dataset is None:
+        answered = command == "eval" and self.model_answers
+        if command in TRAINING or (self.eval_dataset is None and not answered):
             require(self, "datasets" if self.datasets else "dataset_name")
         rule = Rule("in (0, 1]", lambda value: 0 < value <= 1)
         if command in TRAINING:

@@ -1,4 +1,4 @@
-"""Settings of `prefuse generate`: how many prompts are answered, and how."""
+"""Settings of `prefuse generate`, and of `prefuse eval` with a scorer: how many prompts are answered, and how."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +9,13 @@ from prefuse.engine.config.setting import Rule, Topic, at_least, setting
 @dataclass(frozen=True)
 class GenerationSettings(Topic):
     title: ClassVar[str] = "Generation"
-    commands: ClassVar[tuple[str, ...]] = ("generate",)
+    commands: ClassVar[tuple[str, ...]] = ("generate", "eval")
 
-    num_prompts: int = setting(8, "How many prompts of the dataset to answer; 0 answers all.", rule=at_least(0))
+    num_prompts: int | None = setting(
+        None,
+        "How many prompts of the dataset to answer; 0 answers all. None: 8, and all for `eval` with a scorer.",
+        rule=at_least(0),
+    )
     max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
     temperature: float = setting(
         0.0,
@@ -19,3 +23,6 @@ class GenerationSettings(Topic):
         "no penalty, top_p or beam of the model's generation_config.json.",
         rule=Rule("0, or at least 0.001 and at most 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3),
     )
+
+    def command_defaults(self, command: str) -> dict[str, object]:
+        return {"num_prompts": 0 if command == "eval" else 8}

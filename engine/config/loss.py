@@ -98,7 +98,8 @@ class LossSettings(Topic):
             loss = self.loss()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        if command == "eval" and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
+        by_loss = command == "eval" and not self.scorer
+        if by_loss and "reference" in needs_of(loss) and not self.ref_model_name_or_path:
             raise UserError(
                 f"ref_model_name_or_path is required: rewards of {self.loss_type} are relative to a reference. Give "
                 "--ref_model_name_or_path, or --loss_type sft for loss and perplexity of the completions alone"

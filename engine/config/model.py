@@ -15,6 +15,12 @@ class ModelSettings(Topic):
         "Model to start from: a folder with safetensors weights, or a hub name. `merge`: a folder with adapters.",
         commands=LOADING,
     )
+    gguf_file: str | None = setting(
+        None,
+        "A file in GGUF form in the folder of model_name_or_path (or of the reference) to read weights and tokenizer "
+        "from. What is saved is safetensors. Needs `pip install gguf`.",
+        commands=("sft", "train", "eval", "generate"),
+    )
     ref_model_name_or_path: str | None = setting(
         None,
         "Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with.",
@@ -54,4 +60,5 @@ class ModelSettings(Topic):
     )
 
     def check(self, command: str) -> None:
-        require(self, "model_name_or_path")
+        if not (command == "eval" and (self.model_answers or self.checkpoints)):
+            require(self, "model_name_or_path")

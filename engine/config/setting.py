@@ -16,6 +16,7 @@ from prefuse.engine.errors import UserError
 
 TRAINING = ("sft", "train", "reward")  # the commands that train
 EVERY = (*TRAINING, "eval", "generate")  # the commands that load a model and read rows
+SCORING = ("eval",)  # the commands that take scorers
 LOADING = (*EVERY, "merge")  # the commands that load a model
 MOST = 2**31 - 1  # of a whole number: counts and lengths are int32 somewhere
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from prefuse.engine.config.batches import BatchSettings
 from prefuse.engine.config.data import DataSettings
+from prefuse.engine.config.evaluation import EvaluationSettings
 from prefuse.engine.config.generation import GenerationSettings
 from prefuse.engine.config.guards import GuardSettings
 from prefuse.engine.config.lora import LoraSettings
@@ -19,6 +20,7 @@ from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
 from prefuse.engine.config.rewards import RewardSettings
 from prefuse.engine.config.rows import RowSettings
+from prefuse.engine.config.scoring import ScoringSettings
 from prefuse.engine.config.setting import TRAINING, Topic, check_value, known
 from prefuse.engine.config.speed import SpeedSettings
 from prefuse.engine.config.text import TextSettings
@@ -35,7 +37,9 @@ class Config(
     # In the order of the help; a dataclass takes the fields of its last base first.
     GuardSettings,
     RankSettings,
+    EvaluationSettings,
     GenerationSettings,
+    ScoringSettings,
     OutputSettings,
     SpeedSettings,
     LoraSettings,

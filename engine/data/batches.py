@@ -20,8 +20,7 @@ from prefuse.engine.data.fit import CharacterParts, cut_prompt
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.table import Example, Examples, Tokens
 from prefuse.packing import Packed, Padded, pack, padded
-
-IGNORE_INDEX = -100  # the target of a completion token that is not learned
+from prefuse.tokens import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

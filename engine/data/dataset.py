@@ -11,10 +11,19 @@ import yaml
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
-from prefuse.engine.data.examples import Kind, describe_learned, load_examples, summarize_skipped
+from prefuse.engine.data.examples import (
+    Kind,
+    Prompt,
+    describe_learned,
+    load_examples,
+    load_prompts,
+    summarize_skipped,
+)
 from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
+from prefuse.engine.data.forms.mixture import parts_of, sources_of
 from prefuse.engine.data.order import hold_out
+from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stops import describe_unstopped
 from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
@@ -114,6 +123,47 @@ def read_evaluation_data(config: Config, kind: str, tokenizer) -> Examples:
     _, held = hold_out_rows(examples.prompts, config)
     say(f"  evaluating {len(held)} of {len(examples)}")
     return examples.select(held)
+
+
+def read_prompts(config: Config, tokenizer, columns: Sequence[str] = ()) -> list[Prompt]:
+    """The first num_prompts distinct prompts of eval_dataset, or of what dataset_name holds out.
+
+    `columns`: those that a scorer reads (`columns_of_rows`), and that are no part of the prompt.
+    """
+    rest, reading = (tokenizer, config.max_length), {**config.reading(), "text": text_options(config)}
+    if columns:
+        given = [config.columns] if config.columns else []
+        named = {part.partition("=")[2].strip() for part in (config.columns or "").split(",")}
+        reading["columns"] = ",".join([*given, *(f"unused={name}" for name in columns if name not in named)])
+    source, split = _prompts_from(config)
+    prompts = load_prompts(source, *rest, split=split, **reading)
+    if config.eval_dataset is None:
+        _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
+        prompts = [prompts[i] for i in held]
+    prompts = list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each
+    return prompts[: config.num_prompts or None]
+
+
+def columns_of_rows(config: Config, prompts: Sequence[Prompt], columns: Sequence[str]) -> dict[str, list[Any]]:
+    """{column: its value in the row of each prompt}; None where a row lacks it."""
+    if not columns:
+        return {}
+    source, split = _prompts_from(config)
+    one = isinstance(source, str)
+    sources = [open_source(source, split, config.dataset_config)] if one else sources_of(parts_of(source), split)
+    wanted, found = {prompt.row for prompt in prompts}, {}
+    for name, row in (both for part in sources for both in part.rows()):
+        if name in wanted and isinstance(row, dict):
+            if name in found:
+                raise UserError(f"two sources of the mixture have a row {name}: their columns cannot be told apart")
+            found[name] = row
+    return {column: [found.get(prompt.row, {}).get(column) for prompt in prompts] for column in columns}
+
+
+def _prompts_from(config: Config) -> tuple[Any, str]:
+    if config.eval_dataset is not None:
+        return config.eval_dataset, config.dataset_test_split
+    return config.datasets or config.dataset_name, config.dataset_train_split
 
 
 def hold_out_rows(prompts: Sequence[list[int]], config: Config) -> tuple[list[int], list[int]]:

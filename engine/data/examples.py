@@ -40,6 +40,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str  # what to show: a string prompt, or the last turn of a conversation
     row: str
+    raw: str | list[Message] = ""  # as the row has it, before any template
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def load_prompts(
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row))
+                prompts.append(Prompt(outcome.prompt, _shown_text(read.prompt), outcome.row, read.prompt))
     rows = form.tally.rows
     require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:

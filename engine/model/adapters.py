@@ -57,7 +57,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            with _quiet():
+            with quiet():
                 adapters = get_peft_model(model, wanted)
         except (ValueError, TypeError) as error:  # no module of such a name, or none that LoRA knows
             raise UserError(f"lora_target_modules or lora_modules_to_save: {error}") from None
@@ -135,7 +135,7 @@ def load_adapters(model: nn.Module, folder: Path, trains: bool = False) -> PeftM
             "base first (prefuse merge)"
         )
     try:
-        with _quiet(), file_faults_as_oserror():
+        with quiet(), file_faults_as_oserror():
             adapters = PeftModel.from_pretrained(model, folder, is_trainable=trains)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits
@@ -222,7 +222,7 @@ def _in_float32(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides FutureWarnings about how peft uses transformers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -32,6 +32,7 @@ class LanguageModel:
     compute_dtype: torch.dtype
     impl: str
     adapters: "PeftModel | None" = None  # the same model, as peft sees it
+    gradient_tolerance: float = 0.0  # of the head's backward
 
     @property
     def scores(self) -> bool:
@@ -101,6 +102,7 @@ def loss_of_states(
             z0=z0,
             num_items=num_items,
             impl=lm.impl,
+            gradient_tolerance=lm.gradient_tolerance,
             **lm.head.options(),
         )
 

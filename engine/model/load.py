@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(
-    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False
+    path: str, settings: TextSettings | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer at `path`, with the chat template and the EOS that the settings want."""
     from transformers import AutoTokenizer
@@ -73,11 +74,12 @@ def load_tokenizer(
     base = base_of(Path(path))
     if base is not None and not any(Path(path).glob("tokenizer*")):
         path, base = base, None
-    if base is None:
+    gguf = _gguf_of(path, gguf_file or getattr(settings, "gguf_file", None))
+    if base is None and not gguf:
         _require_model_folder(path)
     try:
         trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
     refuse_foreign(tokenizer, path)
@@ -137,20 +139,25 @@ def load_model(
         model = shard(model, ranks, device, dtype)
     if ranks.sharded or adapters is not None:
         head = LiveHead(make.head_layer(model), head)
-    return make(model, head, device, dtype, config.impl, adapters)
+    return make(model, head, device, dtype, config.impl, adapters, config.gradient_tolerance)
 
 
 def _read_model(path: str, config: Config) -> "PreTrainedModel":
     """The whole causal LM of a folder or of the hub, in the settings' dtype."""
     from transformers import AutoModelForCausalLM
 
-    return read_weights(AutoModelForCausalLM, "a causal LM", path, config)
+    gguf = _gguf_of(path, config.gguf_file)
+    if config.gguf_file is not None and not gguf and path == config.model_name_or_path:
+        raise UserError(f"gguf_file {config.gguf_file} does not exist in {path}: give a name in that folder")
+    model = read_weights(AutoModelForCausalLM, "a causal LM", path, config, **gguf)
+    return _that_can_be_saved(model) if gguf else model
 
 
 def read_weights(auto: type, what: str, path: str, config: Config, new: str = "", **options) -> "PreTrainedModel":
     """The model of a folder or of the hub, by one of transformers' Auto classes. Weights whose names begin with `new`
     may be absent: transformers draws them."""
-    _require_model_folder(path)
+    if "gguf_file" not in options:
+        _require_model_folder(path)
     try:
         with file_faults_as_oserror():
             model, info = auto.from_pretrained(
@@ -170,6 +177,27 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
             f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
+
+
+def _gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:
+    """transformers' argument for a folder in which the GGUF file stands; for another, none."""
+    if gguf_file is None or not (Path(path) / gguf_file).is_file():
+        return {}
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("gguf_file needs the package gguf: pip install gguf")
+    return {"gguf_file": gguf_file}
+
+
+def _that_can_be_saved(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model of the same weights: transformers saves none that it read from GGUF."""
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    again = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    again.load_state_dict(model.state_dict())
+    again.generation_config = model.generation_config
+    return again
 
 
 def _say_without_router_loss(model: "PreTrainedModel") -> None:
@@ -237,9 +265,10 @@ def check_same_vocabulary(lm: LanguageModel, ref: LanguageModel, config: Config)
     Heads are padded to rounder sizes: one model may have more rows beyond the tokenizer's last id than the other.
     """
     own, theirs = lm.head.weight.shape[0], ref.head.weight.shape[0]
-    tokens = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+    how = {"trust_remote_code": config.trust_remote_code, "gguf_file": config.gguf_file}
+    tokens = load_tokenizer(config.model_name_or_path, **how).get_vocab()
     try:
-        others = load_tokenizer(config.ref_model_name_or_path, trust_remote_code=config.trust_remote_code).get_vocab()
+        others = load_tokenizer(config.ref_model_name_or_path, **how).get_vocab()
     except UserError:  # a folder with weights alone
         others = None
     if own != theirs and (others != tokens or max(tokens.values()) >= min(own, theirs)):

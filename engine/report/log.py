@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,9 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.report.screen import console, printable
 from prefuse.engine.run.files import json_text, write_whole
+
+if TYPE_CHECKING:
+    from prefuse.engine.report.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ SHOWN = (  # on the screen, as far as a run has them
     "kl",
     "kl_to_ref",
     "grad_norm",
+    "head/skipped_mass",
     "learning_rate",
     "tokens_per_second",
     "samples_per_second",
@@ -113,9 +117,10 @@ class MetricsLog:
     main one `writes`.
     """
 
-    def __init__(self, path: Path, lines: int = 0, writes: bool = True):
+    def __init__(self, path: Path, lines: int = 0, writes: bool = True, trackers: "Trackers | None" = None):
         self.path = path
         self.lines = lines
+        self.trackers = trackers
         self._file = None
         if writes:
             kept = read_metrics(path)[:lines]
@@ -128,8 +133,12 @@ class MetricsLog:
             return
         self._file.write(json_text({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
         self._file.flush()
+        if self.trackers is not None:
+            self.trackers.write(step, epoch, metrics)
 
     def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()
         if self._file is not None:
             self._file.close()
 

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from prefuse.engine.run.files import json_text, published_folder, require_space,
 from prefuse.engine.run.proof import checkpoints, fault_of_files, fault_of_tensors, read_state
 from prefuse.engine.run.ranks import ALONE, Ranks, check_same_weights, fill_, whole
 from prefuse.models.trunk import class_of
+
+if TYPE_CHECKING:
+    from prefuse.engine.run.best import Best
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +107,9 @@ def save_checkpoint(
 class Checkpoints:
     """Those of a run: which is the newest, and which the last that is known to be good."""
 
-    def __init__(self, keep: int, ranks: Ranks, newest: int | None = None) -> None:
+    def __init__(self, keep: int, ranks: Ranks, newest: int | None = None, best: "Best | None" = None) -> None:
         self.keep = keep  # 0: all
+        self.best = best  # whose step is kept too
         self.ranks = ranks
         self.newest = self.good = newest
         self.unproven: int | None = newest
@@ -118,8 +123,9 @@ class Checkpoints:
             return
         self.good, self.unproven = self.unproven, None
         if self.keep and self.ranks.main:
-            for _, path in checkpoints(folder)[self.keep :]:
-                shutil.rmtree(path, ignore_errors=True)
+            for step, path in checkpoints(folder)[self.keep :]:
+                if self.best is None or step != self.best.step:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def diverged(self, folder: Path) -> None:
         """The newest is not sound: it is set aside, so that a resumed run goes back behind it."""
@@ -195,15 +201,7 @@ def _load(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    if lm.adapters is None:
-        saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
-        own = lm.model.state_dict()
-    else:
-        saved, own = load_file(path / WEIGHTS), adapter_state(lm.model, lm.adapters)
-    with torch.no_grad():
-        for name, value in own.items():
-            fill_(value, saved[name])
-
+    load_weights(path, lm)
     states: dict[str, dict[str, Tensor]] = {}
     trainable = _trainable(lm)
     for file in sorted(path.glob("optimizer-*.safetensors")):
@@ -223,6 +221,20 @@ def _load(path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, ranks
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
+
+
+def load_weights(path: Path, lm: LanguageModel) -> None:
+    """Those of a checkpoint into the model that stands, of all ranks or of this rank's part."""
+    from safetensors.torch import load_file
+
+    if lm.adapters is None:
+        saved = class_of(lm.model).from_pretrained(path, dtype=lm.head.weight.dtype).state_dict()
+        own = lm.model.state_dict()
+    else:
+        saved, own = load_file(path / WEIGHTS), adapter_state(lm.model, lm.adapters)
+    with torch.no_grad():
+        for name, value in own.items():
+            fill_(value, saved[name])
 
 
 def _trainable(lm: LanguageModel) -> dict[str, Tensor]:

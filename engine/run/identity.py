@@ -23,7 +23,7 @@ from prefuse.engine.run.ranks import Ranks
 
 # Compared by what they lead to: rows, weights, the number of items and of steps.
 BY_CONTENT = {
-    "dataset_name", "dataset_train_split", "dataset_test_split", "eval_fraction", "model_name_or_path",
+    "dataset_name", "dataset_train_split", "dataset_test_split", "eval_fraction", "model_name_or_path", "gguf_file",
     "ref_model_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
     "max_steps",
 }  # fmt: skip
@@ -34,7 +34,7 @@ ROUNDING = {
 LIBRARIES = ("prefuse", "torch", "transformers", "tokenizers", "peft", "triton", "bitsandbytes", "liger_kernel")
 
 
-def settings_of(config: Config) -> dict[str, object]:
+def deciding_settings(config: Config) -> dict[str, object]:
     """Those that decide the weights, and those that decide their last digits."""
     return {k: v for k, v in dataclasses.asdict(config).items() if decides_weights(k) and k not in BY_CONTENT}
 
@@ -123,7 +123,7 @@ def check_settings(command: str, before: dict, config: Config) -> None:
     faults = []
     if before.get("command", command) != command:
         faults.append(f"the command was {before['command']} and is now {command}")
-    faults += _changed(before.get("settings", {}), settings_of(config))
+    faults += _changed(before.get("settings", {}), deciding_settings(config))
     _refuse(faults)
 
 

@@ -15,7 +15,6 @@ summed once per step, in float32, bucket by bucket in the order of the parameter
 from __future__ import annotations
 
 import datetime
-import hashlib
 import heapq
 import json
 import logging
@@ -314,15 +313,6 @@ def check_same_weights(model: nn.Module, ranks: Ranks) -> None:
     if ranks.any(any(different)):
         name = next((name for name, differs in zip(names, different, strict=True) if differs), "some weights")
         raise AssertionError(f"{name} is no longer the same on all ranks: nothing was saved of it")
-
-
-def fingerprint(tensors: dict[str, Tensor], ranks: Ranks) -> str:
-    """Of tensors by name, however they are spread over the ranks: another one where any of them is changed."""
-    local = [x.to_local() if isinstance(x, dist.tensor.DTensor) else x for x in tensors.values()]
-    sums = torch.stack([_byte_sum(x) for x in local]).cpu()
-    sums = ranks.sum_(sums) if ranks.sharded else sums
-    about = [[name, str(x.dtype), list(x.shape)] for name, x in tensors.items()]
-    return hashlib.sha256(json.dumps([about, sums.tolist()]).encode()).hexdigest()
 
 
 def _byte_sum(x: Tensor) -> Tensor:  # ()

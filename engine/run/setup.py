@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from prefuse.engine.model.reward_model import load_reward_model, load_step_model
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
+from prefuse.engine.report.trackers import Trackers, wanted_trackers
 from prefuse.engine.run.about import write_about
+from prefuse.engine.run.best import Best
 from prefuse.engine.run.checkpoint import Checkpoints, Saved, checkpoint_bytes, load_newest, model_bytes
 from prefuse.engine.run.files import require_space
 from prefuse.engine.run.folder import RunFolder, open_folder
@@ -40,9 +43,9 @@ from prefuse.engine.run.identity import (
     check_same,
     check_settings,
     checksums,
+    deciding_settings,
     libraries,
     row_digests,
-    settings_of,
 )
 from prefuse.engine.run.optimizer import make_optimizer
 from prefuse.engine.run.plan import TrainingSet, meet_reference
@@ -73,6 +76,7 @@ class Run:
     evaluate_first: bool  # the evaluation after step `start` is still to be made
     checkpoints: Checkpoints
     largest: float  # of the weights it began with
+    best: Best
 
     @property
     def folder(self) -> Path:
@@ -115,6 +119,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
     """Reads, loads and checks everything and computes the reference's numbers, so that later only training can fail."""
     ranks = join(config) if ranks is None else ranks
     loss = loss_of(config, command)
+    wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
     if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
@@ -124,13 +129,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         )  # fmt: skip
     tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
-    load = load_model
-    if reads_scores(loss):
-        load = load_step_model if loss.per == "token" else load_reward_model
-    lm = load(config.model_name_or_path, config, device, ranks, trains=True)
+    lm = _loader(loss)(config.model_name_or_path, config, device, ranks, trains=True)
     check_model(lm, examples)
     _check_rows_fit(lm, examples, held_examples, loss, config)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
+    best = Best(config)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
         say(said)
     guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
@@ -142,8 +145,8 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
-        command, per_step, data.total_steps, data.steps_per_epoch, settings_of(config), row_digests(examples), model,
-        libraries(), data.reference,
+        command, per_step, data.total_steps, data.steps_per_epoch, deciding_settings(config), row_digests(examples),
+        model, libraries(), data.reference,
     )  # fmt: skip
 
     peak = peak_flops(lm)
@@ -156,6 +159,7 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         if saved is not None:
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
+            best.restore(state.get("best"))
     newest = state["step"] or None
 
     def begin() -> None:
@@ -166,10 +170,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
-    log = MetricsLog(home.path / "metrics.jsonl", state["lines"], writes=ranks.main)
+    log = _open_log(config, home, state["lines"], identity, ranks)
+    kept = Checkpoints(config.save_total_limit, ranks, newest, best if config.load_best_model_at_end else None)
     return Run(
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
-        state["evaluate"], Checkpoints(config.save_total_limit, ranks, newest), largest,
+        state["evaluate"], kept, largest, best,
     )  # fmt: skip
 
 
@@ -178,6 +183,18 @@ def loss_of(config: Config, command: str) -> Loss:
     if command == "reward":
         return config.scores_loss()
     return prefuse.SFT() if command == "sft" else config.loss()
+
+
+def _open_log(config: Config, home: RunFolder, lines: int, identity: Identity, ranks: Ranks) -> MetricsLog:
+    """metrics.jsonl behind its first `lines`, and where report_to wants the metrics too."""
+    trackers = Trackers(config, identity.settings) if ranks.main and config.report_to else None
+    return MetricsLog(home.path / "metrics.jsonl", lines, writes=ranks.main, trackers=trackers)
+
+
+def _loader(loss: Loss) -> Callable[..., LanguageModel]:
+    if not reads_scores(loss):
+        return load_model
+    return load_step_model if loss.per == "token" else load_reward_model
 
 
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
@@ -191,9 +208,12 @@ def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
     """Bytes for the model and for as many checkpoints as will stand side by side, but for those that do already."""
-    count = data.total_steps // config.save_steps if config.save_steps else 0
+    count = {"no": 0, "epoch": data.total_steps // data.steps_per_epoch}.get(config.save_strategy)
+    if count is None:
+        count = data.total_steps // config.save_steps if config.save_steps else 0
     if config.save_total_limit:
         count = min(count, config.save_total_limit + 1)  # an older one goes when the newest has proved to be good
+    count += config.load_best_model_at_end
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * checkpoint_bytes(lm)
 
 
@@ -264,6 +284,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "cut": _cut(run.config, run.ranks),
         "window": run.window.state(),
         "guards": run.guards.state(),
+        "best": run.best.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
     }

@@ -13,7 +13,7 @@ from prefuse.kernels.device import LN2, LOG2E, NEG_INF, logits_of, products, pro
 
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two of them must not be NaN
 
-# What a fold leaves for each row and segment: planes of one array (PLANES, segments, N), as `portable.Fold` has it.
+# What a fold leaves for each row and segment: planes (PLANES, segments, N), those of `portable.ColumnSums`.
 TOP = tl.constexpr(0)
 TOTAL = tl.constexpr(1)
 REF_TOP = tl.constexpr(2)

@@ -17,12 +17,12 @@ from torch import Tensor
 from prefuse.kernels import cost, launch
 from prefuse.kernels.gradients import Gradients, Needs
 from prefuse.kernels.kl import device
-from prefuse.kernels.kl.portable import Forward, Side
+from prefuse.kernels.kl.portable import KLForward, Side
 from prefuse.kernels.launch import Operands, backward_slices, loadable, on_its_device, tile_args
-from prefuse.kernels.tiles.table import INTERPRETER, Config, segments
+from prefuse.kernels.tiles.table import INTERPRETER, Tile, segments
 
 
-def launch_args(config: Config) -> dict:
+def launch_args(config: Tile) -> dict:
     """`tile_args` without fused multiply-add, under which ref_acc * k - z is not exactly 0 for equal models."""
     return tile_args(config) | {"enable_fp_fusion": False}
 
@@ -89,7 +89,7 @@ class Heads:
 
 
 @on_its_device
-def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
+def forward(policy: Side, reference: Side, mask: Tensor | None) -> KLForward:
     """One pass over the vocabulary. Rows that are not kept are 0, with lse = inf."""
     heads, n, v = Heads(policy, reference, mask), len(policy.hidden), len(policy.weight)
     config, tiles = heads.config, heads.tiles
@@ -106,7 +106,7 @@ def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:
             *heads.strides(weights), *heads.constants(), **heads.flags(), SEGMENTS=heads.segments, HALVES=heads.halves,
             **launch_args(config),
         )  # fmt: skip
-    rows = Forward(*(policy.hidden.new_empty(n, dtype=torch.float32) for _ in range(4)))
+    rows = KLForward(*(policy.hidden.new_empty(n, dtype=torch.float32) for _ in range(4)))
     device.kl_finish_kernel[(triton.cdiv(n, 128),)](parts, heads.y, *rows, n, SEGMENTS=heads.segments, BLOCK=128)
     return rows
 
@@ -117,7 +117,7 @@ def backward(
     policy: Side,
     reference: Side,
     mask: Tensor | None,  # (N,)
-    saved: Forward,
+    saved: KLForward,
     needs: Needs,  # of the policy's tensors
 ) -> Gradients:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
@@ -140,7 +140,7 @@ def backward(
 
 
 def _dlogits(
-    heads: Heads, weights: list[tuple[Tensor, Tensor]], rows: slice, grad: Tensor, saved: Forward, dz: Tensor
+    heads: Heads, weights: list[tuple[Tensor, Tensor]], rows: slice, grad: Tensor, saved: KLForward, dz: Tensor
 ) -> None:
     """dL/d(products of the policy) of these rows into `dz (rows, C)`, in the operands' dtype."""
     config, (n, c) = heads.config, dz.shape

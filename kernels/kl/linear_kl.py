@@ -17,7 +17,7 @@ from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Needs, empty_gradients
 from prefuse.kernels.kl import portable
-from prefuse.kernels.kl.portable import Forward, Side
+from prefuse.kernels.kl.portable import KLForward, Side
 from prefuse.kernels.options import HeadOptions
 
 REF_OPTIONS = ("softcap", "logit_scale", "temperature")
@@ -159,7 +159,7 @@ def _backward_op(
         return tuple(x.zero_() for x in empty_gradients(hidden, weight, bias, needs))
     policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
     other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
-    saved = Forward(grad, lse, anchor, mean)  # (the first field, the KL itself, is not read)
+    saved = KLForward(grad, lse, anchor, mean)  # (the first field, the KL itself, is not read)
     grads = _module(impl).backward(grad, policy, other, mask, saved, needs)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 

@@ -53,7 +53,7 @@ class Side(NamedTuple):
         return SlicedHead(self.weight, self.bias, self.options, self.hidden.dtype)
 
 
-class Forward(NamedTuple):
+class KLForward(NamedTuple):
     """What the forward leaves for each row, (N,) each; the last three are what the backward needs."""
 
     kl: Tensor
@@ -62,7 +62,7 @@ class Forward(NamedTuple):
     mean: Tensor  # sum of p (d - anchor)
 
 
-class Fold(NamedTuple):
+class ColumnSums(NamedTuple):
     """The sums of a set of columns, (R, 1) each; both softmaxes are normalized over these columns alone."""
 
     top: Tensor  # largest logit of the policy
@@ -74,7 +74,7 @@ class Fold(NamedTuple):
     mean: Tensor
 
 
-def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:  # mask (N,) bool: the kept rows
+def forward(policy: Side, reference: Side, mask: Tensor | None) -> KLForward:  # mask (N,) bool: the kept rows
     """One pass over the vocabulary. Other rows are 0 everywhere."""
     rows = kept_rows(mask)
     if rows is None:
@@ -87,16 +87,16 @@ def forward(policy: Side, reference: Side, mask: Tensor | None) -> Forward:  # m
     return result
 
 
-def empty_forward(hidden: Tensor) -> Forward:
-    return Forward(*(hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden.dtype)) for _ in range(4)))
+def empty_forward(hidden: Tensor) -> KLForward:
+    return KLForward(*(hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden.dtype)) for _ in range(4)))
 
 
-def _forward_kept(policy: Side, reference: Side) -> Forward:
+def _forward_kept(policy: Side, reference: Side) -> KLForward:
     head, ref_head = policy.head(), reference.head()
     # Products of one shape, whatever N is: a BLAS may give a row other bits when the number of rows changes.
     tiles = row_tiles(policy.hidden, head.rows)
     ref_tiles = row_tiles(reference.hidden, head.rows)
-    folded: list[Fold | None] = [None] * len(tiles)
+    folded: list[ColumnSums | None] = [None] * len(tiles)
     # Two tiles of logits, and two for the terms.
     buffer = policy.hidden.new_empty(4, head.rows * head.columns, dtype=head.acc)
     for _, w, b, ref_w, ref_b in _slices(head, ref_head):
@@ -107,11 +107,11 @@ def _forward_kept(policy: Side, reference: Side) -> Forward:
             tile = _fold(z, ref_z, x, spare)
             folded[i] = tile if folded[i] is None else _merge(folded[i], tile)
     parts = [_finish(fold) for fold in folded]
-    return Forward(*(torch.cat(column)[: len(policy.hidden)] for column in zip(*parts, strict=True)))
+    return KLForward(*(torch.cat(column)[: len(policy.hidden)] for column in zip(*parts, strict=True)))
 
 
-def _fold(z: Tensor, ref_z: Tensor, x: Tensor, spare: Tensor) -> Fold:
-    """The logits (R, C) of one tile -> its `Fold`; all four are overwritten."""
+def _fold(z: Tensor, ref_z: Tensor, x: Tensor, spare: Tensor) -> ColumnSums:
+    """The logits (R, C) of one tile -> its `ColumnSums`; all four are overwritten."""
     top, at = z.max(-1, keepdim=True)
     top, ref_top = top.clamp_min(LOWEST), ref_z.amax(-1, keepdim=True).clamp_min(LOWEST)
     torch.sub(ref_z, z, out=x)
@@ -127,7 +127,7 @@ def _fold(z: Tensor, ref_z: Tensor, x: Tensor, spare: Tensor) -> Fold:
     mean = torch.sub(x, anchor - shift, out=spare).mul_(p).sum(-1, keepdim=True)
     terms = _terms(p, r, x, spare)
     anchor = torch.where(total == 0, 0.0, anchor)
-    return Fold(top, total, ref_top, ref_total, terms.sum(-1, keepdim=True), anchor, mean)
+    return ColumnSums(top, total, ref_top, ref_total, terms.sum(-1, keepdim=True), anchor, mean)
 
 
 def _terms(p: Tensor, r: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ def _terms(p: Tensor, r: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor
     return torch.where(x > FAR, r, near, out=out) if out is not None else torch.where(x > FAR, r, near)
 
 
-def _merge(a: Fold, b: Fold) -> Fold:
+def _merge(a: ColumnSums, b: ColumnSums) -> ColumnSums:
     """Two sets of columns -> their union."""
     top, ref_top = torch.maximum(a.top, b.top), torch.maximum(a.ref_top, b.ref_top)
     totals = [f.total * (f.top - top).exp() for f in (a, b)]
@@ -153,14 +153,14 @@ def _merge(a: Fold, b: Fold) -> Fold:
         x = x.masked_fill(p == 0, 2 * FAR)
         kl = kl + _terms(p, r, x) + torch.where(p == 0, 0.0, p * f.kl)
         mean = mean + torch.where(p == 0, 0.0, p * (f.mean + (f.anchor - anchor)))
-    return Fold(top, total, ref_top, ref_total, kl, anchor, mean)
+    return ColumnSums(top, total, ref_top, ref_total, kl, anchor, mean)
 
 
-def _finish(fold: Fold) -> Forward:
-    fold = Fold(*(x[:, 0] for x in fold))
+def _finish(fold: ColumnSums) -> KLForward:
+    fold = ColumnSums(*(x[:, 0] for x in fold))
     # A policy all of whose logits are -inf is no distribution.
     kl = torch.where(fold.total == 0, torch.nan, fold.kl)
-    return Forward(kl, fold.top + fold.total.log(), fold.anchor, fold.mean)
+    return KLForward(kl, fold.top + fold.total.log(), fold.anchor, fold.mean)
 
 
 def backward(
@@ -168,7 +168,7 @@ def backward(
     policy: Side,
     reference: Side,
     mask: Tensor | None,  # (N,)
-    saved: Forward,
+    saved: KLForward,
     needs: Needs,  # of the policy's tensors
 ) -> Gradients:
     """dhidden (N, D), dweight (V, D), dbias (V,): accumulated in float32, each row of dweight written once."""
@@ -177,7 +177,7 @@ def backward(
         return _backward_kept(grad, policy, reference, saved, needs)
     if len(rows) == 0:
         return zero_gradients(*policy[:3], needs)
-    kept = Forward(*(x[rows] for x in saved))
+    kept = KLForward(*(x[rows] for x in saved))
     grads = _backward_kept(grad[rows], policy.rows(rows), reference.rows(rows), kept, needs)
     if needs.hidden:
         whole = policy.hidden.new_zeros(policy.hidden.shape).index_copy_(0, rows, grads.hidden)
@@ -185,7 +185,7 @@ def backward(
     return grads
 
 
-def _backward_kept(grad: Tensor, policy: Side, reference: Side, saved: Forward, needs: Needs) -> Gradients:
+def _backward_kept(grad: Tensor, policy: Side, reference: Side, saved: KLForward, needs: Needs) -> Gradients:
     head, ref_head, n = policy.head(), reference.head(), len(policy.hidden)
     # The forward's tiles, so that d has the same bits as in the forward, where the anchor was taken from it.
     tiles = row_tiles(policy.hidden, head.rows)

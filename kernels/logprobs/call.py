@@ -56,14 +56,11 @@ def prepare(
 
 
 def _check_tolerance(tolerance: float, hidden: Tensor, impl: str, vocab_group: dist.ProcessGroup | None) -> None:
-    if not 0.0 <= tolerance < 1.0:
-        raise ValueError(f"gradient_tolerance must be in [0, 1), 0.0 for the exact gradient, got {tolerance}")
+    checks.check_tolerance(tolerance, impl)
     if tolerance == 0.0:
         return
     if vocab_group is not None:
         raise ValueError("gradient_tolerance takes a whole head: leave out vocab_group, or set it to 0.0")
-    if impl == "reference":
-        raise ValueError('impl="reference" is exact: set gradient_tolerance to 0.0, or use another impl')
     if hidden.dtype == torch.float16:
         raise ValueError("gradient_tolerance has no float16, whose range is too small: use bfloat16 or float32")
 
@@ -80,7 +77,7 @@ def stash_dtype(impl: str, hidden: Tensor) -> torch.dtype:
 
 
 def implementation(impl: str):
-    """The module of `impl`, "torch" or "triton", with `forward`, `backward`, `backward_stashed`, `of_whole_head`."""
+    """The module of `impl`, "torch" or "triton": `forward`, `backward`, `backward_stashed`, `backward_measured`."""
     if impl == "torch":
         return portable
     from prefuse.kernels.logprobs import launch

@@ -17,7 +17,7 @@ from prefuse.kernels.gemm import addmm_, narrow, operand
 from prefuse.kernels.slices import SlicedHead, Targets
 
 
-class Forward(NamedTuple):
+class HeadForward(NamedTuple):
     """What the forward leaves for each row; `lse` and `q` are what the backward needs."""
 
     logps: Tensor  # (N,)
@@ -84,7 +84,7 @@ class RowTile:
         largest = [torch.where(side, z, -math.inf).amax(-1) for side in sides]
         self.tops = torch.maximum(self.tops, torch.stack(largest, -1))
 
-    def finish(self, head: SlicedHead, z_target: Tensor, outputs: tuple[str, ...]) -> Forward:
+    def finish(self, head: SlicedHead, z_target: Tensor, outputs: tuple[str, ...]) -> HeadForward:
         """The sums -> what the forward returns for these rows."""
         shift, total = self.shift[:, 0], self.total[:, 0]
         log_total = total.log()
@@ -101,7 +101,7 @@ class RowTile:
         if self.mode == "frozen":
             direction = self._direction(head, z_target, q, scale)
             scale = scale[:0]
-        return Forward(logps, lse, q, extra, direction, logps.new_empty(0), scale)
+        return HeadForward(logps, lse, q, extra, direction, logps.new_empty(0), scale)
 
     def _direction(self, head: SlicedHead, z_target: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         # d logp / d hidden = q (W[y] - mean of W under the other tokens), each with its slope

@@ -44,11 +44,11 @@ from prefuse.kernels.launch import (
     tile_args,
 )
 from prefuse.kernels.logprobs import device
-from prefuse.kernels.logprobs.fold import Forward
-from prefuse.kernels.logprobs.launch_fold import Fold, slice_width, stashed, target_logits
+from prefuse.kernels.logprobs.fold import HeadForward
+from prefuse.kernels.logprobs.launch_fold import FoldLaunches, slice_width, stashed, target_logits
 from prefuse.kernels.logprobs.portable import RowGrads, add_far_rows, stash_size
 from prefuse.kernels.options import OUTPUTS, HeadOptions
-from prefuse.kernels.tiles.table import INTERPRETER, fold_kernel
+from prefuse.kernels.tiles.table import INTERPRETER, fold_row_name
 from prefuse.kernels.vocab import Whole
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def forward(
     mode: str = "lean",
     shard: Whole | None = None,
     statistic: ColumnStatistic | None = None,
-) -> Forward:
+) -> HeadForward:
     """One pass over the vocabulary, which keeps what `mode` says; then a second pass for row blocks with a far row.
 
     Adds each tile's e to `statistic`, if one is given (mode "lean", every row kept). That changes no bit of the result.
     """
     op = Operands(hidden, weight, bias, targets, options, shard)
-    fold = Fold(op, outputs, pull=mode != "lean" or statistic is not None)
+    fold = FoldLaunches(op, outputs, pull=mode != "lean" or statistic is not None)
     numbers = stash_size(len(hidden), len(weight), hidden) if mode == "stash" else 0
     stash = hidden.new_empty(numbers)
     if mode == "lean" and statistic is None:
@@ -89,10 +89,10 @@ def forward(
         fold.extra[OUTPUTS.index("mean_logits")] /= op.shard.size(len(weight))
     extra = fold.extra[[OUTPUTS.index(name) for name in outputs]] if outputs else fold.extra[:, : len(hidden)]
     scale = fold.scale if mode == "stash" else fold.scale.new_empty(0)
-    return Forward(fold.logps, fold.lse, fold.q, extra, direction, stash, scale)
+    return HeadForward(fold.logps, fold.lse, fold.q, extra, direction, stash, scale)
 
 
-def _direction(op: Operands, fold: Fold, pulled: Tensor) -> Tensor:
+def _direction(op: Operands, fold: FoldLaunches, pulled: Tensor) -> Tensor:
     """(N, D) d logp / d hidden = q (W[y] - mean of W under the other tokens), with each one's slope."""
     ones = torch.ones_like(fold.q)
     row = RowGrads(ones, fold.lse, fold.q, None, None)
@@ -181,7 +181,7 @@ def backward_stashed(
     pulled = hidden.new_zeros(n, d, dtype=torch.float32) if needs.hidden else None
     dweight, dbias = into or Sums.empty(weight, bias, needs)
     y_sorted, order = torch.sort(op.y, stable=True)
-    width = slice_width(v, op.config(fold_kernel(False, True, op.softcap), op.part(0, 1)[0]))
+    width = slice_width(v, op.config(fold_row_name(False, True, op.softcap), op.part(0, 1)[0]))
     for first in range(0, v, width):
         w, _ = op.part(first, min(first + width, v))
         weights = stashed(stash, first, len(w), n)
@@ -209,16 +209,26 @@ def backward_stashed(
     return _over_ranks(op, grads)
 
 
-def of_whole_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
-    q: Tensor, ratio: Tensor,
-) -> Forward:  # fmt: skip
-    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
-
-    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
-    (The targets' own terms are not in the stash.)
-    """
-    return part._replace(q=q, scale=part.scale * ratio)
+def backward_measured(
+    hidden: Tensor,  # (N, D) every row kept
+    weight: Tensor,  # (K, D)
+    bias: Tensor | None,  # (K,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    logps: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """`backward` over K columns of a head whose `row` and `logps` are known, dweight and dbias in float32; and (N,)
+    what these columns weigh in each row's softmax, the target left out."""
+    part = forward(hidden, weight, bias, targets, options, (), "stash")
+    # The columns' own softmax: p_iv of the whole = p_iv here * (p_iy of the whole / p_iy here).
+    ratio = (logps - part.logps).exp()
+    sums = Sums.zeros(weight, bias, needs, torch.float32)
+    grads = backward_stashed(
+        hidden, weight, bias, targets, row, part.stash, part.scale * ratio, options, needs, sums
+    )  # fmt: skip
+    return part.q * ratio, grads
 
 
 def _target_coefficients(op: Operands, grad: Tensor, grad_entropy: Tensor | None, row: RowGrads) -> Tensor:

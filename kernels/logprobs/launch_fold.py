@@ -24,7 +24,7 @@ from prefuse.kernels.launch import (
 )
 from prefuse.kernels.logprobs import device
 from prefuse.kernels.slices import row_blocks_of
-from prefuse.kernels.tiles.table import INTERPRETER, Config, fold_kernel, segments
+from prefuse.kernels.tiles.table import INTERPRETER, Tile, fold_row_name, segments
 
 if TYPE_CHECKING:
     from prefuse.kernels.logprobs.sparse import ColumnStatistic
@@ -49,7 +49,7 @@ def target_logits(op: Operands) -> Tensor:
 FOLDED = {"ENTROPY": "entropy", "MEAN": "mean_logits", "SQUARES": "log_sum_sq_probs", "TOP1": "is_top1"}
 
 
-class Fold:
+class FoldLaunches:
     """The buffers of one forward, and the launches that fill them."""
 
     def __init__(self, op: Operands, outputs: tuple[str, ...], pull: bool):
@@ -57,7 +57,7 @@ class Fold:
         self.z2_y = op.shard.own(target_logits(op), op.here)
         if op.shard.sharded:
             self.z2_y.masked_fill_(op.y == OUTSIDE, math.nan)
-        self.config = op.config(fold_kernel(bool(outputs), pull, op.softcap), op.part(0, 1)[0])
+        self.config = op.config(fold_row_name(bool(outputs), pull, op.softcap), op.part(0, 1)[0])
         self.tiles = triton.cdiv(len(op.weight), self.config.block_v)
         self.segments = segments(op.hidden.device, self.tiles)
         self.wanted = {flag: name in outputs for flag, name in FOLDED.items()}
@@ -152,7 +152,7 @@ class Fold:
         )  # fmt: skip
 
 
-def slice_width(v: int, config: Config) -> int:
+def slice_width(v: int, config: Tile) -> int:
     """Columns of one vocabulary slice: whole tiles."""
     return min(triton.cdiv(launch.SLICE, config.block_v) * config.block_v, v)
 
@@ -162,7 +162,7 @@ def stashed(stash: Tensor, first: int, width: int, n: int) -> Tensor:
     return stash[first * n : first * n + n * row_of(width)].view(n, row_of(width))[:, :width]
 
 
-def _segment_groups(op: Operands, config: Config, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
+def _segment_groups(op: Operands, config: Tile, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (first column, last column, first segment, last segment): all at once, or as many as one cast may hold."""
     step = count
     if op.weight.dtype != op.dtype:

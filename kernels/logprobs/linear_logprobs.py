@@ -91,10 +91,13 @@ def logprobs_within(
     outputs: tuple[str, ...],
     impl: str,
     vocab_group: dist.ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
+    guess: Tensor | None = None,
+    meter: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """`linear_logprobs` that may keep `workspace` bytes."""
-    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group)
-    return logprobs_of(call, workspace, outputs)
+    """`linear_logprobs` that may keep `workspace` bytes; `guess` and `meter` as in `logprobs_of`."""
+    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    return logprobs_of(call, workspace, outputs, guess, meter)
 
 
 def logprobs_of(

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from prefuse.kernels.gemm import accumulator_dtype, addmm_, mm, narrow, operand
 from prefuse.kernels.gradients import Gradients, Needs, Sums, zero_gradients
-from prefuse.kernels.logprobs.fold import Forward, RowTile
+from prefuse.kernels.logprobs.fold import HeadForward, RowTile
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, Targets, backward_slices, kept_rows, row_blocks, row_tile, row_tiles
 from prefuse.kernels.vocab import Whole
@@ -53,7 +53,7 @@ def forward(
     mode: str = "lean",
     shard: Whole | None = None,
     statistic: ColumnStatistic | None = None,
-) -> Forward:
+) -> HeadForward:
     """One pass over the vocabulary, which keeps what `mode` says. Ignored rows are 0 everywhere.
 
     Adds each tile's exponentials to `statistic`, if one is given (mode "lean", every row kept).
@@ -71,8 +71,8 @@ def forward(
 
 def empty_forward(
     hidden: Tensor, weight: Tensor, outputs: tuple[str, ...], mode: str, stash_dtype: torch.dtype
-) -> Forward:
-    """A `Forward` of zeros, of the right shapes. The stash is large and stays uninitialized."""
+) -> HeadForward:
+    """A `HeadForward` of zeros, of the right shapes. The stash is large and stays uninitialized."""
     n, d = hidden.shape
     dtype = accumulator_dtype(hidden.dtype)
     numbers = stash_size(n, len(weight), hidden) if mode == "stash" else 0
@@ -82,7 +82,7 @@ def empty_forward(
         return hidden.new_zeros(shape, dtype=dtype)
 
     direction, scale = zeros(n if mode == "frozen" else 0, d), zeros(n if mode == "stash" else 0)
-    return Forward(zeros(n), zeros(n), zeros(n), zeros(len(outputs), n), direction, stash, scale)
+    return HeadForward(zeros(n), zeros(n), zeros(n), zeros(len(outputs), n), direction, stash, scale)
 
 
 def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
@@ -94,7 +94,7 @@ def stash_size(n: int, vocab: int, hidden: Tensor) -> int:
 def _forward_kept(
     head: SlicedHead, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], mode: str, stash: Tensor,
     statistic: ColumnStatistic | None = None,
-) -> Forward:  # fmt: skip
+) -> HeadForward:  # fmt: skip
     tiles = row_tiles(hidden, head.rows)
     ids = pad(targets, (0, -len(targets) % head.rows)).split(head.rows)
     places = [Targets(y, head) for y in ids]
@@ -117,7 +117,7 @@ def _forward_kept(
     return _replace(result, far, again)
 
 
-def _stash_targets(head: SlicedHead, result: Forward, targets: Tensor, z_target: Tensor) -> None:
+def _stash_targets(head: SlicedHead, result: HeadForward, targets: Tensor, z_target: Tensor) -> None:
     """Writes the target's own weight, of the opposite sign, into the stash: scale P_y = -q slope_y."""
     slope = head.slope_(torch.ones_like(z_target), z_target)
     own = torch.where(result.scale > 0, -result.q * slope / result.scale, 0.0)
@@ -125,20 +125,6 @@ def _stash_targets(head: SlicedHead, result: Forward, targets: Tensor, z_target:
     for first, _, weights in stashed_slices(head, result.stash, len(targets)):
         at = places.inside(first)
         weights[at] = own[at[0]].to(weights.dtype)
-
-
-def of_whole_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, part: Forward,
-    q: Tensor, ratio: Tensor,
-) -> Forward:  # fmt: skip
-    """Rescales `part`, the forward of a head of fewer columns, to the softmax of the whole head.
-
-    q (N,) is the whole head's; ratio (N,) is (probability in the whole head) / (probability in the smaller head).
-    """
-    head = SlicedHead(weight, bias, options, hidden.dtype)
-    part = part._replace(q=q, scale=part.scale * ratio)
-    _stash_targets(head, part, targets, head.target_logits(operand(hidden, head.dtype), targets))
-    return part
 
 
 def _target_logits(head: SlicedHead, tiles: list[Tensor], ids: tuple[Tensor, ...]) -> list[Tensor]:
@@ -156,7 +142,7 @@ def _forward_far(
     z_target: Tensor,  # (F,)
     outputs: tuple[str, ...],
     mode: str,
-) -> Forward:
+) -> HeadForward:
     """Far rows again, shifted by their largest logit other than the target's."""
     tiles = row_tiles(hidden, head.rows)
     ids, z_target = (pad(x, (0, -len(x) % head.rows)).split(head.rows) for x in (targets, z_target))
@@ -218,14 +204,14 @@ def _combine(shard: Whole, folded: list[RowTile]) -> None:
 
 def _finish(
     head: SlicedHead, folded: list[RowTile], z_target: list[Tensor], outputs: tuple[str, ...], n: int
-) -> Forward:
+) -> HeadForward:
     # A tile at a time here too: an elementwise kernel may treat the end of a long vector differently.
     parts = [t.finish(head, z, outputs) for t, z in zip(folded, z_target, strict=True)]
     logps, lse, q, extra, direction, stash, scale = zip(*parts, strict=True)
     logps, lse, q, direction, scale = (torch.cat(column)[:n] for column in (logps, lse, q, direction, scale))
     if len(direction):
         head.shard.add_(direction)
-    return Forward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction, stash[0], scale)
+    return HeadForward(logps, lse, q, torch.cat(extra, 1)[:, :n].contiguous(), direction, stash[0], scale)
 
 
 class RowGrads(NamedTuple):
@@ -284,6 +270,41 @@ def _backward_kept(head: SlicedHead, hidden: Tensor, targets: Tensor, row: RowGr
         _dlogits_(z, head, places[i].inside(first), row[rows[i]])
 
     return backward_slices(head, hidden, needs, head.slices(), dlogits)
+
+
+def backward_measured(
+    hidden: Tensor,  # (N, D) every row kept
+    weight: Tensor,  # (K, D)
+    bias: Tensor | None,  # (K,)
+    targets: Tensor,  # (N,)
+    row: RowGrads,
+    logps: Tensor,  # (N,)
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """`backward` over K columns of a head whose `row` and `logps` are known, all gradients in the accumulator's dtype;
+    and (N,) what these columns weigh in each row's softmax, the target left out."""
+    head = SlicedHead(weight, bias, options, hidden.dtype)
+    rows = list(row_blocks(len(hidden), head.rows))
+    places = [Targets(targets[at], head) for at in rows]
+    x = operand(hidden, head.dtype)
+    lse, grad, own = row.lse[:, None], -row.grad[:, None], row.grad * row.q
+    kept = torch.zeros_like(row.q)
+
+    def dlogits(dz: Tensor, i: int, part: tuple) -> None:
+        first, w, b = part
+        at, target = rows[i], places[i].inside(first)
+        z = head.logits(x[at], w, b, out=dz[: at.stop - at.start])
+        logits = z.clone() if options.softcap is not None else None
+        p = z.sub_(lse[at]).exp_()
+        p[target] = 0.0
+        kept[at] += p.sum(-1)
+        # dz_v = -g p_v,  dz_y = g q
+        dz = p.mul_(grad[at])
+        dz[target] = own[at][target[0]]
+        head.slope_(dz, logits)
+
+    return kept, backward_slices(head, hidden, needs, head.slices(), dlogits, head.acc)
 
 
 def stashed_slices(head: SlicedHead, stash: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -369,7 +390,7 @@ def _dlogits_(z: Tensor, head: SlicedHead, target: tuple[Tensor, Tensor], row: R
     return head.slope_(dz, logits)
 
 
-def _replace(result: Forward, rows: Tensor, new: Forward) -> Forward:
+def _replace(result: HeadForward, rows: Tensor, new: HeadForward) -> HeadForward:
     """`result` with `new` in the given rows; the stash stays."""
     for name in ("logps", "lse", "q", "direction", "scale"):
         if len(getattr(new, name)):

@@ -6,10 +6,10 @@
 Forward: the exact one, and for each block of rows a number for each column, s_v = sum of w_i exp(z_iv - z_iy), where
 w_i guesses p_iy. Backward, block by block:
 
-1. Drop the columns of the smallest s_v, up to MARGIN * tolerance of their sum; targets always stay.
-2. Gather W[kept] (K, D) and run the dense forward and backward on this smaller head: 3 K / V units of products.
-3. The smaller head's forward gives each row's kept mass, so the skipped mass m_i = q_i - kept is known exactly. A block
-   with sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
+1. Drop the columns of the smallest s_v, up to some 0.9 of the tolerance; targets always stay.
+2. Gather W[kept] (K, D) and run the dense backward on this smaller head: 3 K / V units of products.
+3. It recomputes each row's kept mass, so the skipped mass m_i = q_i - kept is known exactly. A block with
+   sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
 4. The dropped columns of row i add -g_i m_i mean(W) to dhidden, with their mean weighted by s_v.
 
 A bad guess costs time, since more blocks take the exact backward. It never breaks the tolerance.
@@ -33,8 +33,9 @@ from prefuse.kernels.logprobs.portable import RowGrads
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
 
-# Columns are dropped up to this part of the tolerance: the guess is inexact, and few blocks should exceed the whole.
-MARGIN = 0.75
+# With a guess of each p_y the columns are chosen for this part of the tolerance, so that few blocks miss it. Without
+# one p_y is taken for too large, which is margin enough.
+MARGIN = 0.9
 # Rows of a block, rounded to whole row tiles. Smaller blocks keep fewer columns; larger ones gather W less often.
 BLOCK_ROWS = 512
 # A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
@@ -49,6 +50,7 @@ class ColumnStatistic:
         n, tile, dtype = len(hidden), row_tile(hidden), accumulator_dtype(hidden.dtype)
         self.rows = max(1, BLOCK_ROWS // tile) * tile
         self.sums = hidden.new_zeros(-(-n // self.rows), vocab, dtype=dtype)
+        self.margin = 1.0 if guess is None else MARGIN
         self.guess = hidden.new_ones(n, dtype=dtype) if guess is None else guess.to(dtype).exp()
 
     def add(self, rows: slice, first: int, e: Tensor, total: Tensor) -> None:
@@ -93,13 +95,21 @@ def record_skipped_mass(bounds: bool = False) -> Iterator[SkippedMass]:
         _watchers.remove(record)
 
 
-def choose_columns(statistic: Tensor, targets: Tensor, tolerance: float) -> Tensor:  # (V,), (R,) -> (V,) bool
-    """The columns to keep: all but those of the smallest statistic that together have MARGIN * tolerance of its sum."""
+def choose_columns(
+    statistic: Tensor,  # (V,)
+    targets: Tensor,  # (R,)
+    q: Tensor,  # (R,)
+    share: float,
+) -> Tensor:  # (V,) bool
+    """The columns to keep: all but those of the smallest statistic that together have `share` of the mass."""
     # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
     order = s.argsort(stable=True)
     cumulative = s[order].double().cumsum(0)
-    budget = MARGIN * tolerance * torch.where(s.isfinite(), s, 0.0).double().sum()
+    # Without a guess s is too large, most so where the vocabulary begins, and the rows' q is their mass; by a guess of
+    # too little, s is too small.
+    mass = torch.minimum(torch.where(s.isfinite(), s, 0.0).double().sum(), q.double().sum())
+    budget = share * mass
     kept = torch.ones_like(s, dtype=torch.bool)
     kept[order[cumulative <= budget]] = False
     kept[targets] = True
@@ -129,12 +139,15 @@ def backward(
     meter: Tensor | None = None,  # (2,) to be filled with the skipped and the whole mass
 ) -> Gradients:
     """`module.backward`, except for `tolerance` of the gradient's mass; the same bits where no block is sparse."""
-    blocks, exact = _blocks(hidden, weight, targets, options, statistic, tolerance)
+    blocks, exact = _blocks(hidden, weight, targets, row.q, options, statistic, tolerance)
     acc = accumulator_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden) if needs.hidden else None
     sums, skipped = None, torch.zeros_like(row.q)
+    # One buffer for every block: fresh memory costs a page fault wherever it is written.
+    gathered = weight.new_empty(max((len(block.columns) for block in blocks), default=0), hidden.shape[1])
     for block in blocks:
-        m, grads = _sparse_block(module, hidden, weight, bias, targets, row, logps, options, needs, block, tolerance)
+        w = torch.index_select(weight, 0, block.columns, out=gathered[: len(block.columns)])
+        m, grads = _sparse_block(module, hidden, w, bias, targets, row, logps, options, needs, block, tolerance)
         if grads is None:
             exact.append(block.rows)
             continue
@@ -145,7 +158,7 @@ def backward(
         sums = sums or Sums.zeros(weight, bias, needs, acc)
         for total, part in ((sums.dweight, grads.weight), (sums.dbias, grads.bias)):
             if total is not None:
-                total[block.columns] += part  # each column once: the same bits every time
+                total.index_add_(0, block.columns, part)  # each column once: the same bits every time
     _record(hidden, row, skipped, blocks, exact, weight, options, needs, meter)
     dweight, dbias = sums or (None, None)
     if exact:
@@ -161,12 +174,13 @@ def backward(
 
 
 def _blocks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions, statistic: ColumnStatistic, tolerance: float
-) -> tuple[list[Block], list[slice]]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, q: Tensor, options: HeadOptions, statistic: ColumnStatistic,
+    tolerance: float,
+) -> tuple[list[Block], list[slice]]:  # fmt: skip
     """The blocks that may be sparse, and the rows of those that cannot."""
     chosen, exact, masks = [], [], []
     for i, rows in enumerate(row_blocks(len(hidden), statistic.rows)):
-        kept = choose_columns(statistic.sums[i], targets[rows], tolerance)
+        kept = choose_columns(statistic.sums[i], targets[rows], q[rows], statistic.margin * tolerance)
         columns = kept.nonzero()[:, 0]
         stored = len(columns) * (rows.stop - rows.start) * hidden.element_size()
         if len(columns) > MOST_COLUMNS * len(weight) or stored > MOST_BYTES:
@@ -185,26 +199,19 @@ def _blocks(
 
 
 def _sparse_block(
-    module, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row: RowGrads, logps: Tensor,
+    module, hidden: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor, row: RowGrads, logps: Tensor,
     options: HeadOptions, needs: Needs, block: Block, tolerance: float,
 ) -> tuple[Tensor, Gradients | None]:  # fmt: skip
     """(R,) each row's skipped mass; and the gradients of hidden, W[kept], bias[kept], or None above `tolerance`."""
     rows, columns, mean = block
-    h, row, logps = hidden[rows], row[rows], logps[rows]
+    h, row = hidden[rows], row[rows]
     place = torch.searchsorted(columns, targets[rows])  # targets are always kept
-    w, b = weight[columns], None if bias is None else bias[columns]
-    small = module.forward(h, w, b, place, options, (), "stash")
-    # p_iv = (probability of v in the smaller head) * (p_iy in the whole head / p_iy in the smaller head)
-    ratio = (logps - small.logps).exp()
-    skipped = (row.q - small.q * ratio).clamp_min(0.0)
+    b = None if bias is None else bias[columns]
+    kept, (dhidden, dweight, dbias) = module.backward_measured(h, w, b, place, row, logps[rows], options, needs)
+    skipped = (row.q - kept).clamp_min(0.0)
     mass = row.grad.abs()
     if not (mass * skipped).double().sum() <= tolerance * (mass * row.q).double().sum():
         return skipped, None
-    small = module.of_whole_head(h, w, b, place, options, small, row.q, ratio)
-    sums = Sums.zeros(w, b, needs, accumulator_dtype(hidden.dtype))
-    dhidden, dweight, dbias = module.backward_stashed(
-        h, w, b, place, row, small.stash, small.scale, options, needs, sums
-    )
     if needs.hidden:
         correction = (row.grad * skipped * options.slope)[:, None] * mean
         dhidden = (dhidden.to(mean.dtype) - correction).to(hidden.dtype)

@@ -17,7 +17,7 @@ import torch
 
 from prefuse.kernels.tiles.aot import CHIPS, Resources
 from prefuse.kernels.tiles.shipped import Shipped, compile_shipped, shipped
-from prefuse.kernels.tiles.table import OPERANDS, Chip, Config, chip_name, parse_chip
+from prefuse.kernels.tiles.table import OPERANDS, Chip, Tile, chip_name, parse_chip
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def kernel_rows(chip: Chip) -> tuple[list[str], bool]:
 
 
 def _kernel_row(kernel: Shipped, made: Resources) -> str:
-    c: Config = kernel.config
+    c: Tile = kernel.config
     tile = f"{c.block_n}x{c.block_v}x{c.block_d} w{c.warps} s{c.stages} {OPERANDS[c.descriptors]}"
     shared = f"{made.shared / 1024:.0f} of {CHIPS[made.arch].shared_limit / 1024:.0f} KiB"
     instructions = ", ".join(f"{count} {name}" for name, count in {**made.matrix_ops, **made.copies}.items())

@@ -17,7 +17,7 @@ from prefuse.kernels.logprobs import device as logprobs_device
 from prefuse.kernels.preference import device as preference_device
 from prefuse.kernels.preference import launch as preference_launch
 from prefuse.kernels.tiles.aot import Resources, compile_for, resources
-from prefuse.kernels.tiles.table import DTYPES, Chip, Config, Row, choose, fold_kernel, trial
+from prefuse.kernels.tiles.table import DTYPES, Chip, Tile, TileRow, choose, fold_row_name, trial
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ALL_OUTPUTS = {"ENTROPY": True, "SQUARES": True, "MEAN": True, "TOP1": True}
@@ -71,7 +71,7 @@ class Shipped:
 
     name: str
     kernel: object
-    config: Config
+    config: Tile
     signature: dict[str, str]
     constants: dict[str, object]
     aligned: tuple[str, ...]
@@ -83,11 +83,11 @@ def shipped(
 ) -> Iterator[Shipped]:
     """Every kernel in every variant for a (V, D) head on `chip`, with operands by descriptor where it has them."""
 
-    def config(kernel: str) -> Config:
+    def config(kernel: str) -> Tile:
         return choose(kernel, chip, dtype, descriptors, d, v)
 
     for variant, flags in FOLD_VARIANTS.items():
-        kernel = fold_kernel(bool(ALL_OUTPUTS.keys() & flags.keys()), "PULL" in flags, "SOFTCAP" in flags)
+        kernel = fold_row_name(bool(ALL_OUTPUTS.keys() & flags.keys()), "PULL" in flags, "SOFTCAP" in flags)
         yield _fold(f"fold, {variant}", flags, config(kernel), dtype)
     for variant, flags in DLOGITS_VARIANTS.items():
         yield _dlogits(f"dlogits, {variant}", flags, config("dlogits"), dtype)
@@ -97,7 +97,7 @@ def shipped(
         yield _kl_dlogits(f"kl dlogits, {variant}", flags, config(kernel), dtype)
 
 
-def users(row: Row) -> list[Shipped]:
+def users(row: TileRow) -> list[Shipped]:
     """The kernels that run with this row where it holds: all of them must be clean."""
     dtype = next(dtype for dtype, name in DTYPES.items() if name == row.dtype)
     with trial(row):
@@ -112,7 +112,7 @@ def compile_shipped(
     name: str,
     d: int = 4096,
     v: int = 128256,
-    tried: tuple[Row, ...] = (),
+    tried: tuple[TileRow, ...] = (),
 ) -> Resources:
     """What the compiler makes of one of them. (By name, so that a worker process can be told which.)"""
     with trial(*tried):
@@ -122,7 +122,7 @@ def compile_shipped(
     )
 
 
-def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+def _fold(name: str, flags: dict[str, bool], config: Tile, dtype: torch.dtype) -> Shipped:
     vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32", "z2_y": "*fp32", "far": "*i32", "parts": "*fp32"}
     pulls = _loadable(config, dtype, config.block_n, config.block_v) if "PULL" in flags else "*fp32"
     signature = {**_operands(config, dtype), **vectors, "pulls": pulls}
@@ -132,7 +132,7 @@ def _fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype)
     return _shipped(name, logprobs_device.fold_kernel, config, signature, sizes, constants, aligned)
 
 
-def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+def _dlogits(name: str, flags: dict[str, bool], config: Tile, dtype: torch.dtype) -> Shipped:
     vectors = {"bias": f"*{TYPES[dtype]}", "y": "*i32"}
     vectors |= dict.fromkeys(("lse", "grad", "grad_entropy", "entropy"), "*fp32")
     out = _loadable(config, dtype, config.block_n, config.block_v)
@@ -142,7 +142,7 @@ def _dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     return _shipped(name, logprobs_device.dlogits_kernel, config, signature, sizes, constants, sizes)
 
 
-def _kl_fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+def _kl_fold(name: str, flags: dict[str, bool], config: Tile, dtype: torch.dtype) -> Shipped:
     signature = {**_both_heads(config, dtype), "parts": "*fp32"}
     aligned = ("N", "V", "D", "REF_D", "plane", "row", *KL_STRIDES)
     sizes = ("first", "first_segment", "segments", *aligned)
@@ -150,7 +150,7 @@ def _kl_fold(name: str, flags: dict[str, bool], config: Config, dtype: torch.dty
     return _kl_shipped(name, kl_device.kl_fold_kernel, config, signature, sizes, constants, aligned)
 
 
-def _kl_dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.dtype) -> Shipped:
+def _kl_dlogits(name: str, flags: dict[str, bool], config: Tile, dtype: torch.dtype) -> Shipped:
     vectors = {"y": "*i32", **dict.fromkeys(("lse", "anchor", "mean", "grad"), "*fp32")}
     out = _loadable(config, dtype, config.block_n, config.block_v)
     signature = {**_both_heads(config, dtype), **vectors, "dz": out}
@@ -162,19 +162,19 @@ def _kl_dlogits(name: str, flags: dict[str, bool], config: Config, dtype: torch.
 KL_STRIDES = ("stride_hn", "stride_wv", "stride_ref_hn", "stride_ref_wv")
 
 
-def _both_heads(config: Config, dtype: torch.dtype) -> dict[str, str]:
+def _both_heads(config: Tile, dtype: torch.dtype) -> dict[str, str]:
     own = {**_operands(config, dtype), "bias": f"*{TYPES[dtype]}"}
     return own | {f"ref_{name}": kind for name, kind in own.items()}
 
 
-def _kl_shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
+def _kl_shipped(name, kernel, config: Tile, signature, sizes, constants, aligned) -> Shipped:
     signature = {**signature, "ref_k_in": "fp32", "ref_k_out": "fp32"}
     constants = {**constants, "stride_ref_hd": 1, "stride_ref_wd": 1}
     made = _shipped(name, kernel, config, signature, sizes, constants, aligned)
     return replace(made, launch={k: v for k, v in kl_launch.launch_args(config).items() if k in config.launch})
 
 
-def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned) -> Shipped:
+def _shipped(name, kernel, config: Tile, signature, sizes, constants, aligned) -> Shipped:
     signature = {**signature, **dict.fromkeys(sizes, "i32"), "k_in": "fp32", "k_out": "fp32"}
     tile = {k: v for k, v in tile_args(config).items() if k not in config.launch}
     pointers = tuple(n for n, t in signature.items() if t.startswith("*"))
@@ -182,14 +182,14 @@ def _shipped(name, kernel, config: Config, signature, sizes, constants, aligned)
     return Shipped(name, kernel, config, signature, constants, (*pointers, *aligned), config.launch)
 
 
-def _operands(config: Config, dtype: torch.dtype) -> dict[str, str]:
+def _operands(config: Tile, dtype: torch.dtype) -> dict[str, str]:
     return {
         "h": _loadable(config, dtype, config.block_n, config.block_d),
         "w": _loadable(config, dtype, config.block_v, config.block_d),
     }
 
 
-def _loadable(config: Config, dtype: torch.dtype, rows: int, columns: int) -> str:
+def _loadable(config: Tile, dtype: torch.dtype, rows: int, columns: int) -> str:
     return f"tensordesc<{TYPES[dtype]}[{rows}, {columns}]>" if config.descriptors else f"*{TYPES[dtype]}"
 
 

@@ -23,7 +23,7 @@ Chip = int | str  # 90 for sm_90, "gfx942", INTERPRETER
 
 
 @dataclass(frozen=True)
-class Config:
+class Tile:
     """One kernel's tile and schedule."""
 
     block_n: int  # rows of hidden
@@ -41,13 +41,13 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Row:
+class TileRow:
     """One row of a table: a tile, where it applies, and where it comes from (`source`)."""
 
     chip: Chip
     dtype: str  # one of DTYPES' values
     kernel: str  # one of KERNELS
-    config: Config
+    config: Tile
     source: str
     min_d: int = 0
     min_v: int = 0
@@ -99,14 +99,14 @@ def capability(device: torch.device) -> Chip:
     return 10 * major + minor
 
 
-def choose(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> Config:
+def choose(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> Tile:
     """The tile of `kernel` for a (V, D) weight on `chip`; `descriptors` says whether the operands allow them."""
     row = find(kernel, chip, dtype, descriptors, d, v)
-    return Config(16, 32, 16, 4, 1, descriptors) if row is None else row.config
+    return Tile(16, 32, 16, 4, 1, descriptors) if row is None else row.config
 
 
 @functools.cache
-def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> Row | None:
+def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: int) -> TileRow | None:
     """The row that applies; without one None on the interpreter, RuntimeError on a GPU."""
     if isinstance(chip, int) and INTERPRETER < chip < 80:
         raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
@@ -120,13 +120,13 @@ def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int,
             f"rows for it in {VARIABLE}"
         )
 
-    def closeness(row: Row) -> tuple:
+    def closeness(row: TileRow) -> tuple:
         return (row.chip == chip, row.chip, row.kernel == kernel, row.layer, row.min_d, row.min_v)
 
     return max(rows, key=closeness, default=None)
 
 
-def _holds(row: Row, chip: Chip, dtype: str, d: int, v: int) -> bool:
+def _holds(row: TileRow, chip: Chip, dtype: str, d: int, v: int) -> bool:
     if isinstance(row.chip, str) or chip == INTERPRETER:
         reached = row.chip in (chip, SAME_AS.get(chip))
     else:
@@ -140,7 +140,7 @@ def reaches(device: torch.device) -> bool:
     return any(_holds(row, chip, row.dtype, row.min_d, row.min_v) for row in table())
 
 
-def fold_kernel(outputs: bool, pull: bool, softcap: bool) -> str:
+def fold_row_name(outputs: bool, pull: bool, softcap: bool) -> str:
     """The table's name for a forward with these needs."""
     if pull and softcap:
         return "pull softcap outputs" if outputs else "pull softcap"
@@ -165,7 +165,7 @@ def allow_descriptors(*operands: Tensor) -> bool:
 
 
 @functools.cache
-def table() -> tuple[Row, ...]:
+def table() -> tuple[TileRow, ...]:
     """The rows of this package and of PREFUSE_TILES, read once."""
     own = os.environ.get(VARIABLE)
     if own and not Path(own).is_file():
@@ -173,19 +173,19 @@ def table() -> tuple[Row, ...]:
     return (*read(TABLE, SHIPPED), *(read(Path(own), OWN) if own else ()))
 
 
-def read(path: Path, layer: int = OWN) -> tuple[Row, ...]:
+def read(path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
     """The rows of one file; ValueError names the file and the row that is wrong."""
     return rows_of(path.read_text(encoding="utf-8"), path, layer)
 
 
-def rows_of(text: str, path: Path, layer: int = OWN) -> tuple[Row, ...]:
+def rows_of(text: str, path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     if set(content) != {"rows"} or not isinstance(content["rows"], list):
         raise ValueError(f"{path}: expected one list `rows = [...]`, got {sorted(content)}")
-    rows: dict[tuple, Row] = {}
+    rows: dict[tuple, TileRow] = {}
     for number, columns in enumerate(content["rows"], 1):
         try:
             row = parse(columns, layer)
@@ -206,7 +206,7 @@ REQUIRED = ("chip", "dtype", "operands", "kernel", "tile", "warps", "stages", "s
 OPTIONAL = ("min_d", "min_v", "halves")
 
 
-def parse(columns: dict[str, object], layer: int) -> Row:
+def parse(columns: dict[str, object], layer: int) -> TileRow:
     """One row from its columns."""
     if not isinstance(columns, dict):
         raise ValueError(f"expected {{ chip = ..., ... }}, got {columns!r}")
@@ -234,9 +234,9 @@ def parse(columns: dict[str, object], layer: int) -> Row:
     halves = columns.get("halves", False)
     if type(halves) is not bool:
         raise ValueError(f"halves must be true or false, got {halves!r}")
-    config = Config(*tile, columns["warps"], columns["stages"], descriptors, halves)
+    config = Tile(*tile, columns["warps"], columns["stages"], descriptors, halves)
     bounds = (columns.get("min_d", 0), columns.get("min_v", 0))
-    return Row(chip, columns["dtype"], columns["kernel"], config, source, *bounds, layer)
+    return TileRow(chip, columns["dtype"], columns["kernel"], config, source, *bounds, layer)
 
 
 def _power_of_two(x: object, least: int, most: int) -> bool:
@@ -261,11 +261,11 @@ def chip_name(chip: Chip) -> str:
 
 # --------------------------------------------------------------------------------------------------- trying
 
-_tried: tuple[Row, ...] = ()
+_tried: tuple[TileRow, ...] = ()
 
 
 @contextlib.contextmanager
-def trial(*rows: Row) -> Iterator[None]:
+def trial(*rows: TileRow) -> Iterator[None]:
     """Rows that go before every table's for a while: the tuner's candidates."""
     global _tried
     before, _tried = _tried, tuple(replace(row, layer=TRIAL) for row in rows)

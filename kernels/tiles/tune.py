@@ -40,8 +40,8 @@ from prefuse.kernels.tiles.table import (
     TABLE,
     VARIABLE,
     Chip,
-    Config,
-    Row,
+    Tile,
+    TileRow,
     allow_descriptors,
     capability,
     chip_name,
@@ -57,7 +57,7 @@ SCREENING, ROUNDS = 2, 9
 
 
 @dataclass
-class Head:
+class RaceInputs:
     """The inputs that every candidate runs on."""
 
     hidden: Tensor  # (N, D)
@@ -66,7 +66,7 @@ class Head:
     grad: Tensor  # (N,)
 
     @classmethod
-    def random(cls, n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> Head:
+    def random(cls, n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> RaceInputs:
         """Logits of standard deviation 2."""
         draw = torch.Generator(device).manual_seed(0)
         hidden = torch.randn(n, d, generator=draw, device=device).mul(2 * d**-0.5).to(dtype)
@@ -95,7 +95,7 @@ class Head:
 
 
 # What a kernel's tile is timed on: passes that spend their time in it.
-WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
+WORKLOADS: dict[str, Callable[[RaceInputs], list[Tensor]]] = {
     "fold": lambda head: head.run() + head.run(("hidden",)),
     "outputs": lambda head: head.run(outputs=OUTPUTS),
     "pull softcap": lambda head: head.run(("hidden",), softcap=30.0),
@@ -109,7 +109,7 @@ WORKLOADS: dict[str, Callable[[Head], list[Tensor]]] = {
 # ----------------------------------------------------------------------------------------------- candidates
 
 
-def candidates(present: Row, shared_limit: float) -> list[Row]:
+def candidates(present: TileRow, shared_limit: float) -> list[TileRow]:
     """Rows like this one with tiles worth a try, those that ask least of the memory first: they fit shared memory, and
     leave registers beside their accumulators."""
     full = present.dtype == "float32"
@@ -121,7 +121,7 @@ def candidates(present: Row, shared_limit: float) -> list[Row]:
     shapes = itertools.product(sides, sides, depths, (4, 8), (2, 3, 4), [descriptors], halves)
     tiles = [
         c
-        for c in itertools.starmap(Config, shapes)
+        for c in itertools.starmap(Tile, shapes)
         if least <= accumulators * c.block_n * c.block_v / (lanes * c.warps) <= 128
         and c.block_n * c.block_v > sides[0] ** 2
     ]
@@ -129,7 +129,7 @@ def candidates(present: Row, shared_limit: float) -> list[Row]:
     return [row for row in rows if row.shared_bytes <= shared_limit]
 
 
-def problems(row: Row, dtype: torch.dtype, name: str) -> list[str]:
+def problems(row: TileRow, dtype: torch.dtype, name: str) -> list[str]:
     """What the compiler says against one kernel with this row. Not beside the interpreter: see `compilers`."""
     from prefuse.kernels.tiles.shipped import compile_shipped
 
@@ -170,7 +170,7 @@ def _interpreter_off() -> None:
 class Entrant:
     """One candidate, its milliseconds in each round, and why it is out."""
 
-    row: Row
+    row: TileRow
     ms: list[float]
     out: str = ""
 
@@ -194,7 +194,7 @@ def cuda_timer(run: Callable[[], object]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def race(entrants: list[Entrant], time_one: Callable[[Row], float], time_left: Callable[[float], bool]) -> None:
+def race(entrants: list[Entrant], time_one: Callable[[TileRow], float], time_left: Callable[[float], bool]) -> None:
     """Times all that are still in, in turn, each round in the opposite order; the first is the present row.
 
     `time_left(share)` says whether that share of the time is not yet spent: the first round, which compiles, gets half.
@@ -244,8 +244,8 @@ class Tuned:
 
 def tune_kernel(
     kernel: str,
-    head: Head,
-    tiles: Iterable[Config] | None = None,
+    head: RaceInputs,
+    tiles: Iterable[Tile] | None = None,
     *,
     timer: Timer = cuda_timer,
     pool: Executor | None = None,  # None: nothing is compiled ahead of time
@@ -254,7 +254,7 @@ def tune_kernel(
     """Races `tiles` (default: `candidates`) against the present row."""
     (d, v), dtype, chip = head.size, head.hidden.dtype, capability(head.hidden.device)
     descriptors = allow_descriptors(head.hidden, head.weight)
-    present = Row(chip, DTYPES[dtype], kernel, choose(kernel, chip, dtype, descriptors, d, v), "compiled", d, v)
+    present = TileRow(chip, DTYPES[dtype], kernel, choose(kernel, chip, dtype, descriptors, d, v), "compiled", d, v)
     if tiles is None:
         rows = candidates(present, _shared_limit(chip))
     else:
@@ -265,7 +265,7 @@ def tune_kernel(
 
     expected = WORKLOADS[kernel](head)
 
-    def time_one(row: Row) -> float:
+    def time_one(row: TileRow) -> float:
         with trial(row):
             if wrong := difference(WORKLOADS[kernel](head), expected, d):
                 raise ArithmeticError(wrong)
@@ -304,7 +304,7 @@ def _winner(entrants: list[Entrant], dtype: torch.dtype, pool: Executor | None) 
     return present
 
 
-def _problems_of_all(row: Row, dtype: torch.dtype, pool: Executor) -> str:
+def _problems_of_all(row: TileRow, dtype: torch.dtype, pool: Executor) -> str:
     from prefuse.kernels.tiles.shipped import users
 
     row = _ahead(row)
@@ -312,7 +312,7 @@ def _problems_of_all(row: Row, dtype: torch.dtype, pool: Executor) -> str:
     return "; ".join(dict.fromkeys(found for job in jobs for found in job.result()))
 
 
-def _ahead(row: Row) -> Row:
+def _ahead(row: TileRow) -> TileRow:
     return replace(row, chip=compiled_as(row.chip))
 
 
@@ -328,7 +328,7 @@ def own_kernels(chip: Chip, dtype: torch.dtype, descriptors: bool, d: int, v: in
     return [kernel for kernel, row in rows.items() if row is None or row.kernel == kernel]
 
 
-def measured(tuned: Tuned, any_size: bool, where: str) -> Row | None:
+def measured(tuned: Tuned, any_size: bool, where: str) -> TileRow | None:
     """The winner as a row to write."""
     if tuned.winner is None:
         return None
@@ -382,14 +382,14 @@ def main(argv: list[str] | None = None) -> int:
     import triton
 
     device = torch.device("cuda")
-    head = Head.random(args.tokens, *args.head_dims, getattr(torch, args.dtype), device)
+    head = RaceInputs.random(args.tokens, *args.head_dims, getattr(torch, args.dtype), device)
     gpu = torch.cuda.get_device_name(device)
     where = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {datetime.date.today()}"
     with compilers() as pool:
         return tune(head, args, where, pool, cuda_timer)
 
 
-def tune(head: Head, args: argparse.Namespace, where: str, pool: Executor | None, timer: Timer) -> int:
+def tune(head: RaceInputs, args: argparse.Namespace, where: str, pool: Executor | None, timer: Timer) -> int:
     """Every kernel in its share of the time; each one's row is written as soon as it is known."""
     path, end = TABLE if args.write else args.out, time.monotonic() + 60 * args.minutes
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from prefuse.kernels.tiles.table import OPERANDS, OWN, VARIABLE, Row, chip_name, parse, rows_of
+from prefuse.kernels.tiles.table import OPERANDS, OWN, VARIABLE, TileRow, chip_name, parse, rows_of
 
 HEADER = f"""# Tiles measured by `python -m prefuse.kernels.tiles.tune`; {VARIABLE} names this file to programs.
 # The columns are those of prefuse/kernels/tiles/tiles.toml.
@@ -17,7 +17,7 @@ rows = [
 """
 
 
-def line_of(row: Row) -> str:
+def line_of(row: TileRow) -> str:
     """The row as a line of a table."""
     c, quoted = row.config, json.dumps
     tile = f"[{c.block_n}, {c.block_v}, {c.block_d}],"
@@ -30,7 +30,7 @@ def line_of(row: Row) -> str:
     )
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[TileRow]) -> None:
     """Puts rows into a table file: in place of those of the same key, else beside their like. Comments stay."""
     text = path.read_text(encoding="utf-8") if path.exists() else HEADER
     expected = {row.key: row for row in rows_of(text, path)}
@@ -50,7 +50,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     beside.replace(path)  # whole or not at all
 
 
-def _holds_exactly(text: str, expected: dict[tuple, Row], path: Path) -> bool:
+def _holds_exactly(text: str, expected: dict[tuple, TileRow], path: Path) -> bool:
     try:
         return {row.key: row for row in rows_of(text, path)} == expected
     except ValueError:
@@ -65,7 +65,7 @@ def _key(line: str) -> tuple | None:
         return None
 
 
-def _place(row: Row, keys: list[tuple | None], lines: list[str]) -> int:
+def _place(row: TileRow, keys: list[tuple | None], lines: list[str]) -> int:
     """Where a new row goes: after those of its kernel, else of its path, else of its chip, else last."""
     for length in (4, 3, 1):
         alike = [i for i, key in enumerate(keys) if key and key[:length] == row.key[:length]]

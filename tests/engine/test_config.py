@@ -67,7 +67,7 @@ def test_settings_by_command():
     shown = {command: {name for names in settings_of(command).values() for name in names} for command in LOADING}
     assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
     assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
-    assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc", "temperature"})
+    assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
     merged = {"model_name_or_path", "base_model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
@@ -79,7 +79,8 @@ def test_what_a_resumed_run_may_differ_in():
     free = {name for name in FIELDS if not decides_weights(name)}
     assert {name for name in FIELDS if not set(commands_of(name)) & set(TRAINING_COMMANDS)} <= free
     assert {name for name in FIELDS if decides_weights(name)} == {
-        "model_name_or_path", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction", "max_length", "seed",
+        "model_name_or_path", "gguf_file", "ref_model_name_or_path", "dtype", "bf16", "impl", "eval_fraction",
+        "max_length", "seed", "gradient_tolerance",
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
         "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
         "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",
@@ -89,6 +90,8 @@ def test_what_a_resumed_run_may_differ_in():
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
         "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
         "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
+        "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience",
+        "early_stopping_threshold",
     }  # fmt: skip
 
 

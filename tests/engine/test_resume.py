@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefuse.engine.errors import UserError
-from prefuse.engine.run.identity import checksums, settings_of
+from prefuse.engine.run.identity import checksums, deciding_settings
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.ranks import ALONE
 from prefuse.engine.train import train
@@ -166,7 +166,7 @@ def test_checksums_know_the_bits_and_their_places():
 
 
 def test_settings_that_decide_the_weights_are_compared_and_places_are_not():
-    known = settings_of(settings(model_name_or_path="m", dataset_name="d", output_dir="o"))
+    known = deciding_settings(settings(model_name_or_path="m", dataset_name="d", output_dir="o"))
     assert {"beta", "learning_rate", "seed", "loss_type", "adam_beta1", "max_grad_norm", "bf16"} <= known.keys()
     assert not {"output_dir", "dataset_name", "model_name_or_path", "save_steps", "nproc", "resume"} & known.keys()
 

@@ -204,7 +204,7 @@ def test_a_log_ratio_of_1024_tokens_is_right_to_1e_4_nats(impl, d, v, device, mo
     if device.type == "cpu":  # interpreted with the tile of a GPU, which at this size is faster than many small ones
 
         def tile(kernel, chip, dtype, descriptors, d, v):
-            return configs.Config(128, 256, 64, 8, 3, descriptors)
+            return configs.Tile(128, 256, 64, 8, 3, descriptors)
 
         monkeypatch.setattr(launch, "choose", tile)
     policy = random_inputs(1024, d, v, torch.bfloat16, spread=3.0, device=on(impl, device))

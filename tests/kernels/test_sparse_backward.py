@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import prefuse
+from memory import peak_bytes
 from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
@@ -296,3 +297,24 @@ def test_the_page_that_explains_it_runs(monkeypatch):
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "docs/sparse_backward.md", "exec"), {})
+
+
+def test_it_takes_the_gathered_rows_beyond_the_exact_mode():
+    """The kept rows of the weight and their gradient, and some numbers for each column; here a small part is kept."""
+    n, d, v = 64, 64, 6000
+    hidden, weight = torch.randn(n, d), 0.9 * torch.randn(v, d)
+    targets = torch.multinomial((hidden @ weight.T).softmax(-1), 1)[:, 0]
+
+    def step(tolerance):
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        prefuse.linear_logprobs(h, w, targets, impl="torch", gradient_tolerance=tolerance).sum().backward()
+
+    with record_skipped_mass() as record:
+        step(2**-4)
+    assert record.exact_blocks == 0
+    kept = record.kept_columns / record.blocks
+    assert kept < v / 8
+    gathered = 2 * 4 * d * 1.3 * kept  # (the largest block has some more than the mean)
+    exact, sparse = (peak_bytes(lambda tolerance=tolerance: step(tolerance)) for tolerance in (0.0, 2**-4))
+    # For each column: the statistic of each block twice, and the order of one block.
+    assert sparse <= exact + gathered + 4 * v * (2 * record.blocks + 8) + 2 * 4 * n * d

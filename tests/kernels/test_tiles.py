@@ -14,7 +14,7 @@ import torch
 import prefuse
 from prefuse.bench.truth.head_cases import NEEDS, check_head, evaluate, random_inputs
 from prefuse.kernels.tiles import table as configs
-from prefuse.kernels.tiles.table import Config, Row, choose, read, trial
+from prefuse.kernels.tiles.table import Tile, TileRow, choose, read, trial
 from tile_cases import GOOD, SHIPPED, interpreted, interpreter_row, toml
 
 pytest.importorskip("triton")
@@ -57,7 +57,7 @@ def test_a_shipped_row_fits_its_chip_and_serves_a_kernel(row):
 def test_a_good_row_is_read_as_it_stands(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(toml(GOOD | {"tile": [128, 64, 32], "min_d": 2048, "source": "measured on a chip"}))
-    expected = Row(90, "half", "fold", Config(128, 64, 32, 4, 2, True), "measured on a chip", 2048, 0, configs.OWN)
+    expected = TileRow(90, "half", "fold", Tile(128, 64, 32, 4, 2, True), "measured on a chip", 2048, 0, configs.OWN)
     assert read(path) == (expected,)
 
 
@@ -215,7 +215,7 @@ def test_the_most_specific_row_of_ones_own_table_goes_first(own_table):
 
 def test_a_chip_with_a_fold_of_its_own_pulls_with_it_under_a_softcap(own_table):
     own_table(GOOD | {"chip": "sm_89", "operands": "pointers"})
-    assert tile_of("pull softcap", chip=89) == tile_of("fold", chip=89) == Config(64, 64, 64, 4, 2, False)
+    assert tile_of("pull softcap", chip=89) == tile_of("fold", chip=89) == Tile(64, 64, 64, 4, 2, False)
     assert tile_of("outputs", chip=89) == row_of(80, "half", "outputs", False)
 
 
@@ -232,13 +232,13 @@ def test_a_chip_with_a_fold_of_its_own_pulls_with_it_under_a_softcap(own_table):
     ],
 )
 def test_the_name_of_a_forward(outputs, pull, softcap, kernel):
-    assert configs.fold_kernel(outputs, pull, softcap) == kernel
+    assert configs.fold_row_name(outputs, pull, softcap) == kernel
 
 
 def test_a_trial_goes_before_everything_and_ends(own_table):
     own_table(GOOD | {"min_d": 4096, "min_v": 128256})
     before = tile_of()
-    tried = Row(90, "half", "fold", Config(16, 16, 16, 1, 1, True), "compiled")
+    tried = TileRow(90, "half", "fold", Tile(16, 16, 16, 1, 1, True), "compiled")
     with contextlib.suppress(KeyError), trial(tried):
         assert tile_of() == tried.config
         raise KeyError

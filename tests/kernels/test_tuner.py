@@ -12,7 +12,7 @@ import torch
 from aot_worker import compiling_processes
 from prefuse.kernels.tiles import table as configs
 from prefuse.kernels.tiles import tune
-from prefuse.kernels.tiles.table import Config, Row, choose, read
+from prefuse.kernels.tiles.table import Tile, TileRow, choose, read
 from prefuse.kernels.tiles.write import line_of
 from tile_cases import GOOD, SHIPPED, interpreted, toml
 
@@ -43,11 +43,11 @@ def own_table(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------- racing
 
-A, B, C, D = (Config(16, 16 << i, 16, 4, 1, True) for i in range(4))
+A, B, C, D = (Tile(16, 16 << i, 16, 4, 1, True) for i in range(4))
 
 
 def entrants(*tiles):
-    return [tune.Entrant(Row(90, "half", "fold", tile, "compiled"), []) for tile in tiles]
+    return [tune.Entrant(TileRow(90, "half", "fold", tile, "compiled"), []) for tile in tiles]
 
 
 def fake_time(costs, log=None):
@@ -198,7 +198,7 @@ def test_every_kernel_of_the_table_has_something_to_be_timed_on():
     ],
 )
 def test_candidates_are_rows_that_fit(chip, dtype, descriptors):
-    present = Row(
+    present = TileRow(
         chip, configs.DTYPES[dtype], "fold", choose("fold", chip, dtype, descriptors, 4096, 128256), "compiled"
     )
     limit = tune._shared_limit(chip)
@@ -214,7 +214,7 @@ def test_a_row_takes_shared_memory_as_the_matrix_unit_reads_it():
     """Bytes that the compiler reports of these (the slow tests compare every row)."""
 
     def shared(chip, dtype, tile, stages, descriptors):
-        return Row(chip, dtype, "fold", Config(*tile, 8, stages, descriptors), "compiled").shared_bytes
+        return TileRow(chip, dtype, "fold", Tile(*tile, 8, stages, descriptors), "compiled").shared_bytes
 
     assert shared(90, "half", (128, 256, 64), 3, True) == 144 * 1024  # as it runs: a buffer for each stage
     assert shared(80, "half", (128, 128, 64), 3, False) == 64 * 1024  # from registers: one less
@@ -234,7 +234,8 @@ def test_the_compiler_finds_the_candidates_that_spill():
     """128 x 256 in four warps spills kilobytes on sm_90; in eight it is the shipped tile."""
     with compiling_processes(2) as pool:
         rows = [
-            Row(90, "half", "fold", Config(128, 256, 64, warps, 3, True), "compiled", 4096, 128256) for warps in (4, 8)
+            TileRow(90, "half", "fold", Tile(128, 256, 64, warps, 3, True), "compiled", 4096, 128256)
+            for warps in (4, 8)
         ]
         jobs = [pool.submit(tune.problems, row, torch.bfloat16, "fold, plain") for row in rows]
         spilled, clean = (job.result() for job in jobs)
@@ -269,7 +270,7 @@ def test_the_shipped_table_is_written_as_the_tuner_writes():
 
 def test_a_row_survives_its_line_whatever_its_source_says():
     source = 'measured on a "quoted" GPU \\ back, ü'
-    row = Row("gfx942", "float32", "pull softcap", Config(256, 16, 1024, 16, 5, False), source, 896, 151936)
+    row = TileRow("gfx942", "float32", "pull softcap", Tile(256, 16, 1024, 16, 5, False), source, 896, 151936)
     assert read_back([row]) == [row]
 
 
@@ -321,7 +322,7 @@ def wall_timer(run):
     return 1e3 * (time.perf_counter() - start)
 
 
-SMALL_TILES = [Config(32, 32, 16, 4, 1, True), Config(16, 16, 32, 4, 1, True)]
+SMALL_TILES = [Tile(32, 32, 16, 4, 1, True), Tile(16, 16, 32, 4, 1, True)]
 
 
 @interpreted
@@ -329,7 +330,7 @@ SMALL_TILES = [Config(32, 32, 16, 4, 1, True), Config(16, 16, 32, 4, 1, True)]
 def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
     """The launching is real, on the interpreter: each candidate's tile is the one that is launched."""
     monkeypatch.setattr(tune, "ROUNDS", tune.SCREENING)
-    head = tune.Head.random(9, 24, 41, torch.bfloat16, torch.device("cpu"))
+    head = tune.RaceInputs.random(9, 24, 41, torch.bfloat16, torch.device("cpu"))
     launched = []
 
     def spy(asked, *args):
@@ -353,7 +354,7 @@ def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
 @interpreted
 def test_a_tile_that_makes_other_numbers_is_out(monkeypatch):
     """As a miscompiled one would: here the passes themselves go wrong under one tile."""
-    head = tune.Head.random(9, 24, 41, torch.float32, torch.device("cpu"))
+    head = tune.RaceInputs.random(9, 24, 41, torch.float32, torch.device("cpu"))
     honest = tune.WORKLOADS["outputs"]
 
     def wrong_under_one(head):
@@ -372,7 +373,7 @@ def test_what_the_command_writes_is_what_runs_next(tmp_path, monkeypatch, own_ta
     monkeypatch.setattr(tune, "candidates", lambda row, _: [replace(row, config=tile) for tile in SMALL_TILES])
     path = tmp_path / "made.toml"
     args = tune.arguments_of(["--head-dims", "24", "41", "--out", str(path), "--kernels", "outputs", "dlogits"])
-    head = tune.Head.random(9, 24, 41, torch.float32, torch.device("cpu"))
+    head = tune.RaceInputs.random(9, 24, 41, torch.float32, torch.device("cpu"))
     order = []
 
     def timer(run):
@@ -388,14 +389,14 @@ def test_what_the_command_writes_is_what_runs_next(tmp_path, monkeypatch, own_ta
 
     own_table()
     monkeypatch.setenv("PREFUSE_TILES", str(path))
-    for kernel, tile in (("outputs", SMALL_TILES[0]), ("fold", Config(16, 32, 16, 4, 1, True))):
+    for kernel, tile in (("outputs", SMALL_TILES[0]), ("fold", Tile(16, 32, 16, 4, 1, True))):
         assert choose(kernel, 0, torch.float32, True, 24, 41) == tile
     assert choose("outputs", 0, torch.float32, True, 23, 41) != SMALL_TILES[0]  # measured at 24: not below
 
 
 @interpreted
 def test_rows_for_every_size_are_written_when_asked_for():
-    head = tune.Head.random(4, 24, 41, torch.float32, torch.device("cpu"))
+    head = tune.RaceInputs.random(4, 24, 41, torch.float32, torch.device("cpu"))
     tuned = tune.tune_kernel("outputs", head, SMALL_TILES, timer=lambda run: 1.0)
     bounded, anywhere = (tune.measured(tuned, any_size, "x") for any_size in (False, True))
     assert (bounded.min_d, bounded.min_v) == (24, 41)
@@ -406,7 +407,7 @@ def test_rows_for_every_size_are_written_when_asked_for():
 @interpreted
 def test_no_time_for_a_kernel_is_said_and_is_a_failure(tmp_path, capsys):
     args = tune.arguments_of(["--head-dims", "24", "41", "--out", str(tmp_path / "made.toml"), "--minutes", "1e-9"])
-    head = tune.Head.random(4, 24, 41, torch.float32, torch.device("cpu"))
+    head = tune.RaceInputs.random(4, 24, 41, torch.float32, torch.device("cpu"))
     assert tune.tune(head, args, "x", None, wall_timer) == 1
     assert f"no time for {', '.join(configs.KERNELS)}: give more --minutes" in capsys.readouterr().err
 
@@ -415,7 +416,9 @@ def test_a_file_that_cannot_be_written_is_said_before_the_race(tmp_path, capsys)
     for path, why in ((tmp_path / "no" / "made.toml", "No such file"), (tmp_path / "bad.toml", "is not TOML")):
         (tmp_path / "bad.toml").write_text("rows = [")
         args = tune.arguments_of(["--head-dims", "24", "41", "--out", str(path)])
-        assert tune.tune(tune.Head.random(4, 24, 41, torch.float32, torch.device("cpu")), args, "x", None, None) == 2
+        assert (
+            tune.tune(tune.RaceInputs.random(4, 24, 41, torch.float32, torch.device("cpu")), args, "x", None, None) == 2
+        )
         error = capsys.readouterr().err
         assert f"cannot write {path}" in error
         assert why in error
@@ -447,7 +450,7 @@ def test_flags_that_make_no_sense_are_refused(flags, capsys):
 
 @pytest.mark.gpu
 def test_the_tuner_times_real_kernels(device, tmp_path):
-    head = tune.Head.random(512, 256, 4096, torch.bfloat16, device)
+    head = tune.RaceInputs.random(512, 256, 4096, torch.bfloat16, device)
     present = choose("outputs", configs.capability(device), torch.bfloat16, True, 256, 4096)
     other = replace(present, block_d=32)
     with tune.compilers(2) as pool:

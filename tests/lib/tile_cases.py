@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefuse.kernels.tiles import table as configs
-from prefuse.kernels.tiles.table import Config, Row, read
+from prefuse.kernels.tiles.table import Tile, TileRow, read
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the chip of CPU tensors under the interpreter")
 GOOD = {
@@ -27,4 +27,4 @@ def toml(*rows):
 
 
 def interpreter_row(kernel, tile, min_d=0, min_v=0, descriptors=True, dtype="float32"):
-    return Row(0, dtype, kernel, Config(*tile, 4, 1, descriptors), "compiled", min_d, min_v)
+    return TileRow(0, dtype, kernel, Tile(*tile, 4, 1, descriptors), "compiled", min_d, min_v)

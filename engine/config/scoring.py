@@ -1,0 +1,62 @@
+"""Settings of scorers and judges: what says how good an answer is."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from prefuse.engine.config.setting import SCORING, Topic, above, at_least, setting
+from prefuse.engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScoringSettings(Topic):
+    title: ClassVar[str] = "Scores (docs/evaluation.md)"
+    commands: ClassVar[tuple[str, ...]] = SCORING
+
+    scorer: list[str] | None = setting(
+        None,
+        "What scores answers: a reward model's folder, FILE.py:FUNCTION (TRL's signature), a rule (exact, contains, "
+        "number, math, regex, format, length, as in number=COLUMN), judge=FOLDER or judge=URL#MODEL. Several are an "
+        "ensemble. `eval`: with it, the model's answers are compared with those of ref_model_name_or_path.",
+    )
+    scorer_combine: Literal["mean", "min", "mean_minus_std"] = setting(
+        "mean", "How the scores of several are one: their mean, the smallest, or the mean minus the spread."
+    )
+    scorer_spread_weight: float = setting(
+        1.0, "How many standard deviations mean_minus_std takes off.", rule=at_least(0)
+    )
+    scorer_timeout: float = setting(60.0, "Seconds that one call of a Python function may take.", rule=above(0))
+    gold_scorer: list[str] | None = setting(
+        None,
+        "A second scorer, which is trusted more: the over-optimization of the first is seen against it, and the "
+        "agreement of both is Cohen's kappa.",
+    )
+    score_cache: str = setting(
+        "auto",
+        "Where scores of reward models and replies of judges are kept, by content: a folder; auto, prefuse/scores in "
+        "the user's cache folder (or scores in $PREFUSE_CACHE); none.",
+    )
+    judge_rubric: str | None = setting(
+        None, "File with the rules that a judge follows (a rubric, a constitution), in place of the built-in ones."
+    )
+    judge_mode: Literal["letter", "reason"] = setting(
+        "letter",
+        "letter: the judge says A or B, and their probabilities count; reason: it explains itself and ends with "
+        "[[A]], [[B]] or [[C]].",
+    )
+    judge_max_tokens: int = setting(512, "Most tokens of a reply with reasons.", rule=at_least(1))
+    judge_api_key_env: str = setting(
+        "PREFUSE_API_KEY", "Environment variable with the key of a judge's server. The key is never written anywhere."
+    )
+    judge_timeout: float = setting(60.0, "Seconds that a judge's server may take for a reply.", rule=above(0))
+    judge_retries: int = setting(4, "More tries of a request that failed for a while.", rule=at_least(0))
+    judge_workers: int = setting(4, "Requests at once.", rule=at_least(1), most=256)
+    judge_price: str | None = setting(
+        None, "USD for a million tokens read and written, as in 0.15,0.6: the cost is then said."
+    )
+    allow_self_judge: bool = setting(
+        False, "Let a model judge itself. Models prefer their own answers, so without this it is refused."
+    )
+
+    def check(self, command: str) -> None:
+        if self.gold_scorer and not self.scorer:
+            raise UserError("gold_scorer is a second scorer: give --scorer too")

@@ -1,0 +1,59 @@
+"""Several scorers as one: the mean, the minimum, or the mean minus a multiple of the spread (arXiv 2310.02743).
+
+The scores of members that differ in scale should be brought to one before they are combined; members of one kind (the
+seeds of a reward model) have one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefuse.engine.score.contract import Columns, NoScore, Scorer, Scores, Text
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    members: tuple[Scorer, ...]
+    how: str = "mean"  # "mean", "min" or "mean_minus_std"
+    spread_weight: float = 1.0  # c of mean - c * std
+
+    @property
+    def name(self) -> str:
+        return f"{self.how} of {', '.join(member.name for member in self.members)}"
+
+    @property
+    def key(self) -> str:
+        weight = f" {self.spread_weight}" if self.how == "mean_minus_std" else ""
+        return f"{self.how}{weight} of ({'; '.join(member.key for member in self.members)})"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for member in self.members for name in member.columns))
+
+    def score(
+        self, prompts: Sequence[Text], answers: Sequence[Sequence[str]], columns: Columns | None = None
+    ) -> Scores:
+        """An answer that one member has no score for has none: the others would be another ensemble."""
+        found = [member.score(prompts, answers, columns) for member in self.members]
+        values = combined(torch.stack([scores.values for scores in found]), self.how, self.spread_weight)
+        reasons = [
+            [self._first([scores.reasons[p][k] for scores in found]) for k in range(values.shape[1])]
+            for p in range(len(prompts))
+        ]
+        return Scores(values, reasons)
+
+    def _first(self, reasons: list[NoScore | None]) -> NoScore | None:
+        for member, reason in zip(self.members, reasons, strict=True):
+            if reason is not None:
+                return NoScore(reason.kind, f"{member.name}{f', {reason.detail}' if reason.detail else ''}")
+        return None
+
+
+def combined(values: Tensor, how: str, spread_weight: float) -> Tensor:  # (M, P, K) -> (P, K)
+    """std is that of the members as a population: one member has none."""
+    if how == "min":
+        return values.amin(0)
+    mean = values.mean(0)
+    return mean if how == "mean" else mean - spread_weight * values.std(0, correction=0)

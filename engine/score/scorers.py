@@ -1,0 +1,56 @@
+"""One setting -> a scorer.
+
+--scorer reward_folder                     a reward model
+--scorer reward_a reward_b --scorer_combine min      an ensemble
+--scorer rewards.py:helpful                a function with TRL's signature
+--scorer math=solution                     a rule (rules.py has the list)
+--scorer judge=folder                      a language model that compares two answers
+--scorer judge=http://localhost:8000/v1#model        the same behind an OpenAI-compatible server
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from prefuse.engine.config.settings import Config
+from prefuse.engine.errors import UserError
+from prefuse.engine.score.cache import cache_folder
+from prefuse.engine.score.contract import Scorer
+from prefuse.engine.score.ensemble import Ensemble
+from prefuse.engine.score.function import load_function
+from prefuse.engine.score.rules import RULES, Rule
+
+
+def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Scorer:
+    """The scorer that the setting names: one, or an ensemble of all."""
+    members = tuple(_one(spec, config, device) for spec in specs)
+    if len(members) == 1:
+        return members[0]
+    judges = [member.name for member in members if hasattr(member, "compare")]
+    if judges:
+        raise UserError(f"{', '.join(judges)}: a judge compares, and is no member of an ensemble; give it alone")
+    return Ensemble(members, config.scorer_combine, config.scorer_spread_weight)
+
+
+def _one(spec: str, config: Config, device: torch.device) -> Scorer:
+    kind, equals, argument = spec.partition("=")
+    if kind == "judge" and equals:
+        from prefuse.engine.score.judge import judge_of
+
+        return judge_of(argument, config, device)
+    if kind in RULES and (equals or not Path(spec).exists()):
+        return Rule(kind, argument)
+    if re.search(r"\.py:\w+$", spec):
+        return load_function(spec, config.scorer_timeout)
+    if Path(spec).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+        from prefuse.engine.score.classifier import load_classifier
+
+        return load_classifier(
+            spec, device, config.per_device_eval_batch_size, cache_folder(config.score_cache), config.trust_remote_code
+        )
+    raise UserError(
+        f"scorer {spec}: expected a reward model's folder, FILE.py:FUNCTION, judge=FOLDER, judge=URL#MODEL, or a rule: "
+        f"{', '.join(RULES)} (docs/evaluation.md)"
+    )
