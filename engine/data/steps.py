@@ -54,7 +54,7 @@ class Solutions(Examples):
 
     def rows_as_bytes(self):
         for index, row in enumerate(super().rows_as_bytes()):
-            yield row + self.right[slice(*self.offsets[index : index + 2])].tobytes()
+            yield bytes(row) + self.right[slice(*self.offsets[index : index + 2])].tobytes()
 
     def finish(self, batch: Batch, indices: Sequence[int]) -> StepBatch:
         labels = np.concatenate([self.right[slice(*self.offsets[i : i + 2])] for i in indices])
@@ -113,7 +113,7 @@ def _record(
         if not isinstance(row, dict):
             raise BadRow("the row is no object")
         prompt, steps, right = (row.get(column) for column in COLUMNS)
-        if isinstance(prompt, list) and template is not None:
+        if isinstance(prompt, list) and prompt and template is not None:
             prompt = template.text(prompt, generation_prompt=True)
         if not isinstance(prompt, str) or not prompt:
             raise BadRow('"prompt" must be a text, or messages where the tokenizer has a chat template')

@@ -94,6 +94,7 @@ def _never_called(model: nn.Module) -> list[str] | None:
     ]
     mixers = [name for name, module in model.named_modules() if "Mamba" in type(module).__name__]
     names += [f"{mixer}.{inner}" for mixer in mixers for inner in ("out_proj", "conv1d")]
+    names += ["score"] if task_of(model) == "TOKEN_CLS" else []  # trained whole; peft itself leaves out that of SEQ_CLS
     return names or None
 
 
