@@ -82,7 +82,9 @@ def test_bad_rows_are_named_and_counted(model, tmp_path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_learns_and_transformers_reads_it(lora, model, rows, tmp_path):
     out = tmp_path / "run"
-    train(config_of(model, rows, out, use_peft=lora, **({"lora_r": 4} if lora else {}), learning_rate=3e-2), "reward")
+    train(
+        config_of(model, rows, out, use_peft=lora, **({"lora_r": 4} if lora else {}), num_train_epochs=25.0), "reward"
+    )
     log = read_log(out)
     assert [row for row in log if "eval_loss" in row][-1]["eval_accuracy"] > 0.9
     assert loader_of(out) is load_step_model
