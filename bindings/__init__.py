@@ -21,7 +21,7 @@ from prefuse.preference import (
     preference_loss,
     reduce_metrics,
 )
-from prefuse.reward import RewardOutput, reward_loss
+from prefuse.reward import RewardOutput, combine_steps, reward_loss
 
 __version__ = "0.1.0"
 
@@ -70,6 +70,7 @@ __all__ = [
     "StepReward",
     "batch_advantages",
     "clipped_value_loss",
+    "combine_steps",
     "gae",
     "group_advantages",
     "kl_estimate",

@@ -84,6 +84,29 @@ def reward_loss(
     return RewardOutput(total, losses.detach().float(), scores.detach().float(), metrics)
 
 
+HOWS = ("min", "product", "last")
+
+
+def combine_steps(scores: Tensor, cu_steps: Tensor, how: str = "min") -> Tensor:  # (M,), (S + 1,) -> (S,) float64
+    """One number for each solution from the scores of its steps, Lightman et al. 2023 (arXiv 2305.20050), section 3.
+
+        min:     the probability that the weakest step is right      product: that all are, step by step
+        last:    that of the last step, as an outcome reward model has it
+
+    A step is right with probability sigmoid(score). `cu_steps` says where the steps of each solution stand. Raises
+    ValueError for another `how`, and for a solution without steps.
+    """
+    if how not in HOWS:
+        raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
+    if int(cu_steps[-1]) != len(scores) or bool((cu_steps.diff() < 1).any()):
+        raise ValueError(f"cu_steps must cut the {len(scores)} scores into solutions of at least one step")
+    logs = torch.nn.functional.logsigmoid(scores.double())
+    if how == "last":
+        return logs[cu_steps[1:].long() - 1].exp()
+    reduce = "min" if how == "min" else "sum"
+    return torch.segment_reduce(logs, reduce, offsets=cu_steps.long(), unsafe=True).exp()
+
+
 def _check_inputs(loss: RewardLoss, count: int, given: dict[str, Tensor | None], cu_groups: Tensor | None) -> None:
     name = type(loss).__name__
     for what, x in given.items():

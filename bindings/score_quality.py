@@ -52,6 +52,7 @@ def score_quality(scores: Tensor, lengths: Tensor) -> dict[str, float]:  # (2 P,
     length_correlation   of s_chosen - s_rejected with n_chosen - n_rejected
     prefers_longer       the share of pairs of unequal length whose longer answer has the higher score
     longer_is_chosen     the share of them whose longer answer is the chosen one: what the data itself says
+    unequal_lengths      how many they are
     """
     margins, longer = scores[0::2] - scores[1::2], lengths[0::2] - lengths[1::2]
     unequal = longer != 0
@@ -63,5 +64,6 @@ def score_quality(scores: Tensor, lengths: Tensor) -> dict[str, float]:  # (2 P,
     if unequal.any():
         same_way = (margins * longer)[unequal]
         numbers["prefers_longer"] = ((same_way > 0).double() + 0.5 * (same_way == 0).double()).mean().item()
+        numbers["unequal_lengths"] = float(unequal.sum())
         numbers["longer_is_chosen"] = (longer[unequal] > 0).double().mean().item()
     return numbers

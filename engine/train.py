@@ -293,7 +293,7 @@ def accumulate(run: Run, share: Share, num_items: int) -> tuple[dict[str, Tensor
     flags = finite.reshape(-1, 1).expand(-1, 2)
     packed = ranks.sum_(torch.cat([torch.stack(list(totals.values())), flags, extremes.reshape(-1, 2)]))
     totals, (flags, extremes) = dict(zip(totals, packed, strict=False)), packed[len(totals) :].chunk(2)
-    if "mean_reward" in totals:
+    if lm.scores and "margin" in totals:
         totals |= least_and_largest(share, extremes.reshape(ranks.size, -1, 2))
     suspects = []
     if not torch.isfinite(totals["loss"][0]):

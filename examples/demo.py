@@ -1,4 +1,4 @@
-"""From random weights to an aligned model on the CPU, in about a minute: `make demo`. What it makes is in runs/demo.
+"""From random weights to an aligned model on the CPU, in a minute or two: `make demo`. What it makes is in runs/demo.
 
 The task is to put letters in order. Two orders are right, and the ascending one is preferred:
 
@@ -9,6 +9,7 @@ The task is to put letters in order. Two orders are right, and the ascending one
 2. `prefuse train --loss_type dpo` aligns that model with pairs: ascending over descending.
 3. `prefuse train --loss_type kto` aligns it with the same answers one by one, each labelled good or bad.
 4. `prefuse eval` and `prefuse generate` look at all three, on letters that none of them has seen together.
+5. `prefuse reward` trains a reward model on the same pairs, which then judges what the three models wrote.
 
 A generated answer counts only if it holds exactly the letters of its prompt, in order. So a model that forgets how to
 sort while its reward margin grows fails here (DPO does that with a weak pull to the reference: try BETA = 0.1).
@@ -31,10 +32,18 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from prefuse.engine import cli
+from prefuse.models.score import sequence_scores
+from prefuse.packing import pack
 
 FOLDER = Path("runs/demo")
 MARKER = "made-by-the-demo"  # a file in it: a folder that lacks it is somebody's work, and is left alone
@@ -143,6 +152,43 @@ def train(folder: Path) -> dict[str, float]:
     return {"sft": sft, "dpo": dpo, "kto": kto}
 
 
+# ---- The reward model ----
+
+
+def train_reward_model(folder: Path) -> float:
+    """From sft, on the pairs; returns its accuracy on the held-out pairs."""
+    prefuse(
+        "reward", model_name_or_path=folder / "sft", dataset_name=folder / "pairs.jsonl",
+        eval_dataset=folder / "held_out.jsonl", output_dir=folder / "reward", learning_rate=1e-3,
+        per_device_train_batch_size=32, per_device_eval_batch_size=100, logging_steps=20, save_steps=0,
+    )  # fmt: skip
+    lines = (folder / "reward" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "eval_accuracy" in row][-1]["eval_accuracy"]
+
+
+@torch.no_grad()
+def agreement(folder: Path, names: list[str]) -> tuple[float, int]:
+    """How often it prefers the answer that the rule prefers, among all pairs of answers of two models to one held-out
+    prompt of which the rule prefers one; and how many these pairs are."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
+    written = {name: (folder / name / "answers.jsonl").read_text(encoding="utf-8").splitlines() for name in names}
+    right = total = 0
+    for lines in zip(*written.values(), strict=True):
+        rows = [json.loads(line) for line in lines]
+        rule = [order_of(row["prompt"], row["model"]) == "ascending" for row in rows]
+        if len(set(rule)) == 1:
+            continue
+        answers = [tokenizer(f"{row['model']}<end>")["input_ids"] for row in rows]
+        scores = sequence_scores(model, pack([(tokenizer(rows[0]["prompt"])["input_ids"], answers)])).tolist()
+        better, worse = (
+            [s for s, good in zip(scores, rule, strict=True) if good is wanted] for wanted in (True, False)
+        )
+        right += sum(a > b for a in better for b in worse)
+        total += len(better) * len(worse)
+    return right / max(total, 1), total
+
+
 # ---- Before and after ----
 
 
@@ -240,10 +286,17 @@ def main() -> int:
         "generate", model_name_or_path=folder / "dpo", ref_model_name_or_path=folder / "sft",
         eval_dataset=folder / "held_out.jsonl", num_prompts=6, temperature=1.0, max_new_tokens=10,
     )  # fmt: skip
+    judge = train_reward_model(folder), *agreement(folder, list(results))
     show(results)
-    curves = " ".join(str(folder / name / "curves.png") for name in seconds)
+    console.print(
+        f"The reward model is right about {judge[0]:.1%} of the held-out pairs, and prefers what the rule prefers in "
+        f"{judge[1]:.1%} of {judge[2]} pairs of answers that the models wrote."
+    )
+    curves = " ".join(str(folder / name / "curves.png") for name in [*seconds, "reward"])
     console.print(f"{time.perf_counter() - started:.0f} seconds in all; curves: {curves}")
-    for claim in (broken := broken_claims(results)):
+    broken = broken_claims(results)
+    broken += ["the reward model agrees with the rule in over 90% of both"] if min(judge[:2]) <= 0.9 else []
+    for claim in broken:
         console.print(f"not so: {claim}", style="bold red")
     return 1 if broken else 0
 

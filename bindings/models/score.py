@@ -89,11 +89,28 @@ def sequence_scores(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor: 
     return score_of_states(model, end_states(model, tokens))
 
 
+def step_scores(model: PreTrainedModel, tokens: Packed | Padded, ends: Tensor) -> Tensor:  # (N,) bool -> (M,) float32
+    """The scores of steps: at the completion tokens where `ends` is true, in their order.
+
+    `model`: an `AutoModelForTokenClassification` of a decoder with two labels (TRL's process reward models: is the step
+    right?), whose score is the second logit less the first, or a model of one label.
+    """
+    return score_of_states(model, step_states(model, tokens, ends))
+
+
 def check_score(model: PreTrainedModel, input_ids: Tensor) -> None:  # (1, T)
-    """Refuse the model if its own forward makes other scores of a row than are made here."""
-    with quietly(model):
-        expected = model(input_ids).logits.float()
-        got = score_layer(model)(trunk_hidden(model, input_ids)).float()
+    """Refuse the model if its own forward makes other scores of a row than are made here.
+
+    Without a padding token, for this once: where that is the one that ends answers, the forward looks before it.
+    """
+    config = model.config.get_text_config()
+    padding, config.pad_token_id = config.pad_token_id, None
+    try:
+        with quietly(model):
+            expected = model(input_ids).logits.float()
+            got = score_layer(model)(trunk_hidden(model, input_ids)).float()
+    finally:
+        config.pad_token_id = padding
     got = got if expected.dim() == got.dim() else got[:, -1]  # token classification has one for each token
     bound = 64 * torch.finfo(next(model.parameters()).dtype).eps * (1 + expected.abs().max())
     if got.shape != expected.shape or not bool(((got - expected).abs() <= bound).all()):

@@ -37,6 +37,20 @@ class GuardSettings(Topic):
         rule=at_least(0),
         may_differ=True,
     )
+    max_score_drift: float = setting(
+        10.0,
+        "`reward`: how far the mean of held-out scores may lie from 0, in units of their spread.",
+        rule=above(0),
+        commands=("reward",),
+        may_differ=True,
+    )
+    max_length_preference: float = setting(
+        0.1,
+        "`reward`: in how many more pairs, as a share, a reward model may prefer the longer answer than the data does.",
+        rule=above(0),
+        commands=("reward",),
+        may_differ=True,
+    )
     max_kl: float | None = setting(
         None,
         "Nats per token that the policy may move away from the reference on held-out rows. None: no limit.",

@@ -26,6 +26,12 @@ class ModelSettings(Topic):
         "Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with.",
         commands=("train", "eval", "generate", "online"),
     )
+    base_model_name_or_path: str | None = setting(
+        None,
+        "Where the base of the adapters at model_name_or_path lies now, if it has moved. None: where they say.",
+        commands=LOADING,
+        may_differ=True,
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Dtype of the weights and of the optimizer's states. Float32 unless memory forbids it: at learning rates near "

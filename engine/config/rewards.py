@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from prefuse.engine.config.setting import Topic, at_least, setting
 from prefuse.engine.errors import UserError
-from prefuse.losses.rewards import BradleyTerry, RewardLoss
+from prefuse.losses.rewards import AllPairs, BradleyTerry, PlackettLuce, RewardLoss, StepReward
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,14 @@ class RewardSettings(Topic):
     title: ClassVar[str] = "Reward model (docs/rewards.md)"
     commands: ClassVar[tuple[str, ...]] = ("reward",)
 
-    reward_loss: Literal["bradley_terry"] = setting(
+    reward_loss: Literal["bradley_terry", "plackett_luce", "all_pairs", "steps"] = setting(
         "bradley_terry",
-        "What a reward model learns from: bradley_terry, from pairs.",
+        "What a reward model learns from. bradley_terry: pairs (of a list of scored answers those that --pairs names). "
+        "plackett_luce, all_pairs: whole rankings, each answer run once. steps: prompt, completions and labels (two "
+        "lists), TRL's stepwise form; the model says of each step whether it is right.",
+    )
+    step_separator: str | None = setting(
+        None, "steps: the text behind each step, at whose end its score stands. None: a newline."
     )
     center_rewards_coefficient: float | None = setting(
         None,
@@ -26,9 +31,18 @@ class RewardSettings(Topic):
 
     def scores_loss(self) -> RewardLoss:
         """The loss these settings name."""
-        return BradleyTerry(self.center_rewards_coefficient, self.label_smoothing or 0.0)
+        if self.reward_loss == "steps":
+            return StepReward()
+        if self.reward_loss == "plackett_luce":
+            return PlackettLuce(self.center_rewards_coefficient)
+        pairs = {"bradley_terry": BradleyTerry, "all_pairs": AllPairs}[self.reward_loss]
+        return pairs(self.center_rewards_coefficient, self.label_smoothing or 0.0)
 
     def check(self, command: str) -> None:
+        without = {"label_smoothing": ("plackett_luce", "steps"), "center_rewards_coefficient": ("steps",)}
+        for name, losses in without.items():
+            if getattr(self, name) and self.reward_loss in losses:
+                raise UserError(f"{name} has no meaning with reward_loss {self.reward_loss}: drop it")
         try:
             self.scores_loss()
         except ValueError as error:

@@ -94,7 +94,7 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
         num_learned = int(learned.sum())
         tokens = replace(tokens, targets=tokens.targets.masked_fill(torch.from_numpy(~learned), IGNORE_INDEX))
     chosen = np.asarray(indices, np.int64)
-    return Batch(
+    batch = Batch(
         rows=[examples.rows[i] for i in indices],
         tokens=tokens,
         numbers={
@@ -107,6 +107,7 @@ def collate(examples: Examples, indices: Sequence[int], ref_logps: Sequence[Tens
         num_learned=num_learned,
         policy_weights=examples.policy_weights,
     )
+    return examples.finish(batch, indices)
 
 
 def _packed(sequences: Sequence[Tokens]) -> Packed:

@@ -42,7 +42,7 @@ FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
 
 def kind_of(loss: Loss) -> Kind:
     """What the rows must be to feed this loss."""
-    if loss.per == "pair":
+    if loss.per in ("pair", "group"):  # a ranking is read as its pairs (ranked.py)
         return "pair"
     needs = needs_of(loss)
     return "scored" if "scores" in needs else "labelled" if "labels" in needs else "sft"

@@ -115,7 +115,7 @@ def _read_examples(
     records, form, ignored = read_records(source, kind, split, options)
     source = name_of(source)
     controls = None if text.controls is None or kind != "labelled" else Controls.of(tokenizer, text.controls)
-    room = _room(max_length - (controls.length if controls else 0), tokenizer, text)
+    room = room_of(max_length - (controls.length if controls else 0), tokenizer, text)
     has_preferences = form.kind == "pair" and kind != "sft"
     examples, skipped, prompts_cut, completions_cut = ExamplesBuilder(), [], 0, 0
     for block in _blocks(records, BLOCK_ROWS):
@@ -140,7 +140,7 @@ def _read_examples(
                     outcome.row, outcome.prompt, sides, outcome.label, outcome.learned, weight=outcome.weight,
                     thread=outcome.thread, **numbers_of(outcome, kind, options.needs),
                 )  # fmt: skip
-    _require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
+    require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()
     if has_preferences and kind != "pair":
         table = table.unpaired(labelled=kind == "labelled")
@@ -160,7 +160,7 @@ def _read_examples(
     )
 
 
-def _room(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
+def room_of(max_length: int, tokenizer: Any, text: TextOptions) -> Room:
     parts = character_parts(tokenizer)
     if max_length < 2:
         raise DataError("max_length leaves no room for a prompt and an answer behind the control text")
@@ -184,7 +184,7 @@ def load_prompts(
     source = name_of(source)
     text = text or TextOptions()
     control = [] if text.control is None else control_ids(tokenizer, text.control)
-    room = _room(max_length - len(control), tokenizer, text)
+    room = room_of(max_length - len(control), tokenizer, text)
     prompts, skipped, cut = [], [], 0
     for block in _blocks(records, BLOCK_ROWS):
         encoded = tokenize(render(each(block, lambda record: replace(record, sides={})), tokenizer, text), tokenizer)
@@ -197,7 +197,7 @@ def load_prompts(
                 ids = behind_control(outcome.prompt, control, tokenizer.bos_token_id)
                 prompts.append(Prompt(ids, _shown_text(read.prompt), outcome.row, read.prompt))
     rows = form.tally.rows
-    _require_usable(len(prompts), skipped, rows, source)
+    require_usable(len(prompts), skipped, rows, source)
     if skipped or cut:
         report = Dataset(Examples.of([]), skipped, source, rows, cut, str(form), ignored, form.roles, form.tally.lines)
         logger.warning("%s", summarize_skipped(report))
@@ -260,7 +260,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return (examples if isinstance(examples, Examples) else Examples.of(examples)).content_fingerprint()
 
 
-def _require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
+def require_usable(count: int, skipped: list[Skipped], rows: int, source: str, max_skipped: float = 1.0) -> None:
     bad = [skip for skip in skipped if not skip.by_rule]
     if not count:
         raise DataError(f"{source}: no usable row among {len(skipped)}:\n{_first_reasons(skipped)}")

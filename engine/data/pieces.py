@@ -50,11 +50,14 @@ def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def sides_of(examples: Examples, index: int, tokenizer) -> list[Side]:
-    """The sequences of one example, a pair's chosen one first."""
-    names = ("chosen", "rejected") if examples.sides == 2 else ("completion",)
+    """The sequences of one example, a pair's chosen one first; of a ranking the best one."""
+    sequences = examples.sequences_of(index)
+    names = ["completion"]
+    if examples.sides > 1:
+        names = ["chosen", "rejected", *(f"rejected, {place}." for place in range(3, len(sequences) + 1))]
     sides = []
-    for name, (prompt, completion) in zip(names, examples.sequences_of(index), strict=True):
-        role = name if examples.sides == 2 else _role(examples, index)
+    for name, (prompt, completion) in zip(names, sequences, strict=True):
+        role = name.split(",")[0] if examples.sides > 1 else _role(examples, index)
         learned = [True] * len(completion)
         if examples.learned is not None:
             learned = examples.learned_of(index).tolist()

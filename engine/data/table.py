@@ -180,6 +180,10 @@ class Examples(Sequence):
         found = {name: getattr(self, name) for name in (*NUMBERS, "threads")}
         return {name: array for name, array in found.items() if array is not None}
 
+    def finish(self, batch: Any, indices: Sequence[int]) -> Any:
+        """The batch of the examples at `indices`, with what rows of another kind add to it (ranked.py)."""
+        return batch
+
     def unpaired(self, labelled: bool = True) -> Examples:
         """Each pair as two completions, chosen (true), then rejected (false); margins and scores are of sides."""
         twice = np.repeat(np.arange(len(self)), 2)

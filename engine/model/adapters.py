@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.run.files import file_faults_as_oserror
+from prefuse.models.trunk import class_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ABOUT = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-TASKS = "CAUSAL_LM", "SEQ_CLS"  # with the second, peft trains the score head whole and saves it with the adapters
 PREFIX = "base_model.model."  # of the transformers model's names inside a PeftModel
 
 
@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
         target_modules=targets,
         exclude_modules=None if config.lora_target_modules else _never_called(model),
         modules_to_save=config.lora_modules_to_save,
-        task_type=TASKS[model.get_output_embeddings() is None],
+        task_type=task_of(model),
     )
     if Path(model.name_or_path).exists():  # the adapters will be read from elsewhere
         model.name_or_path = str(Path(model.name_or_path).absolute())
@@ -76,6 +76,13 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
 MIXERS = ("Mamba", "FalconH1Mixer")  # in the names of their classes
 
 
+def task_of(model: nn.Module) -> str:
+    """peft's name. With the second and third it trains the score head whole and saves it with the adapters."""
+    if model.get_output_embeddings() is not None:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if "ForSequenceClassification" in class_of(model).__name__ else "TOKEN_CLS"
+
+
 def _never_called(model: nn.Module) -> list[str] | None:
     """The names of linear layers that are not called as `layer(x)`: adapters around them would fail, or never run.
 
@@ -90,6 +97,7 @@ def _never_called(model: nn.Module) -> list[str] | None:
     ]
     mixers = [name for name, module in model.named_modules() if any(kind in type(module).__name__ for kind in MIXERS)]
     names += [f"{mixer}.{inner}" for mixer in mixers for inner in ("out_proj", "conv1d")]
+    names += ["score"] if task_of(model) == "TOKEN_CLS" else []  # trained whole; peft itself leaves out that of SEQ_CLS
     return names or None
 
 
@@ -117,15 +125,33 @@ def _targets(model: nn.Module, config: Config) -> list[str] | str:
     return targets
 
 
+def go_on_with(model: nn.Module, folder: Path, config: Config) -> PeftModel:
+    """The adapters in `folder`, to be trained further; everything else is frozen. Their shape is their own."""
+    adapters = load_adapters(model, folder, trains=True)
+    own = adapters.active_peft_config
+    for name, value in ("lora_r", own.r), ("lora_alpha", own.lora_alpha), ("lora_dropout", own.lora_dropout):
+        given = getattr(config, name)
+        if given not in (value, type(config).__dataclass_fields__[name].default):
+            raise UserError(f"{name} is {given}, but the adapters in {folder} have {value:g}: drop {name}")
+    _drop_only_where_gradients_are_taken(model)
+    return adapters
+
+
 @torch.no_grad()
-def load_adapters(model: nn.Module, folder: Path) -> PeftModel:
+def load_adapters(model: nn.Module, folder: Path, trains: bool = False) -> PeftModel:
     """The adapters in `folder`, in the model that they were made for."""
     from peft import PeftModel
     from safetensors.torch import load_file
 
+    made_for = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("task_type")
+    if made_for not in (None, task_of(model)):
+        raise UserError(
+            f"{folder} holds adapters for {made_for}, and this command takes {task_of(model)}: merge them into their "
+            "base first (prefuse merge)"
+        )
     try:
         with quiet(), file_faults_as_oserror():
-            adapters = PeftModel.from_pretrained(model, folder)
+            adapters = PeftModel.from_pretrained(model, folder, is_trainable=trains)
         _in_float32(model)
         saved = load_file(folder / WEIGHTS)  # again: what was read into bfloat16 has lost its digits
         for name, value in adapter_state(model, adapters).items():

@@ -17,7 +17,7 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, save_adapters
+from prefuse.engine.model.adapters import add_adapters, base_of, go_on_with, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
@@ -108,19 +108,21 @@ def load_model(
 
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
-        if trains:
+        if trains and not config.use_peft:
             raise UserError(
-                f"{path} holds adapters, and training starts from a whole model: merge them into it first, "
+                f"{path} holds adapters, and training of all weights starts from a whole model: give --use_peft true "
+                "to go on with these adapters, or merge them into it first, "
                 f"prefuse merge --model_name_or_path {path} --output_dir {path}-merged"
             )
-        path = base
+        moved = config.base_model_name_or_path if path == config.model_name_or_path else None
+        path = moved or base
     model = (_read_model if read is None else read)(path, config)
     _refuse_no_numbers(model, path)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
     if base is not None:
-        adapters = load_adapters(model, folder)
+        adapters = go_on_with(model, folder, config) if trains else load_adapters(model, folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:

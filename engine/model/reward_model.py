@@ -8,8 +8,7 @@ a score head already. What is saved is what `AutoModelForSequenceClassification`
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 import prefuse
 from prefuse import RewardOutput
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.batches import Batch, Examples
+from prefuse.engine.data.batches import IGNORE_INDEX, Batch, Examples
+from prefuse.engine.data.ranked import RankedBatch
+from prefuse.engine.data.steps import StepBatch
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.forward import LanguageModel
@@ -29,13 +30,11 @@ from prefuse.engine.model.load import load_model, read_weights
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.rewards import RewardLoss
 from prefuse.models.head import Head
-from prefuse.models.score import check_score, end_states, score_layer, score_of_states
+from prefuse.models.score import check_score, end_states, score_layer, score_of_states, step_states
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 NEW = "score."  # the weights that a causal LM lacks
 
@@ -64,7 +63,9 @@ class RewardModel(LanguageModel):
     def check(self, input_ids: Tensor) -> None:  # (1, T)
         check_score(self.model, input_ids)
 
-    def states(self, batch: Batch) -> Tensor:  # (S, D)
+    def states(self, batch: Batch) -> Tensor:  # (S, D), or (M, D) of steps
+        if isinstance(batch, StepBatch):
+            return step_states(self.model, batch.tokens, batch.targets != IGNORE_INDEX)
         return end_states(self.model, batch.tokens)
 
     def scores_of_states(self, states: Tensor) -> Tensor:  # (M, D) -> (M,) float32
@@ -73,7 +74,12 @@ class RewardModel(LanguageModel):
             return score_of_states(self.model, states.to(self.head.weight.dtype))
 
     def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
-        given = {name: batch.numbers.get(name) for name in ("weights", "margins")}
+        if isinstance(batch, RankedBatch):
+            given = {"cu_groups": batch.cu_groups, "ranks": batch.ranks}
+        elif isinstance(batch, StepBatch):
+            given = {"labels": batch.step_labels}
+        else:
+            given = {name: batch.numbers.get(name) for name in ("weights", "margins")}
         return prefuse.reward_loss(self.scores_of_states(states), loss, num_items=num_items, **given)
 
 
@@ -84,19 +90,36 @@ def load_reward_model(
     return load_model(path, config, device, ranks, trains=trains, read=_read, make=RewardModel)
 
 
-def _read(path: str, config: Config) -> PreTrainedModel:
-    from transformers import AutoModelForSequenceClassification
+def load_step_model(
+    path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
+) -> RewardModel:
+    """The same with a head of two labels for every token: is the step that ends here right?"""
+    return load_model(path, config, device, ranks, trains=trains, read=_read_steps, make=RewardModel)
 
-    logging_of_loads = logging.getLogger("transformers.modeling_utils")
-    level = logging_of_loads.level
-    logging_of_loads.setLevel(logging.ERROR)  # it reports the head that is new, and that of tokens which is left out
+
+def _read(path: str, config: Config) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    return _with_head(Auto, "a model with a sequence classification head", path, config, 1)
+
+
+def _read_steps(path: str, config: Config) -> PreTrainedModel:
+    from transformers import AutoModelForTokenClassification as Auto
+
+    return _with_head(Auto, "a model with a token classification head", path, config, 2)
+
+
+def _with_head(auto: type, what: str, path: str, config: Config, labels: int) -> PreTrainedModel:
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports the head that is new, and that of tokens which is left out
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the new head: every rank draws the same
-            what = "a model with a sequence classification head"
-            model = read_weights(AutoModelForSequenceClassification, what, path, config, new=NEW, num_labels=1)
+            model = read_weights(auto, what, path, config, new=NEW, num_labels=labels)
     finally:
-        logging_of_loads.setLevel(level)
+        transformers_logging.set_verbosity(level)
     try:
         score_layer(model)
     except UnsupportedModel as error:
@@ -104,15 +127,22 @@ def _read(path: str, config: Config) -> PreTrainedModel:
     return model
 
 
-def is_reward_folder(path: str) -> bool:
-    """Whether a folder holds a model that scores, whole or as adapters."""
+def loader_of(path: str) -> Callable[..., LanguageModel]:
+    """What loads the model of a folder, whole or as adapters: one that scores answers, or steps, or a causal LM."""
+    said = _kind_of(path)
+    if "TOKEN_CLS" in said or "ForTokenClassification" in said:
+        return load_step_model
+    return load_reward_model if "SEQ_CLS" in said or "ForSequenceClassification" in said else load_model
+
+
+def _kind_of(path: str) -> str:
     for name, key in ("adapter_config.json", "task_type"), ("config.json", "architectures"):
         try:
             said = json.loads((Path(path) / name).read_text(encoding="utf-8"))[key]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        return "SEQ_CLS" in said if key == "task_type" else "ForSequenceClassification" in str(said)
-    return False
+        return str(said)
+    return ""
 
 
 def pad_apart(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Examples]) -> str | None:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 HISTORY = 50  # losses the median is taken of
 ENOUGH = 10  # of them, before a loss can be called an explosion
+ENOUGH_PAIRS = 20  # of unequal length, before a preference for the longer answer is no chance
 MASTERED = 0.99  # reward accuracy in training
 KTO_RATIO = (0.8, 1.6)  # weighted good over bad: the paper's 1 to 4/3 (arXiv 2402.01306, section 4.2), a fifth wider
 SHOWN_ROWS = 8
@@ -78,13 +79,14 @@ class Guards:
         self.losses = [*self.losses[1 - HISTORY :], loss]
 
     def on_log(self, step: int, means: dict[str, float]) -> None:
-        self.train_accuracy = means.get("rewards/accuracies", self.train_accuracy)
+        self.train_accuracy = means.get("rewards/accuracies", means.get("accuracy", self.train_accuracy))
         self._on_chosen(step, means, "")
 
     def on_evaluation(self, step: int, means: dict[str, float]) -> None:
         """`means`: of the held-out rows, without a prefix."""
         self._on_chosen(step, means, "held-out ")
-        accuracy, kl = means.get("rewards/accuracies"), means.get("kl_to_ref")
+        self._on_scores(step, means)
+        accuracy, kl = means.get("rewards/accuracies", means.get("accuracy")), means.get("kl_to_ref")
         if accuracy is not None:
             best = accuracy if self.best_accuracy is None else self.best_accuracy
             drop = best - accuracy
@@ -103,6 +105,25 @@ class Guards:
                 f"the policy is {kl:.4g} nats per token from its reference at step {step}, above max_kl "
                 f"{self.config.max_kl:.4g}: raise beta, lower learning_rate, or stop here",
             )
+
+    def _on_scores(self, step: int, means: dict[str, float]) -> None:
+        """Of a reward model: where its scores lie, and what they go by."""
+        mean, spread = means.get("mean_reward"), means.get("std_reward")
+        if spread is not None and abs(mean) > self.config.max_score_drift * max(spread, 1.0):
+            self._act(
+                "score drift",
+                f"held-out scores have the mean {mean:.3g} and the spread {spread:.3g} at step {step}: comparisons "
+                "leave the mean free, and it has drifted. Set center_rewards_coefficient (0.01)",
+            )
+        pairs = means.get("unequal_lengths", 0)
+        if pairs >= ENOUGH_PAIRS:
+            model, data = means["prefers_longer"], means["longer_is_chosen"]
+            if model - data > self.config.max_length_preference + 1 / math.sqrt(pairs):
+                self._act(
+                    "length",
+                    f"the model prefers the longer answer in {model:.0%} of {pairs:.0f} held-out pairs at step {step}, "
+                    f"and the data in {data:.0%}: it goes by length. Add pairs whose shorter answer is chosen",
+                )
 
     def _on_chosen(self, step: int, means: dict[str, float], where: str) -> None:
         """The reference gave the chosen completions logps - rewards / beta."""

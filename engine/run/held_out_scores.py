@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from prefuse.engine.data.batches import collate
+from prefuse.engine.data.ranked import Rankings
+from prefuse.engine.data.steps import Solutions
 from prefuse.engine.model.forward import LanguageModel, completion_states
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.ranks import ALONE, Ranks
-from prefuse.losses.rewards import RewardLoss
-from prefuse.reward import reward_loss
-from prefuse.score_quality import score_quality
+from prefuse.losses.rewards import RewardLoss, Scored
+from prefuse.reward import RewardOutput, reward_loss
+from prefuse.score_quality import expected_calibration_error, score_quality
 
 if TYPE_CHECKING:
     from prefuse.engine.run.held_out import HeldOut
@@ -37,24 +39,44 @@ def evaluate_scores(
 ) -> dict[str, float]:
     """loss, TRL's metrics and `score_quality` over all held-out rows; each rank takes some of the batches."""
     examples = held.examples
-    starts = np.arange(0, len(examples) + 1) * examples.sides
+    ranked = isinstance(examples, Rankings)
+    steps = isinstance(examples, Solutions)
+    starts = examples.offsets if ranked or steps else np.arange(0, len(examples) + 1) * examples.sides
     scores = torch.zeros(int(starts[-1]), dtype=torch.float64)
     for number, counts in ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True):
         between()
         indices = held.batches[number]
         found = _scores(lm, collate(examples, indices).to(lm.device)).double().cpu()
         if counts:
-            places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
-            scores[torch.from_numpy(places)] = found
+            own = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
+            scores[torch.from_numpy(own)] = found
     scores = ranks.sum_(scores)
+    if steps:
+        labels = torch.from_numpy(examples.right)
+        quality = {"ece": expected_calibration_error(torch.where(labels, scores, -scores))}
+        return _means(reward_loss(scores, loss, labels=labels)) | quality
     lengths = torch.from_numpy(examples.completions.lengths.astype(np.float64))
-    numbers = {"weights": examples.weights, "margins": examples.margins}
+    places = torch.from_numpy(examples.ranks) if ranked else torch.arange(len(scores))  # less is better
+    cu_groups = torch.from_numpy(starts)
+    numbers = {} if ranked else {"weights": examples.weights, "margins": examples.margins}
     given = {name: torch.from_numpy(np.array(of_rows)) for name, of_rows in numbers.items() if of_rows is not None}
-    out = reward_loss(scores, loss, **given)
-    means = {"loss": out.loss.item()} | {name: (x[0] / x[1]).item() for name, x in out.metrics.items() if x[1]}
+    out = reward_loss(scores, loss, cu_groups=cu_groups, ranks=places if ranked else None, **given)
     if held.scores_file is not None and ranks.main:
         write_scores(held.scores_file, examples.rows, scores.tolist(), examples.completions.lengths.tolist(), starts)
-    return means | score_quality(scores, lengths)
+    pairs = pairs_of(cu_groups, places)
+    quality = score_quality(scores[pairs], lengths[pairs])
+    return _means(out) | quality | {"std_reward": scores.std(correction=0).item()}
+
+
+def _means(out: RewardOutput) -> dict[str, float]:
+    return {"loss": out.loss.item()} | {name: (x[0] / x[1]).item() for name, x in out.metrics.items() if x[1]}
+
+
+def pairs_of(cu_groups: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:  # (E + 1,), (A,) -> (2 P,)
+    """The answers of each better one with each worse one of its row, adjacent."""
+    better = Scored(torch.zeros(len(ranks), dtype=torch.float64), cu_groups, ranks.double()).by_group().better
+    groups, first, second = better.nonzero(as_tuple=True)
+    return torch.stack([cu_groups[groups] + first, cu_groups[groups] + second], 1).flatten()
 
 
 @where_weights_are

@@ -1,10 +1,12 @@
 """What a training run is made of, put together once before its first step."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +17,16 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import read_training_data, settled, write_skipped
+from prefuse.engine.data.ranked import rankings_of
+from prefuse.engine.data.steps import read_steps
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import adapters_off, base_state
+from prefuse.engine.model.adapters import adapters_off, base_of, base_state
 from prefuse.engine.model.flops import peak_flops
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_mismatches, check_rows
 from prefuse.engine.model.load import check_model, device_of, load_model, load_tokenizer
-from prefuse.engine.model.reward_model import load_reward_model, pad_apart
+from prefuse.engine.model.reward_model import load_reward_model, load_step_model, pad_apart
 from prefuse.engine.model.tokenizer import stop_at
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import MetricsLog, Window, say
@@ -137,7 +141,7 @@ class FileRows:
     ) -> tuple[TrainingSet, HeldOut | None]:  # fmt: skip
         """The steps of the run, with all that the reference will be asked for."""
         _check_rows_fit(lm, examples, held, loss, config)
-        with adapters_off(lm.model), clock.part("reference"):
+        with contextlib.nullcontext() if _goes_on(config) else adapters_off(lm.model), clock.part("reference"):
             return meet_reference(lm, examples, held, loss, config, ranks)
 
 
@@ -155,15 +159,14 @@ def prepare(
     tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
     loss = settled(loss, config, examples)
     torch.manual_seed(config.seed + ranks.rank)
-    load = load_reward_model if reads_scores(loss) else load_model
-    lm = load(config.model_name_or_path, config, device, ranks, trains=True)
+    lm = _loader(loss)(config.model_name_or_path, config, device, ranks, trains=True)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
         say(said)
     check_model(lm, examples)
     stop_at(lm.model, stop_tokens(examples, tokenizer))
     best = Best(config)
     guards = rows.guards(config, loss, examples)
-    model = checksums(base_state(lm.model), ranks)
+    model = checksums(lm.model.state_dict() if _goes_on(config) else base_state(lm.model), ranks)
     data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
     identity = Identity(
         command, math.prod(_cut(config, ranks)), data.total_steps, data.steps_per_epoch, deciding_settings(config),
@@ -226,6 +229,17 @@ def following_of(data: object) -> Following | None:
     return getattr(data, "following", None)
 
 
+def _goes_on(config: Config) -> bool:
+    """Whether the run goes on from trained adapters, which as they are then are its reference."""
+    return base_of(Path(config.model_name_or_path)) is not None
+
+
+def _loader(loss: Loss) -> Callable[..., LanguageModel]:
+    if not reads_scores(loss):
+        return load_model
+    return load_step_model if loss.per == "token" else load_reward_model
+
+
 def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config) -> None:
     """Beside what `check_model` has looked at: held-out rows, and completions after prompts of other rows."""
     if held is not None:
@@ -261,7 +275,13 @@ def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tup
 
     def read() -> tuple:
         tokenizer = load_tokenizer(config.model_name_or_path, config)
-        return tokenizer, *read_training_data(config, loss, tokenizer)
+        if reads_scores(loss) and loss.per == "token":
+            return tokenizer, *read_steps(config, tokenizer)
+        if loss.per != "group":
+            return tokenizer, *read_training_data(config, loss, tokenizer)
+        all_pairs = dataclasses.replace(config, pairs="all")
+        examples, held, skipped = read_training_data(all_pairs, loss, tokenizer)
+        return tokenizer, rankings_of(examples), held and rankings_of(held), skipped
 
     with clock.part("data"):
         tokenizer, examples, held_examples, skipped = ranks.together(read)

@@ -1,4 +1,4 @@
-"""What docs/losses.md and docs/liger.md show runs as it stands, and their tables say what the code does."""
+"""What docs/losses.md, liger.md and rewards.md show runs as it stands, and their tables say what the code does."""
 
 import dataclasses
 import re
@@ -13,7 +13,8 @@ from prefuse import liger
 from prefuse.losses.names import LOSSES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("losses.md", "liger.md", "policy_losses.md")}
+NAMES = "losses.md", "liger.md", "policy_losses.md", "rewards.md"
+PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in NAMES}
 SNIPPETS = [
     (name, text) for name, page in PAGES.items() for text in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)
 ]

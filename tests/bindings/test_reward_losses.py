@@ -119,6 +119,17 @@ def test_gradients(loss):
     torch.testing.assert_close(scores.grad, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_solutions_from_their_steps():
+    scores, cu = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor([0, 3, 4])
+    p = torch.sigmoid(scores.double())
+    for how, expected in ("min", p[1]), ("product", p[:3].prod()), ("last", p[2]):
+        torch.testing.assert_close(prefuse.combine_steps(scores, cu, how), torch.stack([expected, p[3]]))
+    with pytest.raises(ValueError, match="how must be one of"):
+        prefuse.combine_steps(scores, cu, "mean")
+    with pytest.raises(ValueError, match="at least one step"):
+        prefuse.combine_steps(scores, torch.tensor([0, 4, 4]))
+
+
 @pytest.mark.parametrize("loss", [BradleyTerry(), PlackettLuce(), AllPairs()], ids=lambda x: type(x).__name__)
 def test_a_constant_changes_nothing_and_extremes_are_finite(loss):
     a = prefuse.reward_loss(SCORES, loss).losses

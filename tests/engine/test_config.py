@@ -70,7 +70,8 @@ def test_settings_by_command():
     assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
-    assert shown["merge"] == {"model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
+    merged = {"model_name_or_path", "base_model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
+    assert shown["merge"] == merged
 
 
 def test_what_a_resumed_run_may_differ_in():
@@ -87,7 +88,7 @@ def test_what_a_resumed_run_may_differ_in():
         "beta_dpo_baseline", "beta_dpo_level", "use_weighting", "sync_ref_model", "ref_model_mixup_alpha",
         "ref_model_sync_steps", "control_good", "control_bad", "padding_free",
         "output_router_logits", "router_aux_loss_coef",
-        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient",
+        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient", "step_separator",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",

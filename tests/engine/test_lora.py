@@ -185,8 +185,8 @@ def test_layers_are_chosen_by_name_or_pattern(targets, found, model):
 
 def test_training_does_not_start_from_adapters(model, pairs, tmp_path):
     train(lora(model, pairs, tmp_path / "run", max_steps=1), "train")
-    with pytest.raises(UserError, match="run holds adapters, and training starts from a whole model: merge them"):
-        train(lora(str(tmp_path / "run"), pairs, tmp_path / "again"), "train")
+    with pytest.raises(UserError, match="run holds adapters, and training of all weights starts from a whole model"):
+        train(lora(str(tmp_path / "run"), pairs, tmp_path / "again", use_peft=False, lora_r=16, lora_alpha=32), "train")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -6,19 +6,29 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    pipeline,
+)
 
+import prefuse
 from prefuse.engine.cli import main
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
+from prefuse.engine.data.ranked import rankings_of
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.load import load_tokenizer
-from prefuse.engine.model.reward_model import is_reward_folder, load_reward_model, pad_apart
+from prefuse.engine.model.load import load_model, load_tokenizer
+from prefuse.engine.model.reward_model import load_reward_model, loader_of, pad_apart
+from prefuse.engine.run.guards import Guards
 from prefuse.engine.train import train
 from prefuse.losses.rewards import BradleyTerry
-from prefuse.models.score import check_score, sequence_scores
+from prefuse.models.score import check_score, sequence_scores, step_scores
 from prefuse.models.trunk import UnsupportedModel
 from prefuse.packing import pack, padded
 from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
@@ -80,6 +90,23 @@ def test_scores_are_those_of_transformers_on_each_row_alone(kind, make, model, t
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("make", ["packed", "padded"])
+def test_scores_of_steps_and_their_loss_are_token_classification(make, model):
+    """As TRL's process reward models have it: cross-entropy of two labels at the tokens that end steps."""
+    own = AutoModelForTokenClassification.from_pretrained(model, num_labels=2).double().eval()
+    sequences = [(prompt, answer) for prompt, answers in GROUPS for answer in answers]
+    tokens = pack(GROUPS) if make == "packed" else padded(sequences)
+    ends = torch.tensor([i % 2 == 1 for i in range(len(tokens.targets))])
+    right = torch.arange(int(ends.sum())) % 3 == 0
+    scores = step_scores(own, tokens, ends)
+    logits = torch.cat([own(torch.tensor([p + a])).logits[0, len(p) :] for p, a in sequences])[ends]
+    torch.testing.assert_close(scores.double(), logits[:, 1] - logits[:, 0], rtol=1e-5, atol=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits, right.long()).item()
+    assert prefuse.reward_loss(scores, prefuse.StepReward(), labels=right).loss.item() == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
 def test_the_prompt_runs_once_for_all_its_answers(model):
     """K = 8 answers of a quarter of their prompt's length: 0.3 of the tokens that separate rows run."""
     packed = pack([(list(range(5, 69)), [[70 + i] * 16 for i in range(8)])])
@@ -107,8 +134,8 @@ def test_a_new_head_is_drawn_from_the_seed_and_a_causal_lm_alone_may_lack_it(mod
     assert not torch.equal(heads[0], heads[2])
     again = load_reward_model(str(run), reward(run), CPU)
     assert torch.equal(again.model.score.weight, weights(run)["score.weight"])
-    assert is_reward_folder(run)
-    assert not is_reward_folder(model)
+    assert loader_of(run) is load_reward_model
+    assert loader_of(model) is load_model
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,6 +177,8 @@ def test_a_padding_token_that_ends_answers_is_replaced(model, pairs):
     tokenizer.pad_token = tokenizer.eos_token
     lm = load_reward_model(model, reward(model), CPU)
     examples = examples_of(load_examples(pairs, "pair", tokenizer, 64).examples)
+    lm.model.config.pad_token_id = tokenizer.eos_token_id
+    lm.check(torch.tensor([examples.longest_sequence()]))  # whatever its padding token is
     assert tokenizer.eos_token_id in last_tokens(examples)
     assert "also ends answers" in pad_apart(lm.model, tokenizer, [examples])
     assert tokenizer.pad_token_id not in last_tokens(examples)
@@ -202,6 +231,68 @@ def test_accumulation_makes_the_same_update(model, pairs, tmp_path):
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=0, atol=2e-5)
+
+
+RANKED = [
+    {"prompt": f"what is {noun}?", "responses": ["it is blue", "hello there", f"it is {noun}", "no"], "scores": scores}
+    for noun in ("the sky", "the sea", "grass", "a house", "the sun", "ice")
+    for scores in ([4, 1, 2.5, 1], [4.0, 2.0, 3.0, 1.0])
+]
+
+
+def test_pairs_of_a_row_come_together_as_a_ranking(model, tmp_path):
+    tokenizer = load_tokenizer(model)
+    path = write_rows(tmp_path / "ranked.jsonl", RANKED)
+    pairs = load_examples(path, "pair", tokenizer, 64, pairs="all").examples
+    rankings = rankings_of(pairs)
+    assert len(rankings) == len(RANKED)
+    assert [ranking.ranks for ranking in rankings[:2]] == [[0, 1, 2, 2], [0, 1, 2, 3]]
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in rankings[1].answers]
+    assert texts == ["it is blue", "it is the sky", "hello there", "no"]
+    assert rankings.lengths.tolist() == [max(len(r.prompt) + len(a) for a in r.answers) for r in rankings]
+    assert rankings.counts.tolist() == [sum(map(len, r.answers)) for r in rankings]
+    assert len(rankings.longest_sequence()) == rankings.lengths.max()
+    some = rankings.select([5, 0])
+    assert list(some) == [rankings[5], rankings[0]]
+    assert some.fingerprint() != rankings.select([0, 5]).fingerprint()
+    assert len(set(rankings.rows_as_bytes())) == len(RANKED)
+    batch = collate(dataclasses.replace(some, padding_free=True), [1, 0])
+    assert (batch.cu_groups.tolist(), batch.ranks.tolist()) == ([0, 4, 8], [0, 1, 2, 2, 0, 1, 2, 3])
+    assert batch.tokens.num_tokens == int((some.prompts.lengths + some.counts).sum())  # each answer and prompt once
+    plain = load_examples(write_rows(tmp_path / "p.jsonl", PAIRS), "pair", tokenizer, 64).examples
+    two = rankings_of(plain)
+    assert [(r.prompt, *r.answers) for r in two] == [(p.prompt, p.chosen, p.rejected) for p in plain]
+
+
+@pytest.mark.parametrize("loss", ["plackett_luce", "all_pairs"])
+def test_a_run_on_rankings(loss, model, tmp_path):
+    path = write_rows(tmp_path / "ranked.jsonl", RANKED)
+    config = reward(model, path, tmp_path / "run", reward_loss=loss, num_train_epochs=6.0, save_steps=2)
+    train(config, "reward")
+    rows = read_log(tmp_path / "run")
+    assert [row for row in rows if "eval_accuracy" in row][-1]["eval_accuracy"] > 0.9
+    scored = texts_of(None, tmp_path / "run")
+    assert all(len(row["scores"]) == 4 for row in scored)
+    with pytest.raises(UserError, match="label_smoothing has no meaning with reward_loss plackett_luce"):
+        reward(model, path, tmp_path / "x", reward_loss="plackett_luce", label_smoothing=0.1)
+
+
+def test_guards_of_scores():
+    guards = Guards(reward("m"))
+    sound = {
+        "mean_reward": 3.0,
+        "std_reward": 1.0,
+        "unequal_lengths": 100,
+        "prefers_longer": 0.6,
+        "longer_is_chosen": 0.5,
+    }
+    guards.on_evaluation(1, sound)
+    guards.on_evaluation(2, sound | {"unequal_lengths": 10, "prefers_longer": 1.0})
+    assert guards.fired == []
+    guards.on_evaluation(3, sound | {"prefers_longer": 0.75})
+    assert guards.fired == ["length"]
+    guards.on_evaluation(4, sound | {"mean_reward": -11.0})
+    assert guards.fired == ["length", "score drift"]
 
 
 def test_settings():

@@ -134,8 +134,9 @@ def test_a_run_too_short_to_learn_goes_through_every_command_and_then_fails(smal
     finally:
         torch.set_num_threads(threads)
     shown = capsys.readouterr().out
-    for command in ("sft", "train --loss_type dpo", "train --loss_type kto", "eval", "generate"):
+    for command in ("sft", "train --loss_type dpo", "train --loss_type kto", "eval", "generate", "reward"):
         assert f"$ prefuse {command} --" in shown
     assert "not so: DPO answers as preferred: over 90% ascend" in shown
-    for name in ("sft", "dpo", "kto"):
+    assert "not so: the reward model agrees with the rule in over 90% of both" in shown
+    for name in ("sft", "dpo", "kto", "reward"):
         assert (tmp_path / small.FOLDER / name / "curves.png").stat().st_size > 10_000

@@ -23,6 +23,7 @@ OPEN_CHARTS = 8  # the rest stands folded below them
 MOST_SIDE_BY_SIDE = 8
 COMPARED = (  # of the first and the last evaluation
     ("eval_loss", "loss", "lower is better"),
+    ("eval_ece", "calibration error of the scores", "lower is better"),
     ("eval_rewards/accuracies", "reward accuracy (a tie counts half)", "higher is better"),
     ("eval_rewards/margins", "reward margin", ""),
     ("eval_kl_to_ref", "KL to the reference, nats per token", "the price paid"),
