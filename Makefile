@@ -18,7 +18,7 @@ help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
 	@echo "make test      every test but the slow ones: under ten minutes on two cores"
 	@echo "make test-all  those and the slow ones"
-	@echo "make test-exhaustive  kernels compiled for chips that borrow tiles, and the fuzz of files"
+	@echo "make test-exhaustive  kernels compiled for chips that borrow tiles"
 	@echo "make test-triton TRITON=3.9.0   the kernels' tests, slow ones too, with another Triton"
 	@echo "make gpu       check and time the kernels on this machine's GPU, with its own python3"
 	@echo "make lint      ruff check and ruff format --check"

@@ -16,6 +16,7 @@ VERBS = {
     "loading": "CPU seconds and memory of reading pairs into token ids, beside datasets.map.",
     "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
     "model": "Time and memory of a whole model's step, with its own logits and without them.",
+    "online": "CPU seconds of a GRPO step beside TRL's GRPOTrainer on the same samples, and the first ratios.",
     "packing": "Pairs per second in flat batches with shared prompts, beside padded ones.",
     "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
     "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",

@@ -1,6 +1,7 @@
 """`prefuse eval` beside TRL's `DPOTrainer.evaluate()`: CPU seconds and memory on the same held-out pairs.
 
     prefuse bench evaluation --hidden_size 256 --num_hidden_layers 4 --vocab_size 32000 --rows 16
+    prefuse bench evaluation --model_name_or_path smollm2 --dataset_name pairs.json --rows 13 --threads 1 --save smollm2
 
 Both compare a policy with a reference of other weights on the same tokens, in one process, `--rounds` times by turns;
 the least CPU time of each counts. TRL's evaluation has no KL; that of `prefuse eval` is exact, over the whole
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from datasets.utils.logging import disable_progress_bar
 from torch.autograd.profiler import profile
 
 import prefuse.engine.evaluate as engine
+from prefuse.bench.record import RESULTS, environment
 from prefuse.bench.rows import CHAT, LONG, SEED, add_model_arguments, drawn_case, save_model
 from prefuse.engine.config import Config, validate
 from prefuse.engine.data.dataset import read_evaluation_data
@@ -40,32 +43,56 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=4)
     parser.add_argument("--lengths", choices=["chat", "long"], default="chat")
+    parser.add_argument("--model_name_or_path", help="a model in place of a random Llama; with --dataset_name")
+    parser.add_argument("--dataset_name", help="pairs for it")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--skip_memory", action="store_true", help="which takes two more evaluations by each")
+    parser.add_argument("--save", metavar="NAME", help="keep the numbers in bench/results under this name")
     arguments = parser.parse_args()
+    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
+        parser.error("--model_name_or_path and --dataset_name go together")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         runs = prepare(Path(folder), arguments)
-        results = {name: [] for name in runs}
+        results, metrics = {name: [] for name in runs}, {}
         for _ in range(arguments.rounds):
             for name, run in runs.items():
-                results[name].append(cpu_seconds(run))
+                began = time.process_time()
+                metrics[name] = run()
+                results[name].append(time.process_time() - began)
+                print(f"{name:8} {results[name][-1]:7.2f} CPU s  {json.dumps(metrics[name])}", flush=True)
         seconds = {name: min(times) for name, times in results.items()}
-        metrics = {name: run() for name, run in runs.items()}
-        peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    for name in runs:
-        print(f"{name:8} {seconds[name]:7.2f} CPU s  {peaks[name] / 2**20:8.1f} MiB  {json.dumps(metrics[name])}")
+        peaks = {} if arguments.skip_memory else {name: peak_bytes(run) for name, run in runs.items()}
+    for name, peak in peaks.items():
+        print(f"{name:8} {peak / 2**20:8.1f} MiB beyond the models")
     print(f"prefuse / TRL {trl.__version__}: {seconds['prefuse'] / seconds['trl']:.2f} of the CPU seconds")
+    if arguments.save is not None:
+        found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics, "arguments": sys.argv[1:]}
+        path = RESULTS / f"evaluation-{arguments.save}-{torch.get_num_threads()}threads.json"
+        path.write_text(json.dumps(environment() | found, indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:
     """An evaluation by each, on models and tokens that are loaded."""
-    case = drawn_case("pairs", {"chat": CHAT, "long": LONG}[arguments.lengths], arguments.rows, arguments.vocab_size)
-    save_model(case, folder / "model", arguments)
-    save_other(folder / "model", folder / "ref", case.tokenizer)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in case.rows), encoding="utf-8")
+    model = folder / "model"
+    if arguments.model_name_or_path is not None:
+        model = Path(arguments.model_name_or_path)
+        records = json.loads(Path(arguments.dataset_name).read_text(encoding="utf-8"))[: arguments.rows]
+        save_other(model, folder / "ref", load_tokenizer(str(model)))
+    else:
+        lengths = {"chat": CHAT, "long": LONG}[arguments.lengths]
+        case = drawn_case("pairs", lengths, arguments.rows, arguments.vocab_size)
+        save_model(case, model, arguments)
+        save_other(model, folder / "ref", case.tokenizer)
+        records = case.rows
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
     config = validate(
         Config(
-            model_name_or_path=str(folder / "model"), ref_model_name_or_path=str(folder / "ref"), device="cpu",
+            model_name_or_path=str(model), ref_model_name_or_path=str(folder / "ref"), device="cpu",
             dataset_name=str(folder / "rows.jsonl"), max_length=arguments.max_length,
             per_device_eval_batch_size=arguments.per_device_eval_batch_size,
         ), "eval",
@@ -114,12 +141,6 @@ def by_trl(lm, ref, examples, tokenizer, config: Config) -> Callable[[], dict[st
         return {k: metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies") if k in metrics}
 
     return run
-
-
-def cpu_seconds(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -48,6 +48,25 @@ def _reward(config: Config) -> None:
     train(config, "reward")
 
 
+def _online(config: Config) -> None:
+    from prefuse.engine.online import PromptRows
+    from prefuse.engine.train import train
+
+    train(config, "online", PromptRows())
+
+
+def _label(config: Config) -> None:
+    from prefuse.engine.label import label
+
+    label(config)
+
+
+def _revise(config: Config) -> None:
+    from prefuse.engine.revise import revise
+
+    revise(config)
+
+
 def _eval(config: Config) -> None:
     if config.checkpoints:
         from prefuse.engine.watch import watch
@@ -81,6 +100,9 @@ COMMANDS = {
     "sft": Command("Fine-tune a causal LM on completions, or on the chosen side of pairs.", _sft),
     "train": Command("Align a causal LM with preferences: pairs, or labelled completions with kto.", _train),
     "reward": Command("Train a reward model from preferences; AutoModelForSequenceClassification loads it.", _reward),
+    "online": Command("Sample answers, score them, learn from them, again: GRPO, RLOO, online DPO, ...", _online),
+    "label": Command("Prefer answers by a judge, a rule or a reward model: rows to train on.", _label),
+    "revise": Command("Critique and revise answers by a constitution: rows for sft.", _revise),
     "eval": Command("Compare a model with its reference: accuracy, margin, KL; with --scorer, win rates.", _eval),
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),

@@ -20,10 +20,11 @@ from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample
 from prefuse.engine.report.log import say, table
-from prefuse.engine.run.files import json_text, sha256_of, write_whole
+from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
 from prefuse.engine.score.history import record
+from prefuse.engine.score.itself import is_judge_of
 from prefuse.engine.score.length_control import length_controlled
 from prefuse.engine.score.rubric import shown
 from prefuse.engine.score.scorers import scorer_of
@@ -202,23 +203,12 @@ def write_answers(answered: Answered, scorer: Scorer, found: Preferences | None,
 
 
 def refuse_self_judge(scorer: Scorer | None, config: Config) -> None:
-    """A model that judges its own answers prefers them (arXiv 2404.13076)."""
-    backend = getattr(scorer, "backend", None)
-    if backend is None or config.allow_self_judge:
+    """A model that judges its own answers prefers them."""
+    if config.allow_self_judge:
         return
     judged = [path for path in (config.model_name_or_path, config.ref_model_name_or_path) if path]
-    for path in judged:
-        served = getattr(backend, "model", None)  # of a server: the name alone is known
-        same = served in (path, Path(path).name) if served is not None else _same_weights(path, backend.name)
-        if same:
-            raise UserError(
-                f"{scorer.name} would judge its own answers, which models prefer: give another judge, or "
-                "--allow_self_judge true"
-            )
-
-
-def _same_weights(path: str, other: str) -> bool:
-    if Path(path).resolve() == Path(other).resolve():
-        return True
-    weights = [sorted(sha256_of(file) for file in Path(folder).glob("*.safetensors")) for folder in (path, other)]
-    return bool(weights[0]) and weights[0] == weights[1]
+    if any(is_judge_of(scorer, path) for path in judged):
+        raise UserError(
+            f"{scorer.name} would judge its own answers, which models prefer: give another judge, or "
+            "--allow_self_judge true"
+        )

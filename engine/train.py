@@ -14,10 +14,8 @@ step, from a pass over all its mismatches before the update, where the paper and
 import contextlib
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Iterable
 from itertools import compress
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,34 +24,35 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import padded_tokens
 from prefuse.engine.data.dataset import day_of_run
-from prefuse.engine.errors import Diverged
+from prefuse.engine.errors import Diverged, OtherRankFailed, UserError
 from prefuse.engine.model.flops import training_flops
 from prefuse.engine.model.forward import count_items, fused_loss, reference_point
-from prefuse.engine.model.load import save_model, trained_weights
-from prefuse.engine.report.card import model_card
 from prefuse.engine.report.clock import clock, timed
 from prefuse.engine.report.end import next_commands, say_time
 from prefuse.engine.report.log import add_metrics, progress_bar, read_metrics, say, say_metrics
 from prefuse.engine.report.messages import Messages
 from prefuse.engine.report.plots import plot_curves
-from prefuse.engine.run.checkpoint import load_weights, model_bytes, save_checkpoint
-from prefuse.engine.run.files import require_space
+from prefuse.engine.run.checkpoint import load_weights, save_checkpoint
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.health import check_end, check_evaluation, fault_of_weights, say_what_is_left
 from prefuse.engine.run.held_out import evaluate
 from prefuse.engine.run.optimizer import learning_rate
 from prefuse.engine.run.plan import Share
 from prefuse.engine.run.proof import fault_of_files
+from prefuse.engine.run.publish import kept_elsewhere, publish_model
 from prefuse.engine.run.ranks import clip_gradients, join, reduce_in_backward, sum_gradients
-from prefuse.engine.run.setup import Run, is_finished, open_run, prepare, state_of
+from prefuse.engine.run.setup import FileRows, Run, is_finished, open_run, prepare, state_of
 from prefuse.engine.run.signals import Stopped, StopSignals
 from prefuse.losses.contract import needs_of
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, command: str) -> dict[str, float]:
-    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them."""
+def train(config: Config, command: str, rows: FileRows = FileRows()) -> dict[str, float]:  # noqa: B008 (without state)
+    """`prefuse sft` and `prefuse train` with validated settings; returns the last metrics, eval_* among them.
+
+    `rows`: what is learned from, where it is not the rows of files.
+    """
     clock.restart(torch.device("cpu"))
     with StopSignals() as signals, Messages() as messages:
         home = None
@@ -65,7 +64,7 @@ def train(config: Config, command: str) -> dict[str, float]:
                 home = open_run(config, command, ranks)
                 if is_finished(home, config):
                     return last_metrics(home)
-                run = prepare(config, command, ranks, home)
+                run = prepare(config, command, ranks, home, rows)
             except Stopped as stop:
                 raise Stopped(stop.signal, f"{stop} before the first step: nothing was trained") from None
             if ranks.main:
@@ -86,10 +85,13 @@ def finish(run: Run, signals: StopSignals) -> dict[str, float]:
     except Diverged as error:
         raise say_what_is_left(run, error) from None
     with clock.part("checkpoints"):
-        publish_model(run, metrics | take_best(run, done))
+        publish_model(run, done, metrics | take_best(run, done))
 
     def end() -> None:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        try:
+            plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        except OSError as error:  # the model is there
+            logger.warning("curves.png was not written: %s", error)
         run.checkpoints.proven(run.folder)
         run.home.write_mark(state="finished", steps=done)
 
@@ -127,7 +129,8 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 num_items, *done_by_all = agree(run, share, signals)
                 rate = learning_rate(share.step, total, config)
                 metrics = optimizer_step(run, share, num_items, rate)
-                window.add(metrics)
+                run.data.after_step()
+                window.add({**metrics, **share.metrics})
                 window.count(*done_by_all)
                 done = share.step + 1
                 bar.update(task, completed=done)
@@ -158,6 +161,10 @@ def train_loop(run: Run, steps: Iterable[Share], signals: StopSignals) -> tuple[
                 save(run, done, evaluates)
             ranks.wait()
             raise Stopped(stop.signal, f"{stop} after step {done}; {what_resume_does(run)}") from None
+        except (OSError, UserError) as error:  # a full disk under the log or a checkpoint
+            if ranks.sharded or not ranks.main or isinstance(error, Diverged | OtherRankFailed) or done == run.start:
+                raise
+            raise kept_elsewhere(run, done, error) from None
     return last, done
 
 
@@ -312,7 +319,8 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
             signals.stop()
 
     # A policy that is its own reference, before the first step: known without running it.
-    unmoved = step == 0 and "reference" in needs_of(run.loss) and run.config.ref_model_name_or_path is None
+    unmoved = step == 0 and run.config.ref_model_name_or_path is None and run.held.meets_reference
+    unmoved = unmoved and run.lm.router is None  # whose loss takes a run of the model
     with run.window.clock_stopped(), clock.part("evaluation"):
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)
     check_evaluation(step, means)
@@ -329,6 +337,8 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
 
     Anything else means that the two were not computed alike, and that rewards carry that error from here on.
     """
+    if any(batch.sampled is not None for batch in share.batches):  # its first ratio is 1
+        return
     if "reference" not in needs_of(run.loss) or run.config.ref_model_name_or_path is not None or "loss" not in means:
         return
     z0 = 0.0 if "z0" in needs_of(run.loss) else None
@@ -337,6 +347,7 @@ def check_first_loss(run: Run, share: Share, num_items: int, means: dict[str, fl
         for b in compress(share.batches, share.counts)
     )
     expected = run.ranks.sum_(torch.tensor(expected, dtype=torch.float64)).item()
+    expected += run.lm.router_aux_loss_coef * means.get("aux_loss", 0.0)
     bound = max(1e-5, torch.finfo(run.lm.compute_dtype).eps) * max(1.0, expected)
     if abs(means["loss"] - expected) > bound:
         logger.warning(
@@ -357,19 +368,3 @@ def save(run: Run, step: int, evaluate: bool) -> None:
     with clock.part("checkpoints"):
         save_checkpoint(run.folder, run.lm, run.tokenizer, run.optimizer, state, run.identity.rows, run.ranks)
     run.checkpoints.saved(step)
-
-
-def publish_model(run: Run, metrics: dict[str, float]) -> None:
-    """The final model straight in the run folder, each file whole or absent."""
-    weights = trained_weights(run.lm, run.ranks)
-
-    def publish() -> None:
-        require_space(run.folder, model_bytes(run.lm), "the model")
-        with tempfile.TemporaryDirectory(dir=run.folder, prefix="model.", suffix=".tmp") as aside:
-            save_model(run.lm, run.tokenizer, Path(aside), weights)
-            card = model_card(run.config, run.identity.command, metrics)
-            (Path(aside) / "README.md").write_text(card, encoding="utf-8")
-            for path in Path(aside).iterdir():
-                path.replace(run.folder / path.name)
-
-    run.ranks.from_main(publish)

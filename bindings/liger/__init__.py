@@ -13,9 +13,8 @@ from prefuse.liger.losses import (
     liger_fused_linear_kto,
     liger_fused_linear_orpo,
     liger_fused_linear_simpo,
-    patch,
-    unpatch,
 )
+from prefuse.liger.patching import patch, unpatch
 
 __all__ = [
     "CrossEntropyOutput",

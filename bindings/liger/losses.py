@@ -2,8 +2,8 @@
 
     loss, aux = prefuse.liger.LigerFusedLinearDPOLoss(beta=0.1)(lm_head, hidden, targets, ref_input=..., ref_weight=...)
 
-Classes, arguments, defaults and returned tuples are liger_kernel 0.8.5's. `patch()` puts them in Liger's place, for a
-trainer that imports from there; nothing else here needs liger_kernel. What differs is on purpose:
+Classes, arguments, defaults and returned tuples are liger_kernel 0.8.5's; nothing here needs liger_kernel, and
+`prefuse.liger.patch()` puts them in its place. What differs is on purpose:
 
 * logits stay float32, and only positions whose target counts reach the head;
 * a reference that is given is used, whatever `use_ref_model` says, and `ref_logps=` takes its log-probabilities;
@@ -16,12 +16,8 @@ trainer that imports from there; nothing else here needs liger_kernel. What diff
 
 from __future__ import annotations
 
-import inspect
-import sys
-
 from torch import Tensor, nn
 
-from prefuse.liger.callers import say_if_trl_never_calls
 from prefuse.liger.cross_entropy import CrossEntropyOutput, LigerFusedLinearCrossEntropyLoss
 from prefuse.liger.functions import (
     DPO_LOSS_TYPES,
@@ -46,8 +42,6 @@ __all__ = [
     "liger_fused_linear_kto",
     "liger_fused_linear_orpo",
     "liger_fused_linear_simpo",
-    "patch",
-    "unpatch",
 ]
 
 # ---- preference losses ---------------------------------------------------------------------------
@@ -317,84 +311,3 @@ class LigerFusedLinearKTOLoss(nn.Module):
             ref_logps=ref_logps,
             workspace=self.workspace,
         )
-
-
-# ---- in Liger's place ----------------------------------------------------------------------------
-
-# Ours -> where Liger's own stands.
-_HOMES = {
-    "LigerFusedLinearDPOLoss": "liger_kernel.chunked_loss.dpo_loss",
-    "LigerFusedLinearKTOLoss": "liger_kernel.chunked_loss.kto_loss",
-    "LigerFusedLinearORPOLoss": "liger_kernel.chunked_loss.orpo_loss",
-    "LigerFusedLinearSimPOLoss": "liger_kernel.chunked_loss.simpo_loss",
-    "LigerFusedLinearCPOLoss": "liger_kernel.chunked_loss.cpo_loss",
-    "liger_fused_linear_dpo": "liger_kernel.chunked_loss.functional",
-    "liger_fused_linear_kto": "liger_kernel.chunked_loss.functional",
-    "liger_fused_linear_orpo": "liger_kernel.chunked_loss.functional",
-    "liger_fused_linear_simpo": "liger_kernel.chunked_loss.functional",
-    "liger_fused_linear_cpo": "liger_kernel.chunked_loss.functional",
-    "LigerFusedLinearCrossEntropyLoss": "liger_kernel.transformers.fused_linear_cross_entropy",
-}
-_swapped: list[tuple[object, str, object]] = []  # (module, name, Liger's)
-
-
-def patch() -> None:
-    """Put the losses of this module in the place of liger_kernel's, in every module that has imported them by name.
-
-    Objects made before keep Liger's losses: call this before a trainer is made. A second call patches later modules.
-
-    Raises:
-        ImportError: liger_kernel is not installed.
-        RuntimeError: its losses take arguments that these do not know; nothing is changed then.
-    """
-    theirs = {name: _of_liger(name) for name in _HOMES}
-    for name, original in theirs.items():
-        _check_signature(name, original)
-    ours = globals()
-    for module in list(sys.modules.values()):
-        namespace = getattr(module, "__dict__", {})
-        for name, original in theirs.items():
-            if namespace.get(name) is original:
-                _swapped.append((module, name, original))
-                setattr(module, name, ours[name])
-    say_if_trl_never_calls()
-
-
-def unpatch() -> None:
-    """Put Liger's losses back wherever `patch` replaced them."""
-    while _swapped:
-        module, name, original = _swapped.pop()
-        setattr(module, name, original)
-
-
-def _of_liger(name: str) -> object:
-    """Liger's own, whether or not it is replaced at the moment."""
-    import importlib
-
-    try:
-        module = importlib.import_module(_HOMES[name])
-    except ImportError as error:
-        raise ImportError(f"prefuse.liger.patch() needs liger_kernel: {error}") from error
-    for swapped, swapped_name, original in _swapped:
-        if swapped is module and swapped_name == name:
-            return original
-    return getattr(module, name)
-
-
-def _check_signature(name: str, original: object) -> None:
-    """Liger's arguments, by position, name and default, must be the first of ours."""
-    mine = globals()[name]
-    if isinstance(original, type):
-        pairs = [(original.__init__, mine.__init__), (original.forward, mine.forward)]
-    else:
-        pairs = [(original.__self__.forward, mine)]  # the bound `apply` of an autograd function
-    for theirs, own in pairs:
-        first = list(inspect.signature(theirs).parameters.values())[1:]  # without self, or ctx
-        second = list(inspect.signature(own).parameters.values())[0 if own is mine else 1 :]
-        known = [(p.name, p.default) for p in second]
-        for number, parameter in enumerate(first):
-            if (parameter.name, parameter.default) not in known[number : number + 1]:
-                raise RuntimeError(
-                    f"prefuse.liger.patch() does not know the argument {parameter} of this liger_kernel's {name}: "
-                    "it knows those of liger_kernel 0.8.5. Nothing was patched"
-                )

@@ -70,7 +70,11 @@ def _logit_scale(config) -> float:
 
 
 def _before_head(config) -> float:
-    """What the trunk's states are multiplied by before the head: MiniCPM divides them by their width over a base's."""
+    """What the trunk's states are multiplied by before the head: MiniCPM divides them by their width over a base's,
+    Inkling by a number."""
+    divisor = getattr(config, "logits_mup_width_multiplier", None)
+    if divisor is not None:
+        return 1.0 / divisor
     base = getattr(config, "dim_model_base", None)
     return 1.0 if base is None else base / config.hidden_size
 

@@ -13,8 +13,13 @@ class EvaluationSettings(Topic):
     title: ClassVar[str] = "Evaluation by scores (docs/evaluation.md)"
     commands: ClassVar[tuple[str, ...]] = ("eval",)
 
-    num_generations: int = setting(
-        1, "Answers sampled for each prompt; from 2 on, best-of-n is drawn up too.", rule=at_least(1), most=1024
+    num_generations: int | None = setting(
+        None,
+        "Answers sampled for each prompt. `eval`: from 2 on, best-of-n is drawn up too. `online`: the group whose "
+        "rewards are compared. None: 1 for `eval`, 8 for `online`, 2 for `label`.",
+        commands=("eval", "online", "label"),
+        rule=at_least(1),
+        most=1024,
     )
     model_answers: str | None = setting(
         None, "Answers that are there already, in place of the model's: a file of AlpacaEval, MT-Bench or Arena-Hard."
@@ -42,7 +47,12 @@ class EvaluationSettings(Topic):
         None, "Plain text (.txt, or rows with a text column) whose perplexity shows what alignment costs elsewhere."
     )
 
+    def command_defaults(self, command: str) -> dict[str, object]:
+        return {"num_generations": {"online": 8, "label": 2}.get(command, 1)}
+
     def check(self, command: str) -> None:
+        if command != "eval":
+            return
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError("num_generations above 1 needs samples: set temperature above 0, for instance 1.0")
         for name in ("model_answers", "ref_answers", "checkpoints", "history"):

@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import Topic, setting
+from prefuse.engine.config.setting import Topic, above, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
@@ -32,7 +32,9 @@ class LossSettings(Topic):
     beta: float | None = setting(
         None,
         "Strength of the pull towards the reference, or what the loss's paper calls beta (orpo: lambda). None: 0.1, "
-        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token.",
+        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token. `online`: 0 for grpo and reinforce, "
+        "0.05 for rloo and ppo, whose reward it lowers.",
+        commands=("train", "eval", "online"),
     )
     label_smoothing: float | None = setting(
         None,
@@ -71,6 +73,18 @@ class LossSettings(Topic):
         "KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A "
         "microbatch then is per_device_train_batch_size rows, in flat batches too.",
         commands=("train",),
+    )
+    output_router_logits: bool = setting(
+        False,
+        "Mixtures of experts: add the balance loss of the router, as transformers and TRL do, and log it as aux_loss.",
+        commands=("sft", "train"),
+    )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "Weight of the router's balance loss. None: the model's own, of its config.json.",
+        commands=("sft", "train"),
+        rule=above(0),
+        only_with=("output_router_logits", True),
     )
     reference_cache: str | None = setting(
         None,

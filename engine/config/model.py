@@ -24,7 +24,7 @@ class ModelSettings(Topic):
     ref_model_name_or_path: str | None = setting(
         None,
         "Reference model. `train`: the initial model if not given. `eval`, `generate`: the model to compare with.",
-        commands=("train", "eval", "generate"),
+        commands=("train", "eval", "generate", "online"),
     )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
@@ -54,5 +54,6 @@ class ModelSettings(Topic):
     )
 
     def check(self, command: str) -> None:
-        if not (command == "eval" and (self.model_answers or self.checkpoints)):
+        answered = command == "label" or (command == "eval" and (self.model_answers or self.checkpoints))
+        if not answered:
             require(self, "model_name_or_path")

@@ -17,8 +17,8 @@ class OptimizationSettings(Topic):
 
     learning_rate: float | None = setting(
         None,
-        "Peak learning rate. None: 1e-6 for `train`, 2e-5 for `sft` and `reward`, and ten times that with use_peft. "
-        "Smaller models take more: docs/training.md has a table by size, and one of the memory that they need.",
+        "Peak learning rate. None: 1e-6 for `train` and `online`, 2e-5 for `sft` and `reward`, and ten times that with "
+        "use_peft. Smaller models take more: docs/training.md has a table by size, and one of the memory they need.",
         rule=at_least(0),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
@@ -66,7 +66,7 @@ class OptimizationSettings(Topic):
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:
-        whole, adapters = (1e-6, 1e-5) if command == "train" else (2e-5, 2e-4)
+        whole, adapters = (1e-6, 1e-5) if command in ("train", "online") else (2e-5, 2e-4)
         return {"learning_rate": adapters if self.use_peft else whole}
 
     def check(self, command: str) -> None:

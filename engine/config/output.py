@@ -65,8 +65,8 @@ class OutputSettings(Topic):
     run_name: str | None = setting(None, "The run's name there. None: the name of output_dir.", may_differ=True)
     output_file: str | None = setting(
         None,
-        "`eval`: JSON file, `generate`: JSONL file for the results. Must not exist.",
-        commands=("eval", "generate"),
+        "`eval`: JSON file, `generate`, `label`, `revise`: JSONL file for the results. Must not exist.",
+        commands=("eval", "generate", "label", "revise"),
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:

@@ -24,16 +24,20 @@ class ScoringSettings(Topic):
     scorer_spread_weight: float = setting(
         1.0, "How many standard deviations mean_minus_std takes off.", rule=at_least(0)
     )
-    scorer_timeout: float = setting(60.0, "Seconds that one call of a Python function may take.", rule=above(0))
+    scorer_timeout: float = setting(
+        60.0, "Seconds that one call of a Python function may take.", rule=above(0), may_differ=True
+    )
     gold_scorer: list[str] | None = setting(
         None,
         "A second scorer, which is trusted more: the over-optimization of the first is seen against it, and the "
         "agreement of both is Cohen's kappa.",
+        may_differ=True,
     )
     score_cache: str = setting(
         "auto",
         "Where scores of reward models and replies of judges are kept, by content: a folder; auto, prefuse/scores in "
         "the user's cache folder (or scores in $PREFUSE_CACHE); none.",
+        may_differ=True,
     )
     judge_rubric: str | None = setting(
         None, "File with the rules that a judge follows (a rubric, a constitution), in place of the built-in ones."
@@ -45,16 +49,26 @@ class ScoringSettings(Topic):
     )
     judge_max_tokens: int = setting(512, "Most tokens of a reply with reasons.", rule=at_least(1))
     judge_api_key_env: str = setting(
-        "PREFUSE_API_KEY", "Environment variable with the key of a judge's server. The key is never written anywhere."
+        "PREFUSE_API_KEY",
+        "Environment variable with the key of a judge's server. The key is never written anywhere.",
+        may_differ=True,
     )
-    judge_timeout: float = setting(60.0, "Seconds that a judge's server may take for a reply.", rule=above(0))
-    judge_retries: int = setting(4, "More tries of a request that failed for a while.", rule=at_least(0))
-    judge_workers: int = setting(4, "Requests at once.", rule=at_least(1), most=256)
+    judge_timeout: float = setting(
+        60.0, "Seconds that a judge's server may take for a reply.", rule=above(0), may_differ=True
+    )
+    judge_retries: int = setting(
+        4, "More tries of a request that failed for a while.", rule=at_least(0), may_differ=True
+    )
+    judge_workers: int = setting(4, "Requests at once.", rule=at_least(1), most=256, may_differ=True)
     judge_price: str | None = setting(
-        None, "USD for a million tokens read and written, as in 0.15,0.6: the cost is then said."
+        None,
+        "USD for a million tokens read and written, as in 0.15,0.6: the cost is then said.",
+        may_differ=True,
     )
     allow_self_judge: bool = setting(
-        False, "Let a model judge itself. Models prefer their own answers, so without this it is refused."
+        False,
+        "Let a model judge itself. Models prefer their own answers, so without this it is refused.",
+        may_differ=True,
     )
 
     def check(self, command: str) -> None:

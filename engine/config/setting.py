@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from prefuse.engine.errors import UserError
 
-TRAINING = ("sft", "train", "reward")  # the commands that train
-EVERY = (*TRAINING, "eval", "generate")  # the commands that load a model and read rows
-SCORING = ("eval",)  # the commands that take scorers
+TRAINING = ("sft", "train", "reward", "online")  # the commands that train
+EVERY = (*TRAINING, "eval", "generate", "label", "revise")  # the commands that load a model and read rows
+SCORING = ("eval", "online", "label", "revise")  # the commands that take scorers
 LOADING = (*EVERY, "merge")  # the commands that load a model
 MOST = 2**31 - 1  # of a whole number: counts and lengths are int32 somewhere
 

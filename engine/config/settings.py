@@ -12,9 +12,11 @@ from prefuse.engine.config.data import DataSettings
 from prefuse.engine.config.evaluation import EvaluationSettings
 from prefuse.engine.config.generation import GenerationSettings
 from prefuse.engine.config.guards import GuardSettings
+from prefuse.engine.config.labelling import LabellingSettings
 from prefuse.engine.config.lora import LoraSettings
 from prefuse.engine.config.loss import LOSS_SETTINGS, LOSS_TYPES, LossSettings
 from prefuse.engine.config.model import ModelSettings
+from prefuse.engine.config.online import OnlineSettings
 from prefuse.engine.config.optimization import BITSANDBYTES, OptimizationSettings
 from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
@@ -40,6 +42,8 @@ class Config(
     EvaluationSettings,
     GenerationSettings,
     ScoringSettings,
+    LabellingSettings,
+    OnlineSettings,
     OutputSettings,
     SpeedSettings,
     LoraSettings,

@@ -33,5 +33,10 @@ class SpeedSettings(Topic):
     )
 
     def check(self, command: str) -> None:
+        if self.torch_compile and self.output_router_logits:
+            raise UserError(
+                "output_router_logits does not go with torch_compile: transformers collects router logits by hooks "
+                "that compiled layers do not run. Drop one of the two"
+            )
         if self.gradient_tolerance > 0.0 and self.impl == "reference":
             raise UserError("impl reference is exact: set gradient_tolerance to 0, or impl to auto, triton or torch")

@@ -8,6 +8,7 @@ import yaml
 from prefuse.engine.config.settings import FIELDS, Config, settings_of
 from prefuse.engine.config.values import typed, unknown_setting
 from prefuse.engine.errors import UserError
+from prefuse.engine.run.files import write_whole
 
 OF_A_RUN = "# prefuse "  # how a file begins that `write_yaml` wrote
 
@@ -60,4 +61,4 @@ def write_yaml(config: Config, path: Path, command: str) -> None:
     for title, fields in settings_of(command).items():
         values = {name: getattr(config, name) for name in fields}
         text += f"\n# {title}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

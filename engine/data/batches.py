@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class Batch:
     ref_logps: Tensor | None  # (N,) float32
     shapes: list[tuple[int, int]]  # of each example: its sequences, the length of the longest
     num_learned: int  # completion tokens that are learned: what a loss per token averages over
+    sampled: Any = None  # of answers that the policy sampled: their advantages (engine/model/policy.py)
 
     @property
     def num_items(self) -> int:
@@ -51,7 +53,8 @@ class Batch:
         return self.tokens.unshared_tokens
 
     def to(self, device: torch.device) -> Batch:
-        return replace(_moved(self, device), tokens=self.tokens.to(device))
+        sampled = None if self.sampled is None else self.sampled.to(device)
+        return replace(_moved(self, device), tokens=self.tokens.to(device), sampled=sampled)
 
 
 def _moved(batch, device: torch.device):

@@ -28,6 +28,7 @@ from prefuse.engine.data.stops import describe_unstopped
 from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
+from prefuse.engine.run.files import write_whole
 from prefuse.losses.contract import Loss, needs_of
 
 FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
@@ -130,13 +131,8 @@ def read_prompts(config: Config, tokenizer, columns: Sequence[str] = ()) -> list
 
     `columns`: those that a scorer reads (`columns_of_rows`), and that are no part of the prompt.
     """
-    rest, reading = (tokenizer, config.max_length), {**config.reading(), "text": text_options(config)}
-    if columns:
-        given = [config.columns] if config.columns else []
-        named = {part.partition("=")[2].strip() for part in (config.columns or "").split(",")}
-        reading["columns"] = ",".join([*given, *(f"unused={name}" for name in columns if name not in named)])
     source, split = _prompts_from(config)
-    prompts = load_prompts(source, *rest, split=split, **reading)
+    prompts = load_prompts(source, tokenizer, config.max_length, split=split, **_prompt_reading(config, columns))
     if config.eval_dataset is None:
         _, held = hold_out_rows([prompt.ids for prompt in prompts], config)
         prompts = [prompts[i] for i in held]
@@ -144,11 +140,39 @@ def read_prompts(config: Config, tokenizer, columns: Sequence[str] = ()) -> list
     return prompts[: config.num_prompts or None]
 
 
-def columns_of_rows(config: Config, prompts: Sequence[Prompt], columns: Sequence[str]) -> dict[str, list[Any]]:
-    """{column: its value in the row of each prompt}; None where a row lacks it."""
+def _prompt_reading(config: Config, columns: Sequence[str]) -> dict[str, Any]:
+    reading = {**config.reading(), "text": text_options(config)}
+    if columns:
+        given = [config.columns] if config.columns else []
+        named = {part.partition("=")[2].strip() for part in (config.columns or "").split(",")}
+        reading["columns"] = ",".join([*given, *(f"unused={name}" for name in columns if name not in named)])
+    return reading
+
+
+def read_training_prompts(config: Config, tokenizer, columns: Sequence[str] = ()) -> tuple[list[Prompt], list[Prompt]]:
+    """Distinct prompts to sample answers to, and held-out ones: of eval_dataset, or eval_fraction of dataset_name."""
+    reading = _prompt_reading(config, columns)
+
+    def distinct(source: Any, split: str) -> list[Prompt]:
+        prompts = load_prompts(source, tokenizer, config.max_length, split=split, **reading)
+        return list({tuple(prompt.ids): prompt for prompt in reversed(prompts)}.values())[::-1]  # the first of each
+
+    prompts = distinct(config.datasets or config.dataset_name, config.dataset_train_split)
+    if config.eval_dataset is not None:
+        return prompts, distinct(config.eval_dataset, config.dataset_test_split)
+    kept, held = hold_out([prompt.ids for prompt in prompts], config.eval_fraction, config.seed)
+    return [prompts[i] for i in kept], [prompts[i] for i in held]
+
+
+def columns_of_rows(
+    config: Config, prompts: Sequence[Prompt], columns: Sequence[str], *, trained: bool = False
+) -> dict[str, list[Any]]:
+    """{column: its value in the row of each prompt}; None where a row lacks it. `trained`: of dataset_name's rows."""
     if not columns:
         return {}
     source, split = _prompts_from(config)
+    if trained:
+        source, split = config.datasets or config.dataset_name, config.dataset_train_split
     one = isinstance(source, str)
     sources = [open_source(source, split, config.dataset_config)] if one else sources_of(parts_of(source), split)
     wanted, found = {prompt.row for prompt in prompts}, {}
@@ -174,6 +198,6 @@ def hold_out_rows(prompts: Sequence[list[int]], config: Config) -> tuple[list[in
 
 def write_skipped(skipped: list[Skipped], path: Path) -> None:
     """Every skipped row by name, where the screen shows the first ones."""
-    path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in skipped), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in skipped))
     if skipped:
         say(f"  all {len(skipped)} skipped rows are named in {path}")

@@ -73,6 +73,9 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
     return adapters
 
 
+MIXERS = ("Mamba", "FalconH1Mixer")  # in the names of their classes
+
+
 def _never_called(model: nn.Module) -> list[str] | None:
     """The names of linear layers that are not called as `layer(x)`: adapters around them would fail, or never run.
 
@@ -83,11 +86,22 @@ def _never_called(model: nn.Module) -> list[str] | None:
     names = [
         name
         for name, module in model.named_modules()
-        if own(module) and type(module).__module__.startswith("transformers.models.")
+        if own(module) and type(module).__module__.startswith("transformers.models.") and not _is_plain(module)
     ]
-    mixers = [name for name, module in model.named_modules() if "Mamba" in type(module).__name__]
+    mixers = [name for name, module in model.named_modules() if any(kind in type(module).__name__ for kind in MIXERS)]
     names += [f"{mixer}.{inner}" for mixer in mixers for inner in ("out_proj", "conv1d")]
     return names or None
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether its own forward, tried on two rows, is that of a linear layer: Falcon's is."""
+    x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(layer.weight)
+    try:
+        got, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    except Exception:  # of layers that take more than x, or x of another shape
+        return False
+    return isinstance(got, torch.Tensor) and got.shape == expected.shape and torch.allclose(got, expected, 1e-2, 1e-3)
 
 
 def _targets(model: nn.Module, config: Config) -> list[str] | str:

@@ -1,5 +1,6 @@
 """Batch -> trunk -> hidden states of the completion tokens -> fused head."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse import PreferenceOutput, RewardOutput
+from prefuse import PolicyOutput, PreferenceOutput, RewardOutput
 from prefuse.engine.data.batches import Batch
+from prefuse.engine.model.policy import policy_loss_of_states
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.clock import clock
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.contract import Loss
 from prefuse.models.flat import completion_hidden
 from prefuse.models.head import Head, check_head, head_of
+from prefuse.models.router import Router, hidden_and_balance
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +36,8 @@ class LanguageModel:
     impl: str
     adapters: "PeftModel | None" = None  # the same model, as peft sees it
     gradient_tolerance: float = 0.0  # of the head's backward
+    router: Router | None = None  # whose balance loss is part of the training
+    router_aux_loss_coef: float = 0.0
 
     @property
     def scores(self) -> bool:
@@ -86,8 +91,10 @@ def loss_of_states(
     loss: Loss,
     num_items: int | None = None,
     z0: Tensor | None = None,  # ()
-) -> PreferenceOutput | RewardOutput:
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
     """The loss of one batch, summed and divided by `num_items`, with its metrics."""
+    if batch.sampled is not None:
+        return policy_loss_of_states(lm, hidden, batch, loss, num_items)
     if lm.scores:
         return lm.loss_of_states(hidden, batch, loss, num_items)
     with lm.autocast():
@@ -107,27 +114,61 @@ def loss_of_states(
         )
 
 
-def logps_of_states(lm: LanguageModel, hidden: Tensor, batch: Batch) -> Tensor:  # (N, D) -> (N,) float32
+def logps_of_states(
+    lm: LanguageModel, hidden: Tensor, batch: Batch, temperature: float = 1.0
+) -> Tensor:  # (N, D) -> (N,) float32
+    options = {**lm.head.options(), "temperature": temperature, "impl": lm.impl}
     with lm.autocast():
-        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **lm.head.options(), impl=lm.impl)
+        return prefuse.linear_logprobs(hidden, lm.head.weight, batch.targets, **options)
 
 
 @where_weights_are
 def fused_loss(
     lm: LanguageModel, batch: Batch, loss: Loss, num_items: int | None = None, z0: Tensor | None = None
-) -> PreferenceOutput | RewardOutput:
-    """The loss of one batch; its backward begins in the head and goes on in the trunk."""
-    hidden = completion_states(lm, batch)
+) -> PreferenceOutput | PolicyOutput | RewardOutput:
+    """The loss of one batch, its router's included; its backward begins in the head and goes on in the trunk."""
+    hidden, balance = states_and_balance(lm, batch)
     if hidden.requires_grad:
         hidden.register_hook(lambda gradient: clock.to("trunk"))
     with clock.part("head"):
-        return loss_of_states(lm, hidden, batch, loss, num_items, z0)
+        return with_balance(lm, loss_of_states(lm, hidden, batch, loss, num_items, z0), balance, batch, loss, num_items)
+
+
+def states_and_balance(lm: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor | None]:  # (N, D), ()
+    """`completion_states`, and the balance loss of the same run where it is asked for."""
+    if lm.router is None:
+        return completion_states(lm, batch), None
+    with clock.part("trunk"), lm.autocast():
+        return hidden_and_balance(lm.model, batch.tokens, lm.router)
+
+
+def with_balance(
+    lm: LanguageModel, out: PreferenceOutput, balance: Tensor | None, batch: Batch, loss: Loss, num_items: int | None
+) -> PreferenceOutput:
+    """The loss and the balance loss of one batch, whose share is that of its items: over the batches of a step
+
+    loss = mean over items of the preference loss + router_aux_loss_coef * mean over items of their batch's balance
+    """
+    if balance is None:
+        return out
+    items = count_items(batch, loss)
+    share = items / (num_items or items)
+    added = lm.router_aux_loss_coef * share * balance.to(out.loss.dtype)
+    summed = torch.stack([balance.detach().double() * items, balance.new_tensor(items, dtype=torch.float64)])
+    return dataclasses.replace(out, loss=out.loss + added, metrics={**out.metrics, "aux_loss": summed})
 
 
 @torch.no_grad()
 @where_weights_are
-def token_logps(lm: LanguageModel, batch: Batch) -> Tensor:  # (N,) float32
-    return logps_of_states(lm, completion_states(lm, batch), batch)
+def token_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
+    return logps_of_states(lm, completion_states(lm, batch), batch, temperature)
+
+
+@torch.no_grad()
+@where_weights_are
+def token_values(lm: LanguageModel, batch: Batch, head: torch.nn.Module) -> Tensor:  # (N,) float32
+    """What PPO's value head says of each completion token."""
+    return head(completion_states(lm, batch))
 
 
 @torch.no_grad()

@@ -11,17 +11,22 @@ from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.sharding import where_weights_are
+from prefuse.models.trunk import trunk_of
 
 POSITIONS = re.compile(r"(^|\.)(wpe|[^.]*pos[^.]*)$")  # a table of learned positions, by its module's name
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Most tokens of a sequence, for a model that looks positions up in a table; None for one that computes them."""
+    """Most tokens of a sequence, for a model that looks positions up in a table; None for one that computes them.
+
+    A table with fewer rows than the text has positions is of something else: patches of images, frames of sound.
+    """
     config = model.config.get_text_config()
     given = getattr(config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
+    for name, module in trunk_of(model).named_modules():
         if isinstance(module, nn.Embedding) and POSITIONS.search(name) and "relative" not in name:
-            return min(given or module.num_embeddings, module.num_embeddings)
+            if module.num_embeddings >= (given or 0):
+                return given or module.num_embeddings
     return None
 
 

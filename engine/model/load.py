@@ -21,6 +21,7 @@ from prefuse.engine.model.adapters import add_adapters, base_of, load_adapters, 
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
+from prefuse.engine.model.router import router_loss
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
@@ -124,8 +125,8 @@ def load_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
+    router, coefficient = router_loss(model, config, trains)
     if trains:
-        _say_without_router_loss(model)
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()
     try:
@@ -137,7 +138,7 @@ def load_model(
         model = shard(model, ranks, device, dtype)
     if ranks.sharded or adapters is not None:
         head = LiveHead(make.head_layer(model), head)
-    return make(model, head, device, dtype, config.impl, adapters, config.gradient_tolerance)
+    return make(model, head, device, dtype, config.impl, adapters, config.gradient_tolerance, router, coefficient)
 
 
 def _read_model(path: str, config: Config) -> "PreTrainedModel":
@@ -196,14 +197,6 @@ def _that_can_be_saved(model: "PreTrainedModel") -> "PreTrainedModel":
     again.load_state_dict(model.state_dict())
     again.generation_config = model.generation_config
     return again
-
-
-def _say_without_router_loss(model: "PreTrainedModel") -> None:
-    if getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is not None:
-        logger.info(
-            "%s is a mixture of experts: its router's balance loss is no part of this training (TRL adds it)",
-            type(model).__name__,
-        )
 
 
 def check_model(lm: LanguageModel, examples: Examples) -> None:

@@ -10,6 +10,9 @@ from prefuse.engine.config.settings import Config, settings_of
 
 NOT_IN_CARD = {"output_dir", "resume", "device", "nproc", "max_restarts", "output_file"}  # of the machine
 METRICS = (
+    "eval_reward",
+    "eval_gold",
+    "reward",
     "eval_accuracy",
     "eval_margin",
     "eval_ece",
@@ -24,7 +27,7 @@ METRICS = (
 
 def model_card(config: Config, command: str, metrics: Mapping[str, float]) -> str:
     base, name = config.model_name_or_path, Path(config.output_dir).resolve().name
-    loss = {"sft": "sft", "reward": config.reward_loss}.get(command, config.loss_type)
+    loss = {"sft": "sft", "reward": config.reward_loss, "online": config.algorithm}.get(command, config.loss_type)
     about = {
         "base_model": base,
         "library_name": "peft" if config.use_peft else "transformers",

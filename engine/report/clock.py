@@ -21,13 +21,14 @@ PARTS = {
     "trunk": "decoder layers, forward and backward",
     "head": "fused head and loss, forward and backward",
     "reference": "log-probabilities of the reference",
+    "sampling": "answers sampled and scored",
     "evaluation": "held-out rows",
     "data": "reading rows and making batches",
     "optimizer": "summing and clipping gradients, and the step",
     "checkpoints": "writing checkpoints and the model",
     "other": "loading, logging and the rest",
 }
-WHOLE = ("reference", "evaluation")  # their trunk and head are not those of training
+WHOLE = ("reference", "sampling", "evaluation")  # their trunk and head are not those of training
 MOST_MARKS = 4096  # CUDA events that are kept before the completed ones are added up
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from prefuse.engine.data.stats import Stats, quantiles
 from prefuse.engine.report.screen import console, printable
+from prefuse.engine.run.files import save_figure
 
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 32
@@ -114,4 +115,4 @@ def plot_stats(stats: Stats, unit: str, image: Path) -> None:
         right.bar(["good", "bad"], [stats.labels[True], stats.labels[False]], color=["tab:green", "tab:red"])
     else:
         right.remove()
-    figure.savefig(image, dpi=120)
+    save_figure(figure, image, dpi=120)

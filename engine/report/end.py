@@ -28,7 +28,7 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
         return "\n  ".join(
             ["next:", *_merging(config), f"in Python: {load.replace('CausalLM', 'SequenceClassification')}"]
         )
-    how = "--loss_type sft" if command == "sft" else against
+    how = {"sft": "--loss_type sft", "online": f"{against} --temperature 1"}.get(command, against)
     lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
     return "\n  ".join(["next:", *lines, *_merging(config), f"in Python: {load}"])
 

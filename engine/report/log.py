@@ -28,6 +28,12 @@ SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal
 
 SHOWN = (  # on the screen, as far as a run has them
     "loss",
+    "reward",
+    "reward_std",
+    "gold",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "entropy",
     "accuracy",
     "margin",
     "mean_reward",

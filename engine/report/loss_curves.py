@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefuse.engine.run.files import save_figure
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import LOSSES, fields_of, loss_named
 from prefuse.preference import preference_loss
@@ -90,4 +91,4 @@ def draw(path: Path, losses: Sequence[str], betas: Sequence[float]) -> None:
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)
         left.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, Path(path), dpi=110)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from prefuse.engine.report.log import read_metrics
+from prefuse.engine.run.files import save_figure
 
 PANELS = {  # title -> metrics that share an axis
     "loss": ("loss",),
@@ -46,15 +47,15 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
         axes.legend(fontsize=7)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
-    figure.savefig(image, dpi=120)
+    save_figure(figure, image, dpi=120)
 
 
 def curve_points(rows: list[dict], name: str, prefix: str) -> list[tuple[int, float]]:
     """(step, mean). A tie counts as half an accuracy: before the first step all rewards are equal."""
     half = 0.5 if name == "rewards/accuracies" else 0.0
     points = [(row.get("step"), row.get(prefix + name), row.get(f"{prefix}rewards/ties") or 0.0) for row in rows]
-    return [(step, mean + half * ties) for step, mean, ties in points if all(map(_is_number, (step, mean, ties)))]
+    return [(step, mean + half * ties) for step, mean, ties in points if all(map(is_number, (step, mean, ties)))]
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -9,10 +9,14 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefuse.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def sha256_of(path: Path) -> str:
@@ -86,12 +90,30 @@ def _finite(value: object) -> object:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `final` when the block ends well and vanishes when it does not."""
+    aside = final.with_name(final.name + ".tmp")
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(final)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file appears whole, in the place of what was there."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    flush(aside)
-    aside.replace(path)
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int) -> None:
+    """An image of matplotlib, in the format that the name ends with; it appears whole."""
+    with whole_file(path) as aside:
+        figure.savefig(aside, dpi=dpi, format=path.suffix.lstrip(".") or "png")
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MARK = "run.json"
 LOCK = "run.lock"
-BEFORE_TRAINING = {MARK, LOCK, "skipped.jsonl", f"{MARK}.tmp"}  # what a start that was killed may leave
+BEFORE_TRAINING = {MARK, LOCK, "skipped.jsonl", f"{MARK}.tmp", "skipped.jsonl.tmp"}  # of a start that was killed
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -143,7 +143,7 @@ def clear_leftovers(folder: Path) -> None:
             old.rename(final) if not final.exists() else shutil.rmtree(old)
     for half in (*folder.glob("checkpoint-*.tmp"), *folder.glob("model.*.tmp")):
         shutil.rmtree(half, ignore_errors=True)
-    for name in (MARK, "metrics.jsonl", "config.yaml"):
+    for name in (MARK, "metrics.jsonl", "config.yaml", "skipped.jsonl", "curves.png"):
         (folder / f"{name}.tmp").unlink(missing_ok=True)
 
 

@@ -118,16 +118,18 @@ class Guards:
             )
 
     def check_labels(self, labels: Sequence[bool]) -> None:
-        """KTO, before the first step."""
+        """Before the first step, of a loss whose completions are good or bad. The ratio is a matter of KTO's paper."""
         good = sum(labels)
         bad = len(labels) - good
         config = self.config
+        name = "KTO" if config.loss_type == "kto" else config.loss_type
         if not good or not bad:
             self._act(
-                "KTO labels",
-                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: KTO then only pulls the policy "
-                "one way. Add rows of the other kind, or use `prefuse sft` for good ones",
+                f"{name} labels",
+                f"all {len(labels)} rows are {'desirable' if good else 'undesirable'}: {name} then only pulls the "
+                "policy one way. Add rows of the other kind, or use `prefuse sft` for good ones",
             )
+        if not good or not bad or config.loss_type != "kto":
             return
         ratio = config.desirable_weight * good / (config.undesirable_weight * bad) if config.undesirable_weight else 1.0
         if config.desirable_weight and not KTO_RATIO[0] <= ratio <= KTO_RATIO[1]:

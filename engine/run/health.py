@@ -12,7 +12,10 @@ import torch
 
 from prefuse.engine.errors import Diverged, OtherRankFailed, UserError
 from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.run.ranks import ALONE, Ranks
+from prefuse.models.probes import probe_ids
+from prefuse.models.trunk import trunk_hidden
 
 if TYPE_CHECKING:
     from prefuse.engine.run.setup import Run
@@ -59,23 +62,18 @@ def check_end(run: Run, step: int, evaluated: bool) -> None:
         )
     fault = fault_of_weights(run)
     if fault is None and not evaluated:
-        fault = _fault_of_loss(run)
+        fault = _fault_of_states(run)
     if fault is not None:
         raise Diverged(f"{fault} after step {step}")
 
 
-def _fault_of_loss(run: Run) -> str | None:
-    """Of the first step's rows, by the weights as they are."""
-    from prefuse.engine.model.forward import fused_loss
-
-    share = next(run.data.steps_from(0))
-    z0 = torch.zeros((), device=run.lm.device) if share.mismatches else None
-    finite = True
-    with torch.no_grad():
-        for batch in share.batches:
-            loss = fused_loss(run.lm, batch.to(run.lm.device), run.loss, 1, z0).loss
-            finite = finite and bool(torch.isfinite(loss))
-    return "the loss of the first step's rows is not finite" if run.ranks.any(not finite) else None
+@torch.no_grad()
+def _fault_of_states(run: Run) -> str | None:
+    """Of a few tokens, by the weights as they are after the last update."""
+    with run.lm.autocast():
+        states = where_weights_are(lambda lm: trunk_hidden(lm.model, probe_ids(lm.model)[None]))(run.lm)
+    finite = bool(states.isfinite().all())
+    return "the hidden states of a few tokens are not finite" if run.ranks.any(not finite) else None
 
 
 def say_what_is_left(run: Run, error: Diverged) -> UserError:

@@ -28,6 +28,8 @@ from prefuse.engine.model.forward import (
     logps_of_states,
     loss_of_states,
     reference_point,
+    states_and_balance,
+    with_balance,
 )
 from prefuse.engine.model.sharding import where_weights_are
 from prefuse.engine.report.log import add_metrics, progress, say
@@ -61,6 +63,11 @@ class HeldOut:
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: dict[int, KLSample] | None = None  # by batch
     scores_file: Path | None = None  # of a reward model: where the scores of the last evaluation are written
+
+    @property
+    def meets_reference(self) -> bool:
+        """Whether there is a reference, whose numbers are known."""
+        return self.ref_logps is not None
 
 
 def evaluation_batches(examples: Examples, config: Config) -> list[list[int]]:
@@ -116,6 +123,8 @@ def evaluate(
     `unmoved`: the policy still is its reference, so its log-ratios are 0 and the model does not run. Each rank takes
     some of the batches; `between` is called before each.
     """
+    if not isinstance(held, HeldOut):  # held-out prompts, whose answers are sampled and scored
+        return held.evaluate(lm, ranks, between)
     if reads_scores(loss):
         return evaluate_scores(lm, held, loss, ranks, between)
     own = _own_batches(held.batches, ranks)
@@ -150,8 +159,8 @@ def _measure(
     lm: LanguageModel, batch: Batch, loss: Loss, z0: Tensor | None, sample: KLSample | None
 ) -> dict[str, Tensor]:
     """{name: (2,) [sum, count]} of one batch, from one run of the trunk."""
-    hidden = completion_states(lm, batch)
-    out = loss_of_states(lm, hidden, batch, loss, num_items=1, z0=z0)
+    hidden, balance = states_and_balance(lm, batch)
+    out = with_balance(lm, loss_of_states(lm, hidden, batch, loss, 1, z0), balance, batch, loss, 1)
     metrics = _with_loss(out, batch, loss)
     if sample is not None:  # an empty sample too: all ranks make the same names
         logits = lm.head.logits(hidden[sample.positions.to(lm.device)])

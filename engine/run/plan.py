@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torch import Tensor
+
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
@@ -34,6 +36,7 @@ class Share:
     mismatches: list[Batch]  # for a loss that needs z0: one for each batch
     counts: list[bool]  # of each batch; False: run only because another rank has one more; its numbers are dropped
     rows: list[list[list[str]]]  # the names of the examples, by rank and microbatch
+    metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # {name: (2,)} of all ranks, to be logged
 
 
 class Steps:
@@ -83,6 +86,19 @@ class TrainingSet:
     @property
     def steps_per_epoch(self) -> int:
         return self.steps.per_epoch
+
+    def after_step(self) -> None:
+        """After each update; other stories have something to do here."""
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """What `state` gave."""
+
+    def first_share(self) -> "Share | None":
+        return next(self.steps_from(0))
 
     def steps_from(self, start: int) -> Iterator[Share]:
         """This rank's share of every optimizer step from `start` on."""

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,34 +112,57 @@ def is_finished(home: RunFolder, config: Config) -> bool:
     return wanted <= total
 
 
-def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None) -> Run:
+class FileRows:
+    """What `sft` and `train` learn from: the rows of files. Another story brings its own (engine/online.py)."""
+
+    def loss(self, config: Config, command: str) -> Loss:
+        return loss_of(config, command)
+
+    def read(
+        self, config: Config, loss: Loss, home: RunFolder, ranks: Ranks
+    ) -> tuple[object, Examples, Examples | None]:
+        """The tokenizer, the rows to train on, and those held out."""
+        return _read_rows(config, loss, home, ranks)
+
+    def guards(self, config: Config, loss: Loss, examples: Examples) -> Guards:
+        guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
+        if "labels" in needs_of(loss):
+            guards.check_labels(examples.labels)
+        return guards
+
+    def plan(
+        self, lm: LanguageModel, examples: Examples, held: Examples | None, loss: Loss, config: Config, ranks: Ranks,
+        home: RunFolder, guards: Guards,
+    ) -> tuple[TrainingSet, HeldOut | None]:  # fmt: skip
+        """The steps of the run, with all that the reference will be asked for."""
+        _check_rows_fit(lm, examples, held, loss, config)
+        with adapters_off(lm.model), clock.part("reference"):
+            return meet_reference(lm, examples, held, loss, config, ranks)
+
+
+def prepare(
+    config: Config, command: str, ranks: Ranks | None = None, home: RunFolder | None = None,
+    rows: FileRows = FileRows(),  # noqa: B008 (without state)
+) -> Run:  # fmt: skip
     """Reads, loads and checks everything and computes the reference's numbers, so that later only training can fail."""
     ranks = join(config) if ranks is None else ranks
-    loss = loss_of(config, command)
+    loss = rows.loss(config, command)
     wanted_trackers(config)
     home = open_run(config, command, ranks) if home is None else home
     device = device_of(config)
-    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
-        logger.warning(
-            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
-            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
-        )  # fmt: skip
-    tokenizer, examples, held_examples = _read_rows(config, loss, home, ranks)
+    _warn_of_coarse_weights(config)
+    tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
     torch.manual_seed(config.seed + ranks.rank)
     load = load_reward_model if reads_scores(loss) else load_model
     lm = load(config.model_name_or_path, config, device, ranks, trains=True)
-    check_model(lm, examples)
-    _check_rows_fit(lm, examples, held_examples, loss, config)
-    stop_at(lm.model, stop_tokens(examples, tokenizer))
-    best = Best(config)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
         say(said)
-    guards = Guards(config, getattr(loss, "beta", None) if "reference" in needs_of(loss) else None)
-    if "labels" in needs_of(loss):
-        guards.check_labels(examples.labels)
+    check_model(lm, examples)
+    stop_at(lm.model, stop_tokens(examples, tokenizer))
+    best = Best(config)
+    guards = rows.guards(config, loss, examples)
     model = checksums(base_state(lm.model), ranks)
-    with adapters_off(lm.model), clock.part("reference"):
-        data, held = meet_reference(lm, examples, held_examples, loss, config, ranks)
+    data, held = rows.plan(lm, examples, held_examples, loss, config, ranks, home, guards)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.size
     identity = Identity(
         command, per_step, data.total_steps, data.steps_per_epoch, deciding_settings(config), row_digests(examples),
@@ -156,10 +180,11 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
             state = saved.state
             _go_on(saved, changes, window, guards, _cut(config, ranks), device)
             best.restore(state.get("best"))
+            data.restore(state.get("data", {}))
     newest = state["step"] or None
 
     def begin() -> None:
-        require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+        _look_for_space(config, lm, data, home)
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
         write_about(home.path, tokenizer, examples, held_examples, device)
@@ -172,6 +197,14 @@ def prepare(config: Config, command: str, ranks: Ranks | None = None, home: RunF
         config, loss, home, tokenizer, lm, optimizer, data, held, identity, log, window, state["step"], guards, ranks,
         state["evaluate"], kept, largest, best,
     )  # fmt: skip
+
+
+def _warn_of_coarse_weights(config: Config) -> None:
+    if config.dtype == "bfloat16" and not config.use_peft:  # adapters are float32
+        logger.warning(
+            "dtype bfloat16: at a learning rate of %g most weights are too coarse to take an update and stay "
+            "where they are; float32 weights with bf16 autocast do train", config.learning_rate,
+        )  # fmt: skip
 
 
 def loss_of(config: Config, command: str) -> Loss:
@@ -194,6 +227,15 @@ def _check_rows_fit(lm: LanguageModel, examples: Examples, held: Examples | None
     for rows in (examples, held):
         if "z0" in needs_of(loss) and rows is not None:
             check_mismatches(lm, rows, config.max_length)
+
+
+def _look_for_space(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> None:
+    """Before the first step. A run that is stopped writes a checkpoint, whatever save_steps says."""
+    require_space(home.path, _space_needed(config, lm, data, home), "the run (its checkpoints and its model)")
+    if not config.save_steps and shutil.disk_usage(home.path).free < checkpoint_bytes(lm):
+        logger.warning(
+            "%s has room for the model but not for a checkpoint: a run that is stopped early could not go on", home.path
+        )
 
 
 def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: RunFolder) -> int:
@@ -269,6 +311,7 @@ def state_of(run: Run, step: int, evaluate: bool) -> dict:
         "window": run.window.state(),
         "guards": run.guards.state(),
         "best": run.best.state(),
+        "data": run.data.state(),
         "lines": run.log.lines,
         "evaluate": evaluate,
     }

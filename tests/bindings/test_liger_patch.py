@@ -66,7 +66,7 @@ def test_patch_swaps_them_everywhere_and_unpatch_puts_them_back(theirs, monkeypa
 
 
 def test_a_module_imported_after_patching_is_caught_by_the_next_call(patched, theirs, monkeypatch):
-    original = next(x for _, name, x in liger.losses._swapped if name == "LigerFusedLinearDPOLoss")
+    original = next(x for _, name, x in liger.patching._swapped if name == "LigerFusedLinearDPOLoss")
     late = types.ModuleType("late_trainer")
     late.LigerFusedLinearDPOLoss = original
     monkeypatch.setitem(sys.modules, "late_trainer", late)
@@ -95,7 +95,7 @@ def test_a_liger_with_arguments_unknown_here_is_refused_and_left_as_it_is(where,
         def __init__(self, ignore_index: int = -100):
             super().__init__()
 
-        def forward(self, _input, lin_weight, target, preference_labels=None):
+        def forward(self, _input, lin_weight, target, labels_of_rows=None):
             raise AssertionError
 
     newer = Other if where == "forward" else Newer
@@ -106,7 +106,7 @@ def test_a_liger_with_arguments_unknown_here_is_refused_and_left_as_it_is(where,
         liger.patch()
     assert home.LigerFusedLinearKTOLoss is newer
     assert theirs.LigerFusedLinearDPOLoss is not liger.LigerFusedLinearDPOLoss
-    assert not liger.losses._swapped
+    assert not liger.patching._swapped
 
 
 def test_an_older_liger_that_lacks_the_last_arguments_is_fine(theirs, monkeypatch):
@@ -124,6 +124,53 @@ def test_an_older_liger_that_lacks_the_last_arguments_is_fine(theirs, monkeypatc
     assert home.LigerFusedLinearKTOLoss is liger.LigerFusedLinearKTOLoss
     liger.unpatch()
     assert home.LigerFusedLinearKTOLoss is Older
+
+
+def test_a_liger_whose_arguments_stand_in_another_order_is_called_by_its_own(theirs, monkeypatch):
+    """DPO's of liger_kernel 0.6.2 to 0.8.0: without `alpha`, which now is the third; positions mean what they meant."""
+    import liger_kernel.chunked_loss.dpo_loss as home
+    import liger_kernel.chunked_loss.functional as functional
+
+    class Before(torch.nn.Module):
+        def __init__(
+            self, ignore_index=-100, beta=0.1, compute_nll_loss=False, compiled=True, use_ref_model=True,
+            average_log_prob=False, chunk_size=1, loss_type="sigmoid",
+        ):  # fmt: skip
+            super().__init__()
+
+        def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
+            raise AssertionError
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx, _input, weight, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None, ignore_index=-100,
+            beta=0.1, compute_nll_loss=False, compiled=True, use_ref_model=True, average_log_prob=False, chunk_size=1,
+            loss_type="sigmoid",
+        ):  # fmt: skip
+            raise AssertionError
+
+    monkeypatch.setattr(home, "LigerFusedLinearDPOLoss", Before)
+    monkeypatch.setattr(functional, "liger_fused_linear_dpo", Function.apply)
+    case = Case(SHAPES[1])
+    more = case.reference()
+    reference = (more.get("ref_input"), more.get("ref_weight"), more.get("ref_bias"))
+    liger.patch()
+    try:
+        loss, _ = home.LigerFusedLinearDPOLoss(-100, 0.3, False, True, True, True, 1, "hinge")(
+            case.weight, case.x, case.target, None, *reference
+        )
+        assert issubclass(home.LigerFusedLinearDPOLoss, liger.LigerFusedLinearDPOLoss)
+        again, _ = functional.liger_fused_linear_dpo(
+            case.x, case.weight, case.target, None, *reference, -100, 0.3, False, True, True, True, 1, "hinge"
+        )
+    finally:
+        liger.unpatch()
+    expected, _ = liger.LigerFusedLinearDPOLoss(beta=0.3, average_log_prob=True, loss_type="hinge")(
+        case.weight, case.x, case.target, **more
+    )
+    assert loss.item() == again.item() == expected.item()
+    assert home.LigerFusedLinearDPOLoss is Before
 
 
 def test_patch_without_liger_says_so(monkeypatch):

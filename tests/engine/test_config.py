@@ -83,6 +83,7 @@ def test_what_a_resumed_run_may_differ_in():
         "loss_type", "beta", "label_smoothing", "nll_weight", "simpo_gamma", "slic_delta", "discopop_tau",
         "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "ppo_clip", "una_distance", "kto_value",
         "kto_reference_point", "desirable_weight", "undesirable_weight", "z0_scope", "padding_free",
+        "output_router_logits", "router_aux_loss_coef",
         "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
@@ -91,6 +92,11 @@ def test_what_a_resumed_run_may_differ_in():
         "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
         "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience",
         "early_stopping_threshold",
+        "algorithm", "num_generations", "max_completion_length", "temperature", "top_p", "min_p",
+        "steps_per_generation", "num_iterations", "scale_rewards", "grpo_loss_type", "importance_sampling_level",
+        "epsilon", "epsilon_high", "delta", "kl_estimator", "entropy_coef", "mask_truncated_completions",
+        "missing_eos_penalty", "gamma", "lam", "value_learning_rate", "cliprange_value", "kl_target", "beta_horizon",
+        "scorer", "scorer_combine", "scorer_spread_weight", "judge_rubric", "judge_mode", "judge_max_tokens",
     }  # fmt: skip
 
 
@@ -269,7 +275,7 @@ def test_flags_take_the_type_of_their_field(words, name, value):
         ("trian", "unknown command 'trian'; did you mean train"),
         ("evaluate", "unknown command 'evaluate'; did you mean eval"),
         ("dpo", "unknown command 'dpo': the loss is a setting, prefuse train --loss_type dpo"),
-        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, reward, eval, generate, merge"),
+        ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, reward, online, label, revise, eval, generate"),
         ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
         ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
         ("train --beta x", "beta must be a number or null, got 'x'"),
@@ -280,9 +286,9 @@ def test_flags_take_the_type_of_their_field(words, name, value):
         ("train extra", "unrecognized arguments: extra"),
         (
             "generate --learning_rate 1",
-            "learning_rate has no meaning for `prefuse generate`, only for sft, train, reward: drop",
+            "learning_rate has no meaning for `prefuse generate`, only for sft, train, reward, online: drop",
         ),
-        ("sft --beta 1", "beta has no meaning for `prefuse sft`, only for train, eval: drop --beta"),
+        ("sft --beta 1", "beta has no meaning for `prefuse sft`, only for train, eval, online: drop --beta"),
         ("train --config a.yaml --config b.yaml", r"--config is given twice \(a.yaml, b.yaml\)"),
         ("train --config=a.yaml --config b.yaml", "--config is given twice"),
     ],

@@ -1,10 +1,13 @@
 """Full disks and damaged files: found before anything is lost, said in one line; a good checkpoint stays."""
 
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -15,9 +18,11 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model import load as model_module
 from prefuse.engine.report.log import MetricsLog
 from prefuse.engine.run import checkpoint as checkpoint_module
+from prefuse.engine.run import publish as publish_module
 from prefuse.engine.run.checkpoint import latest_checkpoint
+from prefuse.engine.run.files import whole_file
 from prefuse.engine.train import train
-from tiny_run import PAIRS, read_log, save_model, settings, write_rows
+from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_too_little_space_is_found_before_anything_is_written(files, tmp_path, m
 def test_the_space_asked_for_is_what_a_checkpoint_takes(files, tmp_path, monkeypatch):
     asked, whole = [], []
     monkeypatch.setattr(checkpoint_module, "require_space", lambda folder, needed, what: asked.append(needed))
-    monkeypatch.setattr(train_module, "require_space", lambda folder, needed, what: whole.append(needed))
+    monkeypatch.setattr(publish_module, "require_space", lambda folder, needed, what: whole.append(needed))
     train(config(files, tmp_path / "run", max_steps=4), "train")
     taken = sum(path.stat().st_size for path in (tmp_path / "run/checkpoint-4").iterdir())
     assert taken <= asked[0] <= taken + (2 << 20)
@@ -128,6 +133,66 @@ def test_a_disk_that_fills_up_under_the_last_files_leaves_a_checkpoint_to_end_fr
     assert cli.main([*argv, "--resume"]) == 0
     assert cli.main([str(x) for x in command(files, tmp_path / "straight", num_train_epochs=1.0)]) == 0
     assert result(out) == result(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("rest", ["room elsewhere", "no room"])
+def test_a_disk_that_fills_up_under_the_model_of_a_run_without_checkpoints_keeps_the_weights(
+    rest, files, tmp_path, monkeypatch, capsys
+):
+    """Beside the run folder, or in the first place with room; the words name it, and it is the model."""
+    out, here = tmp_path / "run", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    monkeypatch.setenv("HOME", str(here))
+    argv = [str(x) for x in command(files, out, num_train_epochs=1.0, save_steps=0)]
+    free = shutil.disk_usage(tmp_path)
+
+    def full(path):
+        """From the publishing on, of all disks but the working directory's."""
+        room = not (out / "metrics.jsonl").exists() or (rest == "room elsewhere" and Path(path) == here)
+        return free if room else free._replace(free=1 << 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", full)
+        assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "the model takes about" in error
+    assert not (out / "model.safetensors").exists()
+    if rest == "no room":
+        assert "found no place with room for them and are lost" in error
+        return
+    kept = Path(re.search(r"were kept in (\S+), a whole model", error)[1])
+    assert kept.parent == here
+    assert cli.main([str(x) for x in command(files, tmp_path / "straight", num_train_epochs=1.0, save_steps=0)]) == 0
+    assert weights(kept).keys() == (expected := weights(tmp_path / "straight")).keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights(kept).items())
+    assert (kept / "tokenizer.json").exists()
+
+
+def test_an_image_and_every_small_file_is_whole_or_absent(tmp_path):
+    target = tmp_path / "curves.png"
+    target.write_bytes(b"before")
+
+    def fill():
+        with whole_file(target) as aside:
+            aside.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill()
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    assert target.read_bytes() == b"before"
+
+
+def test_a_plot_that_cannot_be_written_costs_nothing_else(files, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_module, "plot_curves", full)
+    assert cli.main([str(x) for x in command(files, tmp_path / "run", num_train_epochs=1.0)]) == 0
+    assert "curves.png was not written" in caplog.text
+    assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "finished"
 
 
 def refused(patch, publish, full):

@@ -35,6 +35,10 @@ def write_run(folder, steps=30, text="a plain text", **files):
         "messages.jsonl": json.dumps({"time": "2026", "level": "warning", "text": text}) + "\n",
         "answers.jsonl": json.dumps({"prompt": text, "model": text, "reference": text}) + "\n",
         "eval.json": json.dumps({"loss": 0.25, "rewards/accuracies": 0.75}),
+        "wins.json": json.dumps({"win_rate": 0.625, "win_rate_low": 0.5, "best_of_n": [{"n": 1}]}),
+        "curve.json": json.dumps({
+            "checkpoints": [{"sqrt_kl": x, "score": x, "gold_score": x - x * x} for x in (0.0, 0.5, 1.0)], "turn": None,
+        }),
     } | files  # fmt: skip
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8")
@@ -64,7 +68,8 @@ def test_a_page_answers_the_questions_of_a_newcomer(tmp_path):
     for said in (
         "What was it trained on?", "19 rows", "Why rows were skipped", "a plain text",
         "Did it learn?", "0.6931", "0.25", "reward accuracy (a tie counts half)", "0.5", "0.8",
-        "Is it better?", "answers.jsonl", "eval.json", "What went wrong?", "warning", "finished, 30 steps",
+        "Is it better?", "answers.jsonl", "eval.json", "win_rate", "0.625",
+        "scores over sqrt(KL), curve.json", "What went wrong?", "warning", "finished, 30 steps",
         "With which settings?", "beta", "0.3",
     ):  # fmt: skip
         assert said in text, said

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "bindings/models": {*KERNELS, "bindings"},
     "bindings/trl": {*KERNELS, "bindings", "bindings/losses", "bindings/models"},
     "bindings/liger": {*KERNELS, "bindings", "bindings/losses"},
-    "engine/config": {"engine/errors.py", "bindings/losses"},
+    "engine/config": {"engine/errors.py", "engine/run/files.py", "bindings/losses"},
     "engine/data": {*LOW, *SAID, "bindings", "bindings/losses"},
     "engine/model": {
         *LOW, *SAID, "engine/data", "engine/run/ranks.py", "bindings", "bindings/losses", "bindings/models",
@@ -33,6 +33,10 @@ MAY_IMPORT = {
         *LOW, "engine/data", "engine/model", "engine/report", "bindings", "bindings/losses", "bindings/models",
     },
     "engine/score": {*LOW, *SAID, "engine/data", "engine/model", "bindings", "bindings/models"},  # no run
+    "engine/rounds": {
+        *LOW, "engine/data", "engine/model", "engine/report", "engine/run", "engine/score", "bindings",
+        "bindings/losses",
+    },
     "bench/truth": {*KERNELS, "bindings", "bindings/losses"},
 }  # fmt: skip
 CONTENTS = {"kernels/__init__.py"}  # a table of contents imports what it lists

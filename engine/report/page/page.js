@@ -36,6 +36,7 @@
   class Chart {
     constructor(figure, chart) {
       this.figure = figure;
+      this.axis = chart.x;
       this.lines = chart.lines.map((line) => ({ ...line, shown: true }));
       const all = this.lines.flatMap((line) => [line.steps[0], line.steps[line.steps.length - 1]]);
       this.whole = [Math.min(...all), Math.max(...all)];
@@ -63,6 +64,7 @@
     colour(line, index) {
       return `var(--run-${(data.titles.length > 1 ? line.run : index) % 8})`;
     }
+    place(x) { return this.axis === "step" ? `step ${Math.round(x)}` : `${this.axis} ${short(x)}`; }
     summary() {
       return this.lines.map((line) => `${this.label(line)} from ${short(line.values[0])} to ${short(line.values[line.values.length - 1])}`).join("; ");
     }
@@ -127,6 +129,7 @@
         make("text", { x: LEFT - 5, y: y + 4, "text-anchor": "end" }, this.svg, short(value));
       }
       for (const step of ticks(this.span[0], this.span[1], 5)) make("text", { x: this.x(step), y: HEIGHT - 8, "text-anchor": "middle" }, this.svg, short(step));
+      make("text", { x: WIDTH - RIGHT, y: HEIGHT - BOTTOM - 4, "text-anchor": "end" }, this.svg, this.axis);
       const clip = make("svg", { x: LEFT, y: 0, width: WIDTH - LEFT - RIGHT, height: HEIGHT, viewBox: `${LEFT} 0 ${WIDTH - LEFT - RIGHT} ${HEIGHT}` }, this.svg);
       this.lines.forEach((line, index) => { if (line.shown) this.drawLine(clip, line, this.colour(line, index)); });
       this.overlay = make("g", {}, this.svg);
@@ -164,7 +167,7 @@
       const said = shown.map((line) => {
         const i = nearest(line.steps, this.cursor);
         const spread = line.low ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
-        return `${this.label(line)} ${short(line.values[i])}${spread} at ${Math.round(line.steps[i])}`;
+        return `${this.label(line)} ${short(line.values[i])}${spread} at ${this.place(line.steps[i])}`;
       });
       this.readout.textContent = said.join(" · ");
     }

@@ -1,6 +1,7 @@
 """The folder of a run as one value. Every file may be absent, cut short or strange: what can be read is shown."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ from prefuse.engine.report.messages import MESSAGES
 
 QUANTILES = 5  # numbers that about.json has of each length
 MOST_BYTES = 1 << 26  # of a file of answers or messages that is read
+MEASURED = {"loss", "win_rate", "score", "prompts"}  # one of them is in what `prefuse eval` writes
 MOST_ANSWERS = 200
 MOST_MESSAGES = 200
 
@@ -33,6 +35,7 @@ class RunFiles:
     messages: list[dict] = field(default_factory=list)
     answers: list[tuple[str, list[dict]]] = field(default_factory=list)  # (file, rows) of `prefuse generate`
     evaluations: list[tuple[str, dict]] = field(default_factory=list)  # (file, metrics) of `prefuse eval`
+    checkpoints: list[tuple[str, list[dict]]] = field(default_factory=list)  # (file, points) of `eval --checkpoints`
 
     @property
     def steps(self) -> int:
@@ -63,6 +66,7 @@ def read_run(folder: Path) -> RunFiles:
         messages=list(islice(_lines(folder / MESSAGES), MOST_MESSAGES)),
         answers=list(_answers(folder)),
         evaluations=list(_evaluations(folder)),
+        checkpoints=list(_checkpoints(folder)),
     )
 
 
@@ -95,7 +99,7 @@ def _about(value: object) -> dict[str, Any]:
 
 
 def _are_numbers(value: object, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(x, int | float) for x in value)
+    return isinstance(value, list) and len(value) == count and all(_is_number(x) for x in value)
 
 
 def _is_side(side: object) -> bool:
@@ -137,9 +141,20 @@ def _answers(folder: Path):
 
 
 def _evaluations(folder: Path):
-    """Files that `prefuse eval` has written there: an object whose values are numbers."""
+    """Files that `prefuse eval` has written there: metrics, most of them numbers."""
     for path in sorted(folder.glob("*.json")):
         found = _mapping(_read_json(path))
-        numbers = {str(k): v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        if len(numbers) > 1 and len(numbers) == len(found) and ("loss" in found or "win_rate" in found):
-            yield path.name, numbers
+        if MEASURED & found.keys():
+            yield path.name, {name: value for name, value in found.items() if _is_number(value)}
+
+
+def _checkpoints(folder: Path):
+    """Files that `prefuse eval --checkpoints` has written there: numbers of each checkpoint, over sqrt(KL)."""
+    for path in sorted(folder.glob("*.json")):
+        points = _mapping(_read_json(path)).get("checkpoints")
+        if isinstance(points, list) and all(_is_number(_mapping(point).get("sqrt_kl")) for point in points):
+            yield path.name, points
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

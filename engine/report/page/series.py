@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefuse.engine.report.plots import PANELS, curve_points
+from prefuse.engine.report.plots import PANELS, curve_points, is_number
 
 MOST_POINTS = 1500
 
@@ -41,6 +41,16 @@ def charts_of(metrics: list[dict]) -> dict[str, list[Series]]:
         ]
         charts[title] = [line for line in lines if line is not None]
     return {title: lines for title, lines in charts.items() if lines}
+
+
+def over_kl(points: list[dict]) -> list[Series]:
+    """Scores of the checkpoints of a run over the square root of their KL to the reference."""
+    ordered = sorted(points, key=lambda point: point["sqrt_kl"])
+    lines = [
+        shortened(name, [(point["sqrt_kl"], point[name]) for point in ordered if is_number(point.get(name))], False)
+        for name in ("score", "gold_score")
+    ]
+    return [line for line in lines if line is not None]
 
 
 def shortened(name: str, points: list[tuple[int, float]], held_out: bool, most: int = MOST_POINTS) -> Series | None:

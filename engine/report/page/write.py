@@ -14,7 +14,7 @@ import jinja2
 from prefuse.engine.config.settings import Config, settings_of
 from prefuse.engine.data.pieces import ROLES
 from prefuse.engine.report.page.read import RunFiles
-from prefuse.engine.report.page.series import charts_of
+from prefuse.engine.report.page.series import charts_of, over_kl
 from prefuse.engine.report.screen import printable
 from prefuse.engine.run.files import write_whole
 
@@ -37,10 +37,12 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
     )  # fmt: skip
     environment.filters |= {"shown": _shown, "visible": _visible, "role": _role}
     tables = [_progress(run) for run in runs]
+    titles, charts = _titles(runs), _charts(runs)
     text = environment.get_template("page.html.j2").render(
         runs=runs,
-        titles=_titles(runs),
-        charts=_charts(runs),
+        titles=titles,
+        charts=charts,
+        over_kl=_curves_over_kl(runs, titles),
         open_charts=OPEN_CHARTS,
         progress=[table for table in tables if table],
         indices=[index for index, table in enumerate(tables) if table],
@@ -84,12 +86,24 @@ def _titles(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _charts(runs: Sequence[RunFiles]) -> list[dict]:
-    """[{title, lines: [{run, name, held_out, steps, values, low, high}]}], panels in their order, all runs in each."""
+    """[{title, x, lines: [{run, name, held_out, steps, values, low, high}]}], in the order of the panels."""
     charts: dict[str, list[dict]] = {}
     for number, run in enumerate(runs):
         for title, lines in charts_of(run.metrics).items():
             charts.setdefault(title, []).extend({"run": number} | dataclasses.asdict(line) for line in lines)
-    return [{"title": title, "lines": lines} for title, lines in charts.items()]
+    return [{"title": title, "x": "step", "lines": lines} for title, lines in charts.items()]
+
+
+def _curves_over_kl(runs: Sequence[RunFiles], titles: Sequence[str]) -> list[dict]:
+    """The same, of checkpoints that `prefuse eval --checkpoints` has looked at."""
+    return [
+        {"title": f"{titles[number]}: scores over sqrt(KL), {file}", "x": "sqrt(KL)", "lines": [
+            {"run": number} | dataclasses.asdict(line) for line in over_kl(points)
+        ]}
+        for number, run in enumerate(runs)
+        for file, points in run.checkpoints
+        if over_kl(points)
+    ]  # fmt: skip
 
 
 def _progress(run: RunFiles) -> list[dict]:

@@ -1,0 +1,64 @@
+"""Prompts -> samples -> scores: what a round, an evaluation and labelling have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from prefuse.engine.data.encode import continuation
+from prefuse.engine.data.examples import Prompt
+from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.rollouts import Sample, Shape, sample_answers, stop_tokens_of
+from prefuse.engine.score.contract import Scorer, say_reasons
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples answers of a model and scores them with something that knows nothing of it."""
+
+    lm: LanguageModel
+    tokenizer: Any
+    scorer: Scorer
+    shape: Shape
+    batch_size: int
+    columns: dict[str, list[Any]]  # of all prompts, for the scorer
+    synced: bool = False
+
+    def sample(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Sample]]:  # (P, K)
+        ids = [prompt.ids for prompt in prompts for _ in range(count)]
+        pad = self.tokenizer.pad_token_id
+        stops = stop_tokens_of(self.lm, self.tokenizer)
+        samples = sample_answers(
+            self.lm, ids, self.shape, stops, stops[0] if pad is None else pad, self.batch_size,
+            lambda number: seed_of(seed, number), synced=self.synced, what=what,
+        )  # fmt: skip
+        return [samples[start : start + count] for start in range(0, len(samples), count)]
+
+    def texts(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[list[str]]:
+        """Without the token that ended them, which may be no special one."""
+
+        def text(prompt: Prompt, sample: Sample) -> str:
+            return continuation(self.tokenizer, prompt.ids, sample.ids[:-1] if sample.stopped else sample.ids)
+
+        return [[text(prompt, sample) for sample in own] for prompt, own in zip(prompts, samples, strict=True)]
+
+    def score(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Tensor:
+        """(P, K); `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
+        columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
+        scores = self.scorer.score([prompt.raw for prompt in prompts], texts, columns)
+        reasons = [reason for row in scores.reasons for reason in row]
+        names = [
+            f"{prompt.row}#{k}" for prompt, row in zip(prompts, scores.reasons, strict=True) for k in range(len(row))
+        ]
+        say_reasons(self.scorer.name, reasons, names)
+        return scores.values
+
+
+def seed_of(*parts: object) -> int:
+    """A seed for every purpose: what is drawn for one never shifts another."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1

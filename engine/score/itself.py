@@ -1,0 +1,24 @@
+"""Whether a judge is the model whose answers it judges: models prefer their own (arXiv 2404.13076)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefuse.engine.run.files import sha256_of
+from prefuse.engine.score.contract import Scorer
+
+
+def is_judge_of(scorer: Scorer | None, path: str) -> bool:
+    """By the name where a server has it, else by the weights."""
+    backend = getattr(scorer, "backend", None)
+    if backend is None:
+        return False
+    served = getattr(backend, "model", None)  # of a server: the name alone is known
+    return served in (path, Path(path).name) if served is not None else _same_weights(path, backend.name)
+
+
+def _same_weights(path: str, other: str) -> bool:
+    if Path(path).resolve() == Path(other).resolve():
+        return True
+    weights = [sorted(sha256_of(file) for file in Path(folder).glob("*.safetensors")) for folder in (path, other)]
+    return bool(weights[0]) and weights[0] == weights[1]
