@@ -23,6 +23,7 @@ from prefuse.engine.report.log import say, table
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
+from prefuse.engine.score.history import record
 from prefuse.engine.score.itself import is_judge_of
 from prefuse.engine.score.length_control import length_controlled
 from prefuse.engine.score.rubric import shown
@@ -66,6 +67,11 @@ def compare_answers(config: Config) -> dict[str, float]:
     if verdict.own is not None:
         more, curve = scored(verdict, trusted)
         metrics |= more
+    if config.history is not None:
+        drift = record(Path(config.history), answered.names[0], answered.prompts, answered.answers, metrics)
+        since = drift.pop("since", None)
+        changes = "  ".join(f"{name} {value:.4g}" for name, value in drift.items())
+        say(f"since {since}: {changes}" if since else f"the first look at these prompts is in {config.history}")
     if config.answers_dir is not None:
         write_answers(answered, scorer, verdict.found, Path(config.answers_dir))
     if config.output_file is not None:  # before it is shown: a screen may be gone

@@ -31,6 +31,10 @@ class EvaluationSettings(Topic):
         "Folder to write answers and verdicts to: AlpacaEval's outputs and annotations, and model_answer/ and "
         "question.jsonl as MT-Bench and Arena-Hard read them. Must be new or empty.",
     )
+    history: str | None = setting(
+        None,
+        "JSONL file to append this look to: drift of the model since the last look at the same prompts is then said.",
+    )
     scorer_columns: list[str] | None = setting(
         None, "More columns of the rows to hand to a Python function, beside those that it names."
     )
@@ -51,7 +55,7 @@ class EvaluationSettings(Topic):
             return
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError("num_generations above 1 needs samples: set temperature above 0, for instance 1.0")
-        for name in ("model_answers", "ref_answers", "checkpoints"):
+        for name in ("model_answers", "ref_answers", "checkpoints", "history"):
             if getattr(self, name) and not self.scorer:
                 raise UserError(f"{name} needs something that scores answers: give --scorer")
         if bool(self.model_answers) != bool(self.ref_answers):

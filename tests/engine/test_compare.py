@@ -99,6 +99,26 @@ def test_best_of_n_and_two_scorers(made, tmp_path):
     assert curve[3]["proxy"] >= curve[0]["proxy"]
 
 
+def test_drift_since_the_last_look_at_the_same_prompts(made, tmp_path, capsys):
+    history = tmp_path / "history.jsonl"
+    words = ["--model_name_or_path", made["model"], "--dataset_name", made["prompts"], "--columns", "unused=solution",
+             "--scorer", "length", "--history", str(history), "--num_prompts", "3"]  # fmt: skip
+    looks = []
+    for name in "first", "same", "moved":
+        (tmp_path / name).mkdir()
+        if name == "moved":  # something has changed one answer and the score since
+            rows = [json.loads(line) for line in history.read_text().splitlines()]
+            rows[-1]["answers"][0][0] += " more"
+            rows[-1]["metrics"]["score"] -= 2
+            history.write_text("{damaged\n" + "".join(json.dumps(row) + "\n" for row in rows))
+        evaluated(made, tmp_path / name, *words, models=False)
+        looks.append(" ".join(capsys.readouterr().out.split()))
+    assert "the first look at these prompts" in looks[0]
+    assert "changed_answers 0" in looks[1]
+    assert "_change" not in looks[1]
+    assert "changed_answers 0.3333 score_change 2" in looks[2]
+
+
 def test_a_model_alone_has_scores(made, tmp_path):
     words = ["--model_name_or_path", made["model"], "--dataset_name", made["prompts"], "--columns", "unused=solution"]
     found = evaluated(made, tmp_path, "--scorer", "length", "format=.*", *words, models=False)
