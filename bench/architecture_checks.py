@@ -212,7 +212,7 @@ def _train(model, *more: str) -> None:
         with said:
             status = main(["train", *words, *more])
         if status != 0:
-            raise Refused(said.last_line())
+            raise Refused(said.last_line().replace(str(base), "MODEL"))
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in log if "loss" in line]
         if not losses or abs(losses[0] - 0.693147) > 1e-3:
