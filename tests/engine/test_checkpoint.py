@@ -142,7 +142,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_model", full_disk)
     out = tmp_path / "run"
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"No space left.*the weights after step 4 were kept in"):
         train(settings(**base, output_dir=str(out), max_steps=6, save_steps=2, save_total_limit=1), "train")
     assert latest_checkpoint(out) == out / "checkpoint-2"
     assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint-2"]

@@ -16,7 +16,7 @@ from prefuse.engine.model import forward
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.report import log
 from prefuse.engine.report.clock import PARTS, Clock
-from prefuse.engine.report.plots import _curve
+from prefuse.engine.report.plots import curve_points
 from prefuse.engine.run import held_out
 from prefuse.engine.run.held_out import evaluate, hold
 from prefuse.engine.train import train
@@ -141,9 +141,9 @@ def test_a_tie_is_shown_as_one(files):
 def test_the_curve_of_accuracies_counts_a_tie_as_half():
     rows = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0, "eval_loss": None}]
     rows += [{"step": 1, "rewards/accuracies": 0.25}, {"step": 2, "eval_rewards/accuracies": 0.75}]
-    assert _curve(rows, "rewards/accuracies", "eval_") == [(0, 0.5), (2, 0.75)]
-    assert _curve(rows, "rewards/accuracies", "") == [(1, 0.25)]
-    assert _curve(rows, "loss", "eval_") == []
+    assert curve_points(rows, "rewards/accuracies", "eval_") == [(0, 0.5), (2, 0.75)]
+    assert curve_points(rows, "rewards/accuracies", "") == [(1, 0.25)]
+    assert curve_points(rows, "loss", "eval_") == []
 
 
 def test_demonstrations_have_loss_perplexity_and_accuracy(files, capsys, tmp_path):

@@ -226,9 +226,13 @@ def test_the_guards_page_names_every_setting_and_every_guard():
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs/guards.md").read_text(encoding="utf-8")
     named = {"guard_action", "max_skipped_steps", "max_loss_ratio", "max_chosen_drop", "max_accuracy_drop", "max_kl"}
+    named |= {"max_score_drift", "max_length_preference"}
     assert named <= FIELDS.keys()
     assert all(f"`{name}`" in page or f"--{name}" in page for name in named)
     source = (root / "engine/run/guards.py").read_text(encoding="utf-8")
     names = set(re.findall(r'_act\(\s*"([^"]+)"', source))
-    assert names == {"loss explosion", "over-fitting", "KL", "collapse of chosen", "KTO labels"}
-    assert all(f"`{name}`" in page for name in names)
+    labels = {"KTO labels"}  # named after the loss
+    assert names | labels == {
+        "loss explosion", "over-fitting", "KL", "collapse of chosen", "score drift", "length", *labels,
+    }  # fmt: skip
+    assert all(f"`{name}`" in page for name in names | labels)
