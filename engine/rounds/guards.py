@@ -130,6 +130,11 @@ class OnlineGuards(Guards):
                 f"{target:.4g}: raise beta, set beta_horizon so that beta follows, or stop here",
             )
 
+    def _on_loss(self, step: int, loss: float) -> None:
+        """The loss of a policy hovers about 0 whatever is learned, so none is an explosion of the usual one."""
+        if self.first_loss is None:
+            self.first_loss = loss
+
     # ---- every evaluation --------------------------------------------------------------------
 
     def on_evaluation(self, step: int, means: dict[str, float]) -> None:

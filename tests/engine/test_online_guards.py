@@ -129,9 +129,13 @@ def test_a_rule_that_pays_what_gold_does_not(tmp_path, caplog):
     """The rule pays vowels, gold takes them off: as the reward rises, gold falls."""
     model = save_model(tmp_path / "model")
     steps = online(
-        model, tmp_path, max_steps=10, learning_rate=1e-2, eval_fraction=0.25, eval_steps=2, missing_eos_penalty=0.0,
+        model, tmp_path, max_steps=20, learning_rate=2e-3, lr_scheduler_type="constant", warmup_ratio=0.0,
+        num_generations=8, eval_fraction=0.25, eval_steps=4, missing_eos_penalty=0.0,
         gold_scorer=[f"{tmp_path / 'rules.py'}:gold"], per_device_eval_batch_size=16,
     )  # fmt: skip
     assert "guard, over-optimization: the reward in training has risen" in caplog.text
+    assert "loss explosion" not in caplog.text  # the loss of a policy hovers about 0
+    rewards = [line["reward"] for line in steps if "reward" in line]
     gold = [line["eval_gold"] for line in steps if "eval_gold" in line]
-    assert gold[-1] < gold[0]
+    assert sum(rewards[-5:]) > 1.3 * sum(rewards[:5])
+    assert gold[-1] < max(gold)
