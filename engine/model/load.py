@@ -33,7 +33,7 @@ from prefuse.models.rope import hold_rope
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,6 @@ def load_model(
     It stays in eval mode for good. That turns dropout off wherever the model has it, in modules and in functional
     calls, for the policy as for the reference, without touching the config that is saved; gradients flow all the same.
     """
-    from transformers import GenerationConfig
-
     folder, base = Path(path), base_of(Path(path))
     if base is not None:
         if trains and not config.use_peft:
@@ -124,7 +122,7 @@ def load_model(
     if base is not None:
         adapters = go_on_with(model, folder, config) if trains else load_adapters(model, folder)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = _generation_config(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
     router, coefficient = router_loss(model, config, trains)
@@ -178,6 +176,16 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
             f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
+
+
+def _generation_config(folder: Path) -> "GenerationConfig":
+    """What adapters were saved with: the tokens that end their answers."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"cannot read generation_config.json of {folder}: {_fault(error)}") from None
 
 
 def _gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:

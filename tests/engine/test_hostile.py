@@ -35,8 +35,16 @@ def fuzz(examples: int):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, rows, adapters, and a run that was stopped before its model was written, with how it ends."""
-    folder = tmp_path_factory.mktemp("files")
+    """A model, rows, adapters, and a run that was stopped before its model was written, with how it ends.
+
+    Paths are relative: files that hold one are then the same in every run, and so are their mutations.
+    """
+    with pytest.MonkeyPatch.context() as place:
+        place.chdir(tmp_path_factory.mktemp("files"))
+        yield from made_files(Path())
+
+
+def made_files(folder):
     made = {"model": save_model(folder / "model", **SMALL), "pairs": write_rows(folder / "pairs.jsonl", ROWS)}
     made["folder"] = folder
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,7 @@
 """`prefuse merge`: base and adapters as one model, which computes what the two did and trains on."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -36,6 +38,14 @@ def test_the_merged_model_computes_what_base_and_adapters_did(lora, tmp_path, ca
     half = str(tmp_path / "half")
     assert cli.main(["merge", "--model_name_or_path", lora["lora"], "--output_dir", half, "--dtype", "bfloat16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(half, dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_strange_generation_config_beside_adapters_is_one_line(lora, tmp_path, capsys):
+    adapters = shutil.copytree(lora["lora"], tmp_path / "lora")
+    for strange in ("null", "[1]", "{"):
+        (adapters / "generation_config.json").write_text(strange)
+        assert cli.main(["merge", "--model_name_or_path", str(adapters), "--output_dir", str(tmp_path / "w")]) == 2
+        assert "cannot read generation_config.json of" in capsys.readouterr().err
 
 
 def test_what_cannot_be_merged_is_one_line(lora, tmp_path, capsys):
