@@ -86,7 +86,12 @@ def test_a_run_learns_and_transformers_reads_it(lora, model, rows, tmp_path):
         config_of(model, rows, out, use_peft=lora, **({"lora_r": 4} if lora else {}), num_train_epochs=25.0), "reward"
     )
     log = read_log(out)
-    assert [row for row in log if "eval_loss" in row][-1]["eval_accuracy"] > 0.7
+    steps = [
+        row for row in log if "loss" in row
+    ]  # of the rows that are learned: those held out are four, too few to say
+    assert steps[0]["loss"] > 0.5
+    assert steps[-1]["loss"] < 0.05
+    assert steps[-1]["accuracy"] == 1.0
     assert loader_of(out) is load_step_model
     assert not (out / "held_out_scores.jsonl").exists()  # steps have no pair to show
     tokenizer = AutoTokenizer.from_pretrained(out)
