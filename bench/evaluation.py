@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,7 +69,10 @@ def main() -> None:
         print(f"{name:8} {peak / 2**20:8.1f} MiB beyond the models")
     print(f"prefuse / TRL {trl.__version__}: {seconds['prefuse'] / seconds['trl']:.2f} of the CPU seconds")
     if arguments.save is not None:
-        found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics, "arguments": sys.argv[1:]}
+        settings = {name: value for name, value in vars(arguments).items() if name != "save"}
+        for name in ("model_name_or_path", "dataset_name"):  # where they stand is this machine's affair
+            settings[name] = settings[name] and Path(settings[name]).name
+        found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics, "settings": settings}
         path = RESULTS / f"evaluation-{arguments.save}-{torch.get_num_threads()}threads.json"
         path.write_text(json.dumps(environment() | found, indent=1) + "\n")
         print(f"wrote {path}")
