@@ -28,10 +28,10 @@ from prefuse.engine.data.forms import ReadOptions, Record, Skipped, read_records
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.rollouts import Shape
+from prefuse.engine.model.sampling import shape_of
 from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.learn import pairs_of
-from prefuse.engine.rounds.sampler import Sampler, seed_of
+from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.constitution import Constitution, drawn, read_constitution
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
@@ -100,10 +100,9 @@ def sample_candidates(config: Config, device: torch.device, scorer: Scorer, gold
     lm = load_model(config.model_name_or_path, config, device)
     check_prompts(lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
     values = columns_of_rows(config, prompts, columns)
-    shape = Shape(config.max_new_tokens, config.temperature, config.top_p, config.min_p)
-    sampler = Sampler(lm, tokenizer, scorer, shape, config.per_device_eval_batch_size, values)
+    sampler = Sampler(lm, tokenizer, scorer, shape_of(config), config.per_device_eval_batch_size, values)
     samples = sampler.sample(prompts, config.num_generations, seed_of(config.seed, "label"), "sampling answers")
-    texts = sampler.texts(prompts, samples)
+    texts = texts_of(samples)
     return Candidates([p.row for p in prompts], [p.raw for p in prompts], texts, config.model_name_or_path, values)
 
 

@@ -32,7 +32,7 @@ from prefuse.engine.model.adapters import adapters_off
 from prefuse.engine.model.forward import LanguageModel, batch_logps, token_values
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
-from prefuse.engine.model.rollouts import Shape
+from prefuse.engine.model.sampling import Shape
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import say
 from prefuse.engine.rounds.guards import OnlineGuards
@@ -47,7 +47,7 @@ from prefuse.engine.rounds.learn import (
     spare_of,
     summary_of,
 )
-from prefuse.engine.rounds.sampler import Sampler, seed_of
+from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.rounds.samples import Round, forget_tensors, load_round, save_round
 from prefuse.engine.rounds.values import ValueHead
 from prefuse.engine.run.folder import RunFolder
@@ -254,8 +254,8 @@ class Rounds:
     def sample(self, number: int, step: int, seed: int, chosen: list[int]) -> Round:
         own = [self.prompts[i] for i in chosen]
         samples = self.sampler.sample(own, self.config.num_generations, seed, f"round {number}: sampling")
-        texts = self.sampler.texts(own, samples)
         ids, stopped = ([[getattr(one, name) for one in group] for group in samples] for name in ("ids", "stopped"))
+        texts = texts_of(samples)
         scores = self.sampler.score(chosen, own, texts)
         return Round(number, step, seed, chosen, [prompt.row for prompt in own], ids, texts, stopped, scores)
 
