@@ -119,9 +119,9 @@ def _settings(command: str, words: Sequence[str]) -> "Config":
 
 def _is_named(row: str, wanted: str) -> bool:
     """Whether an example is of the row: of "17" are "pairs.jsonl:17" and "pairs.jsonl:17 (0 over 2)"."""
-    from prefuse.engine.data.table import place_of
+    from prefuse.engine.data.table import source_row
 
-    place = place_of(row)
+    place = source_row(row)
     return wanted in (row, place, place.rpartition(":")[2])
 
 
