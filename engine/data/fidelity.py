@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from prefuse.engine.data.turns import Message
+from prefuse.engine.data.turns import REASONING, Message
 
 THINK = "<think>"
 THOUGHT = "</think>"
@@ -32,7 +32,7 @@ def lost_in_answer(turn: Message, prompt: str, completion: str) -> str | None:
     if not (contains(completion, content) or _continues(prompt, completion, content)):
         return f"its reasoning ({THINK}...{THOUGHT})" if _only_reasoning_lost(completion, content) else "its text"
     if not contains(completion, reasoning):
-        return 'its "reasoning_content"'
+        return f'its "{next(name for name in reversed(REASONING) if turn.get(name))}"'
     name = untraced_call(turn, completion)
     return None if name is None else f'the tool call "{name}"'
 

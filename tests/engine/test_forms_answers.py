@@ -229,3 +229,27 @@ def test_prompts_alone_need_no_verdict_and_no_threshold(tmp_path):
     ):
         rows = [row | {"winner": "A"}] if "winner" in row else [row]
         assert read(tmp_path, [*rows, row], "prompt")[0] == [("user: Q",)] * 2
+
+
+def test_a_prompt_that_stands_at_the_start_of_nearly_all_answers_is_cut_off_and_counted(tmp_path):
+    said = "rows whose prompt stood at the start of the answer, and is cut off there: 2"
+    question, other = "what is the sky?", "what is the sea?"
+    rows = [{"prompt": q, "completion": f"{q} A", "label": True} for q in (question, other)]
+    for kind, more in (("sft", ()), ("labelled", (True,))):
+        assert read(tmp_path, rows, kind)[0] == [(question, " A", *more), (other, " A", *more)]
+        assert said in read(tmp_path, rows, kind)[1].form.tally.lines
+    asked = [{"question": q, "answer": f"{q}\nA"} for q in (question, other)]
+    assert read(tmp_path, asked, "sft")[0] == [(f"user: {q}", "assistant: \nA") for q in (question, other)]
+    once = [rows[0], rows[1] | {"completion": "A"}]  # an answer that begins with its question, among others
+    assert read(tmp_path, once, "sft")[0] == [(question, f"{question} A"), (other, "A")]
+    short = [{"prompt": "hello", "completion": "hello there"}]
+    assert read(tmp_path, short, "sft")[0] == [("hello", "hello there")]
+
+
+def test_keys_of_turns_that_nothing_reads_are_said(tmp_path):
+    turn = GOOD | {"explanation": "some words", "model": "m-7b", "logprob": -0.5, "header": {"accept": "any"}}
+    _, reading, _ = read(tmp_path, [{"messages": [USER, turn]}] * 2, "sft")
+    assert reading.form.tally.lines == [
+        'turns of the first rows that also hold "explanation", for the chat template alone: 2',
+        'turns of the first rows that also hold "header", for the chat template alone: 2',
+    ]

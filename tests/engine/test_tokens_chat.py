@@ -238,6 +238,15 @@ def test_a_template_that_reads_parts_gets_them(tmp_path):
     assert texts(tmp_path, row, template) == texts(tmp_path, row, CHATML)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_used_or_missed_under_each_of_its_names(tmp_path, name):
+    row = {"messages": [USER, answer() | {name: "six sevens"}]}
+    assert texts(tmp_path, row, APART)[1].startswith("<think>\nsix sevens\n</think>\n\n")
+    assert f'drops or rewrites text of "completion": its "{name}". Fix:' in refusal(tmp_path, row, CHATML)
+    odd = {"messages": [USER, answer() | {name: ["six", "sevens"]}]}
+    assert f'"{name}" of a "assistant" turn in "messages" is a list, expected a string' in refusal(tmp_path, odd, APART)
+
+
 def test_a_null_content_is_an_empty_turn_where_the_template_takes_it_so(tmp_path):
     row = {"messages": [SYSTEM | {"content": None}, USER, answer()]}
     assert texts(tmp_path, row, CHATML)[0].startswith("<|im_start|>system\n<|im_end|>\n")

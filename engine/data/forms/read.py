@@ -13,6 +13,7 @@ from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.turns import other_keys
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
@@ -53,6 +54,8 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
         reasons = "\n".join(f"  {name}: {_problem(row)}" for name, row in first[:5])
         raise DataError(f"{source.name}: none of its {len(first)} rows is an object with columns:\n{reasons}")
     form = detect_form(look, kind, options)
+    for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
+        form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
     ignored = [column for column in look.values if column not in form.used]
     checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
     return Reading(_outcomes(checked, form, kind), form, ignored)
