@@ -239,7 +239,7 @@ MISTAKES = {
     "no room": (("inspect", "{rows}", "--max_length", "1"), "1 is no number from 2 on"),
     "a picture of no known kind": (("inspect", "{rows}", "--picture", "{dir}/a.xyz"), "a name that ends in .png"),
     "a picture nowhere": (("inspect", "{rows}", "--picture", "{dir}/b/a.png"), "in a folder that does not exist"),
-    "no such tokenizer": (("inspect", "{rows}", "--tokenizer", "{dir}/none"), "none is no folder here"),
+    "no such tokenizer": (("inspect", "{rows}", "--tokenizer", "{dir}/none"), "none does not exist"),
     "no such rows": (("inspect", "{dir}/none.jsonl"), "no such file or folder"),
 }  # fmt: skip
 

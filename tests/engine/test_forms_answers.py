@@ -235,13 +235,14 @@ def test_a_prompt_that_stands_at_the_start_of_nearly_all_answers_is_cut_off_and_
     said = "rows whose prompt stood at the start of the answer, and is cut off there: 2"
     question, other = "what is the sky?", "what is the sea?"
     rows = [{"prompt": q, "completion": f"{q} A", "label": True} for q in (question, other)]
-    for kind, more in (("sft", ()), ("labelled", (True,))):
-        assert read(tmp_path, rows, kind)[0] == [(question, " A", *more), (other, " A", *more)]
-        assert said in read(tmp_path, rows, kind)[1].form.tally.lines
+    for kind in ("sft", "labelled"):
+        records, reading, _ = read(tmp_path, rows, kind)
+        assert records == [(question, " A", True), (other, " A", True)]
+        assert said in reading.form.tally.lines
     asked = [{"question": q, "answer": f"{q}\nA"} for q in (question, other)]
     assert read(tmp_path, asked, "sft")[0] == [(f"user: {q}", "assistant: \nA") for q in (question, other)]
     once = [rows[0], rows[1] | {"completion": "A"}]  # an answer that begins with its question, among others
-    assert read(tmp_path, once, "sft")[0] == [(question, f"{question} A"), (other, "A")]
+    assert read(tmp_path, once, "labelled")[0] == [(question, f"{question} A", True), (other, "A", True)]
     short = [{"prompt": "hello", "completion": "hello there"}]
     assert read(tmp_path, short, "sft")[0] == [("hello", "hello there")]
 
