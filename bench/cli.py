@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import sys
@@ -41,6 +42,13 @@ GROUPS = {
 }
 VERBS = {name: about for verbs in GROUPS.values() for name, about in verbs.items()}
 OTHER_NAMES = {"loading": "data"}  # names of before
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs, by which a shell completes."""
+    parser = argparse.ArgumentParser(prog="prefuse bench", add_help=False)
+    parser.add_argument("verb", choices=tuple(VERBS))
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
