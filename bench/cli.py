@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import sys
@@ -27,6 +28,13 @@ VERBS = {
     "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",
     "train": "Pairs per second of a whole DPO run beside TRL's, and whether both learn the same.",
 }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs, by which a shell completes."""
+    parser = argparse.ArgumentParser(prog="prefuse bench", add_help=False)
+    parser.add_argument("verb", choices=tuple(VERBS))
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
