@@ -87,7 +87,7 @@ class Targets:
         ordered, rows = ids.sort(stable=True)
         firsts = torch.arange(0, len(head.weight) + head.columns, head.columns, device=ids.device)
         bounds = torch.searchsorted(ordered, firsts.clamp_max_(len(head.weight))).tolist()
-        # The first and the last part are other ranks' columns.
+        # Before the first and behind the last slice are other ranks' columns.
         counts = [end - start for start, end in pairwise([0, *bounds, len(ids)])]
         self.parts = list(zip(rows.split(counts), (ordered % head.columns).split(counts), strict=True))[1:-1]
 
