@@ -453,7 +453,7 @@ def tune_one(suite: Suite, kernel: str, model: Model, pool: Any, seconds: float,
     return {
         "timed": sum(bool(x.ms) for x in tuned.entrants),
         "winner": "no time" if row is None else str(row.config),
-        "table": tune.describe(tuned),
+        "table": tune.entrants_table(tuned),
     }
 
 

@@ -25,7 +25,7 @@ from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug
 from prefuse.engine.data import Pair
 from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data.order import plan_epoch
-from prefuse.engine.model.forward import LanguageModel, fused_loss, token_logps
+from prefuse.engine.model.forward import LanguageModel, batch_logps, fused_loss
 from prefuse.transformers import head_of
 
 VOCABULARY = 8192
@@ -68,7 +68,7 @@ def batches_of(lm: LanguageModel, examples: Examples, budget: int | None) -> lis
     bins = None if budget is None else flat.bins(budget)
     (microbatches,) = plan_epoch(flat.lengths, MICROBATCH, len(flat) // MICROBATCH, 0, 0, bins)
     batches = [collate(flat, indices) for indices in microbatches]
-    return [dataclasses.replace(batch, ref_logps=token_logps(lm, batch)) for batch in batches]
+    return [dataclasses.replace(batch, ref_logps=batch_logps(lm, batch)) for batch in batches]
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read
 from prefuse.engine.data.forms.read import Reading
 from prefuse.engine.data.records import DataError
 from prefuse.engine.data.sources import open_source
-from prefuse.engine.data.stats import Stats, characters, digest, identity_of, measure, verdict_of
-from prefuse.engine.data.table import place_of
-from prefuse.engine.data.write import TARGETS, check_output, rows_of, with_turns, write_rows
+from prefuse.engine.data.stats import Stats, characters, identity_of, judgement_of, measure_rows, short_digest
+from prefuse.engine.data.table import source_row
+from prefuse.engine.data.write import TARGETS, check_output, with_turns, write_rows, written_rows
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
@@ -55,7 +55,7 @@ def inspect(args: argparse.Namespace) -> None:
     from prefuse.engine.report.data_page import plot_stats, show_stats
 
     reading, kind = _read(args.source, args)
-    stats = measure(reading.outcomes, characters)
+    stats = measure_rows(reading.outcomes, characters)
     unit = "characters"
     _say_form(args.source, reading, kind)
     if args.tokenizer:
@@ -144,13 +144,13 @@ def _converted(reading: Reading, args: argparse.Namespace, skipped: Counter[str]
     written: set[bytes] = set()
     for record in _records(reading, skipped):
         try:
-            rows = list(rows_of(with_turns(record) if args.as_turns else record, args.to))
+            rows = list(written_rows(with_turns(record) if args.as_turns else record, args.to))
         except BadRow as problem:
             skipped[str(problem)] += 1
             continue
         for row in rows:
             if args.to == "scored":  # an answer stands in several pairs
-                identity = digest(row)
+                identity = short_digest(row)
                 if identity in written:
                     continue
                 written.add(identity)
@@ -179,10 +179,10 @@ def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any]
         if reason is None and args.drop_duplicates and identity in seen:
             reason = "an earlier row equals it"
         seen.add(identity)
-        if reason is not None and place_of(record.row) not in failed:
+        if reason is not None and source_row(record.row) not in failed:
             dropped[reason] += 1
-            failed.add(place_of(record.row))
-        kept.add(place_of(record.row))
+            failed.add(source_row(record.row))
+        kept.add(source_row(record.row))
     return kept - failed
 
 
@@ -203,9 +203,9 @@ def _fails(record: Record, args: argparse.Namespace, verdicts: dict[bytes, Any])
             return "it has no two scores"
         if scores["chosen"] - scores["rejected"] < args.min_score_gap:
             return f"the scores differ by less than {args.min_score_gap:g}"
-    if len(record.sides) == 2 and len(set(map(digest, record.sides.values()))) == 1:
+    if len(record.sides) == 2 and len(set(map(short_digest, record.sides.values()))) == 1:
         return "both sides are equal"
-    if verdicts.get(verdict_of(record)[0], 0) is None:
+    if verdicts.get(judgement_of(record)[0], 0) is None:
         return "another row says the opposite"
     return None
 
@@ -214,7 +214,7 @@ def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
     """{what is judged: the judgement, or None where two rows differ}."""
     found: dict[bytes, Any] = {}
     for record in _records(_read(args.source, args)[0], Counter()):
-        case, verdict = verdict_of(record)
+        case, verdict = judgement_of(record)
         if verdict is not None:
             found[case] = verdict if found.get(case, verdict) == verdict else None
     return found
@@ -222,7 +222,7 @@ def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
 
 def _sides(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> dict[str, str]:
     """{row: "train" or "test"}, by the digest of its prompt and the seed."""
-    prompts = {place_of(record.row): digest(record.prompt) for record in _records(reading, skipped)}
+    prompts = {source_row(record.row): short_digest(record.prompt) for record in _records(reading, skipped)}
     distinct = sorted(set(prompts.values()), key=lambda prompt: hashlib.sha256(b"%d " % args.seed + prompt).digest())
     held = max(1, round(args.eval_fraction * len(distinct)))
     if held >= len(distinct):

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 
 from prefuse.engine.errors import UserError
-from prefuse.engine.report.log import duration, table
+from prefuse.engine.report.log import duration, print_table
 
 GIB = 2**30
 OPTIONAL = ("triton", "trl", "liger-kernel", "flash-attn", "bitsandbytes", "math-verify")
@@ -50,7 +50,9 @@ def doctor(argv: Sequence[str]) -> int:
         checks.append(self_test(torch.bfloat16))
     if given.config is not None:
         checks += needs_of_run(given.config, given.command)
-    table("prefuse doctor", ["", "state", ""], [[check.name, check.state, check.said] for check in checks], lines=False)
+    print_table(
+        "prefuse doctor", ["", "state", ""], [[check.name, check.state, check.said] for check in checks], lines=False
+    )
     return 2 if any(check.state == "wrong" for check in checks) else 0
 
 

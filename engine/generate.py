@@ -2,7 +2,7 @@
 
 prefuse generate --model_name_or_path run --ref_model_name_or_path base --dataset_name pairs.jsonl
 
-Only the settings shape the text: greedy, or the plain distribution at a temperature (engine/model/sampling.py).
+Only the settings shape the text: greedy, or sampled at a temperature (engine/model/sampling.py).
 """
 
 import json
@@ -12,8 +12,8 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.dataset import read_prompts
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import sample
-from prefuse.engine.report.log import say, table
+from prefuse.engine.model.sampling import sample, shape_of
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.run.files import write_whole
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
@@ -33,7 +33,8 @@ def generate(config: Config) -> list[dict[str, str]]:
         lm = load_model(path, config, device)
         rows = [prompt.row for prompt in prompts]
         check_prompts(lm, [prompt.ids for prompt in prompts], rows, config.max_new_tokens)
-        answers[role] = [a.text for a in sample(lm, tokenizer, [prompt.ids for prompt in prompts], config)]
+        ids, size = [prompt.ids for prompt in prompts], config.per_device_eval_batch_size
+        answers[role] = [a.text for a in sample(lm, tokenizer, ids, shape_of(config), size, config.seed)]
 
     results = [
         {"row": prompt.row, "prompt": prompt.text} | {role: answers[role][i] for role in names}
@@ -48,7 +49,7 @@ def generate(config: Config) -> list[dict[str, str]]:
         title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
     shown = results if config.output_file is None else results[:SHOWN_ANSWERS]
     rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in shown]
-    table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
+    print_table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
     if config.output_file is not None:
         say(f"wrote {len(results)} answers to {config.output_file}")
     return results

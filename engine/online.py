@@ -29,10 +29,10 @@ from prefuse.engine.data.order import generator
 from prefuse.engine.data.table import Demonstration
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off
-from prefuse.engine.model.forward import LanguageModel, token_logps, token_values
+from prefuse.engine.model.forward import LanguageModel, batch_logps, token_values
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
-from prefuse.engine.model.rollouts import Shape
+from prefuse.engine.model.sampling import Shape
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import say
 from prefuse.engine.rounds.guards import OnlineGuards
@@ -47,7 +47,7 @@ from prefuse.engine.rounds.learn import (
     spare_of,
     summary_of,
 )
-from prefuse.engine.rounds.sampler import Sampler, seed_of
+from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.rounds.samples import Round, forget_tensors, load_round, save_round
 from prefuse.engine.rounds.values import ValueHead
 from prefuse.engine.run.folder import RunFolder
@@ -254,8 +254,8 @@ class Rounds:
     def sample(self, number: int, step: int, seed: int, chosen: list[int]) -> Round:
         own = [self.prompts[i] for i in chosen]
         samples = self.sampler.sample(own, self.config.num_generations, seed, f"round {number}: sampling")
-        texts = self.sampler.texts(own, samples)
         ids, stopped = ([[getattr(one, name) for one in group] for group in samples] for name in ("ids", "stopped"))
+        texts = texts_of(samples)
         scores = self.sampler.score(chosen, own, texts)
         return Round(number, step, seed, chosen, [prompt.row for prompt in own], ids, texts, stopped, scores)
 
@@ -267,7 +267,7 @@ class Rounds:
         if config.algorithm == "iterative_dpo" and self.ref is self.lm:
             material = self.material(made)
             if material is not None:
-                made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, token_logps))
+                made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, batch_logps))
         if over_tokens and (self.steps_per_round > 1 or needs_ref or config.algorithm == "ppo"):
             made = replace(made, old_logps=self.logps_of(made, self.lm))
         if self.values is not None:
@@ -280,7 +280,7 @@ class Rounds:
 
     def logps_of(self, made: Round, model: LanguageModel) -> Tensor:  # (N,)
         """Of all answers, in the batches that the policy will meet."""
-        logps = partial(token_logps, temperature=self.config.temperature)
+        logps = partial(batch_logps, temperature=self.config.temperature)
         return self.of_tokens(self.answers(made), made, model, logps)
 
     def answers(self, made: Round) -> Material:
@@ -369,7 +369,7 @@ class Rounds:
             return [collate(material.examples, indices, logps.split(counts.tolist())) for indices in parts]
         with self.as_reference():
             found = [collate(material.examples, indices).to(self.lm.device) for indices in parts]
-            return [replace(batch, ref_logps=token_logps(self.ref, batch)) for batch in found]
+            return [replace(batch, ref_logps=batch_logps(self.ref, batch)) for batch in found]
 
     def summary(self, made: Round, step: int, resumed: bool) -> dict[str, Tensor]:
         """The round in TRL's names, shown to the guards."""

@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def plot_losses(given: argparse.Namespace) -> None:
-    from prefuse.engine.report.loss_curves import draw
+    from prefuse.engine.report.loss_curves import draw_losses
 
     try:
-        draw(given.image, given.losses, given.beta)
+        draw_losses(given.image, given.losses, given.beta)
     except (ValueError, TypeError) as error:  # a name that is no loss, a beta that it cannot have
         raise UserError(str(error)) from None
     say(f"{', '.join(given.losses)} are in {given.image}")

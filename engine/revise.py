@@ -20,8 +20,8 @@ from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import position_limit
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.rollouts import Shape
-from prefuse.engine.report.log import say, table
+from prefuse.engine.model.sampling import shape_of
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.sampler import Sampler, seed_of
 from prefuse.engine.run.files import write_whole
 from prefuse.engine.score.constitution import Constitution, Critique, read_constitution
@@ -50,9 +50,8 @@ def revise(config: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)
     lm = load_model(config.model_name_or_path, config, device)
-    shape = Shape(config.max_new_tokens, config.temperature, config.top_p, config.min_p)
     values = columns_of_rows(config, prompts, columns)
-    writer = Sampler(lm, tokenizer, scorer, shape, config.per_device_eval_batch_size, values)
+    writer = Sampler(lm, tokenizer, scorer, shape_of(config), config.per_device_eval_batch_size, values)
     drafts = [Draft(prompt) for prompt in prompts]
     say_each(writer, drafts, "answers", [prompt.ids for prompt in prompts], config)
     for number in range(config.num_revisions):
@@ -61,7 +60,7 @@ def revise(config: Config) -> dict[str, float]:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(Path(config.output_file), lines.encode("utf-8", errors="backslashreplace").decode())
     metrics = summary(writer, drafts)
-    table("answers and revisions", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+    print_table("answers and revisions", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
     say(f"wrote {len(rows)} rows to {config.output_file}")
     return metrics
 
@@ -114,7 +113,7 @@ def say_each(
     prompts = [d.prompt._replace(ids=ids) for d, ids, fit in zip(drafts, asked, fits, strict=True) if fit]
     seed = seed_of(config.seed, "revise", kind, len(drafts[0].answers) if drafts else 0)
     samples = writer.sample(prompts, 1, seed, f"sampling {kind}") if prompts else []
-    texts = iter(own[0].strip() for own in writer.texts(prompts, samples))
+    texts = iter(own[0].text.strip() for own in samples)
     said = []
     for draft, fit in zip(drafts, fits, strict=True):
         kept = getattr(draft, kind)

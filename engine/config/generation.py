@@ -6,6 +6,7 @@ from typing import ClassVar
 from prefuse.engine.config.setting import Rule, Topic, at_least, setting
 
 SAMPLING = ("online", "label", "revise")  # answers are sampled, not the most likely ones
+ANSWERING = ("generate", "eval", *SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class GenerationSettings(Topic):
     max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
     temperature: float | None = setting(
         None,
-        "0 takes the most likely token; above it, samples from the whole distribution. Nothing else shapes the text: "
-        "no penalty, top_p or beam of the model's generation_config.json. None: 0, but 1 for `online`, `label` and "
-        "`revise`.",
-        commands=("generate", "eval", "online", "label", "revise"),
+        "0 takes the most likely token; above it, samples, from the whole distribution unless top_p or min_p is set. "
+        "Nothing else shapes the text: no penalty, top_p or beam of the model's generation_config.json. None: 0, but 1 "
+        "for `online`, `label` and `revise`.",
+        commands=ANSWERING,
         rule=Rule("0, or at least 0.001 and at most 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3),
     )
 

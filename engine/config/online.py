@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.generation import SAMPLING
+from prefuse.engine.config.generation import ANSWERING
 from prefuse.engine.config.setting import Rule, Topic, above, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.policy import GRPO, RLOO, PPOClip, Reinforce
@@ -33,12 +33,12 @@ class OnlineSettings(Topic):
     )  # fmt: skip
     max_completion_length: int = setting(256, "Most tokens of an answer.", rule=at_least(1))
     top_p: float = setting(
-        1.0, "Sample from the likeliest tokens that together have this probability.", commands=SAMPLING, rule=SHARE
+        1.0, "Sample from the likeliest tokens that together have this probability.", commands=ANSWERING, rule=SHARE
     )
     min_p: float | None = setting(
         None,
         "Sample from the tokens with at least this share of the likeliest one's probability.",
-        commands=SAMPLING,
+        commands=ANSWERING,
         rule=SHARE,
     )
     steps_per_generation: int = setting(

@@ -73,6 +73,6 @@ def _role(examples: Examples, index: int) -> str:
     return "chosen" if examples.labels[index] else "rejected"
 
 
-def plain(sides: Sequence[Side]) -> list[dict]:
+def sides_as_json(sides: Sequence[Side]) -> list[dict]:
     """For JSON."""
     return [asdict(side) for side in sides]

@@ -1,23 +1,24 @@
-"""Answers of a model: batched generation with key-value caches, shaped by the settings alone.
+"""Answers of a model: transformers' own batched generate with its cache, shaped by the settings alone.
 
-Prompts are padded on the left. Greedy, or the plain distribution at a temperature: what the model's
-generation_config.json asks for besides (penalties, top_p, beams, forbidden tokens) is not used, and that is said; of it
-only the tokens that end an answer are taken.
+`prefuse generate`, `eval`, `label`, `revise`, `online` and judges sample here. Prompts are padded on the left. What a
+generation_config.json asks for besides (penalties, beams, forbidden tokens) is not used, and that is said; of it only
+the tokens that end an answer are taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.encode import continuation
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.report.log import progress_bar, say
+from prefuse.engine.report.log import progress, say
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 # What a generation_config.json may say without an effect here.
 NOT_OF_THE_TEXT = {
@@ -28,76 +29,121 @@ NOT_OF_THE_TEXT = {
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What decides the next token beside the model."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0
+    min_p: float | None = None
+
+    def settings(self) -> dict:
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {
+            "do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p, "min_p": self.min_p,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a model said after one prompt."""
 
     ids: list[int]  # as they were generated, the token that ended them included
-    text: str  # without special tokens
+    text: str  # without that token and without special ones
     stopped: bool  # False: max_new_tokens cut it off
 
 
+def shape_of(config: Config) -> Shape:
+    return Shape(config.max_new_tokens, config.temperature, config.top_p, config.min_p)
+
+
 @torch.no_grad()
-def sample(lm: LanguageModel, tokenizer, prompts: Sequence[list[int]], config: Config) -> list[Answer]:
-    """One answer to each prompt, in order. The seed decides what is sampled."""
-    torch.manual_seed(config.seed)
-    ours = _generation_config(lm, tokenizer, config)
-    lm.model.generation_config = ours  # generate fills what is not set from it
-    answers = []
-    size, stops = config.per_device_eval_batch_size, _stop_tokens(lm, tokenizer)
-    with progress_bar() as bar, lm.autocast():
-        task = bar.add_task("generating", total=len(prompts))
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            ids, mask = pad_left(batch)
-            out = lm.model.generate(
-                input_ids=ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
-                generation_config=ours,
-            )
-            for prompt, said in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                told = _up_to(stops, said)
-                text = continuation(tokenizer, prompt, told)
-                answers.append(Answer(said[: len(told) + 1], text, len(told) < len(said)))
-            bar.update(task, completed=start + len(ids))
+def sample(
+    lm: LanguageModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    shape: Shape,
+    batch_size: int,
+    seeds: int | Callable[[int], int],  # one stream for all batches; or the number of a batch -> a seed of its own
+    *,
+    synced: bool = False,  # over ranks: all of them generate until the last is done
+    what: str = "generating",
+) -> list[Answer]:
+    """One answer to each of `prompts`, in their order; repeat a prompt for more.
+
+    With a seed for each batch, the answers to a prompt depend on the weights, the seed and the batch it stands in, and
+    on nothing that was drawn before.
+    """
+    from transformers import GenerationConfig
+
+    _say_what_is_not_used(lm.model)
+    stops = stop_tokens_of(lm.model, tokenizer)
+    own = GenerationConfig(
+        max_new_tokens=shape.max_new_tokens, bos_token_id=lm.model.generation_config.bos_token_id, eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), None),
+        **shape.settings(),
+    )  # fmt: skip
+    kept, lm.model.generation_config = lm.model.generation_config, own  # generate fills what is not set from it
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    starts = range(0, len(prompts), batch_size)
+    answers: list[Answer] = []
+    try:
+        with torch.random.fork_rng(devices), lm.autocast():
+            for number, start in enumerate(progress(starts, what, len(starts))):
+                if callable(seeds) or number == 0:
+                    torch.manual_seed(seeds(number) if callable(seeds) else seeds)
+                batch = prompts[start : start + batch_size]
+                said = _generate(lm, batch, own, synced)
+                answers += [_answer(tokenizer, *both, stops) for both in zip(batch, said, strict=True)]
+    finally:
+        lm.model.generation_config = kept
     return answers
 
 
-def _generation_config(lm: LanguageModel, tokenizer, config: Config) -> "GenerationConfig":
-    """All that decides which token comes next, from the settings alone."""
-    from transformers import GenerationConfig
+def _generate(
+    lm: LanguageModel, batch: Sequence[Sequence[int]], own: "GenerationConfig", synced: bool
+) -> list[list[int]]:
+    ids, mask = pad_left(batch)
+    out = lm.model.generate(
+        input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=own, synced_gpus=synced
+    )
+    return out[:, ids.shape[1] :].tolist()
 
-    asked = lm.model.generation_config.to_diff_dict()
+
+def _answer(tokenizer: Any, prompt: Sequence[int], said: list[int], stops: Sequence[int]) -> Answer:
+    """Without the padding behind the token that ended it. That token may be no special one; the text is without it."""
+    end = next((i for i, token in enumerate(said) if token in stops), None)
+    if end is None:
+        return Answer(said, continuation(tokenizer, prompt, said), False)
+    return Answer(said[: end + 1], continuation(tokenizer, prompt, said[:end]), True)
+
+
+_told: WeakSet["PreTrainedModel"] = WeakSet()
+
+
+def _say_what_is_not_used(model: "PreTrainedModel") -> None:
+    """Once for a model."""
+    if model in _told:
+        return
+    _told.add(model)
+    asked = model.generation_config.to_diff_dict()
     unused = sorted(name for name in asked if name not in NOT_OF_THE_TEXT)
     if unused:
         said = ", ".join(f"{name} {asked[name]}" for name in unused)
-        say(f"not used, though generation_config.json of {lm.model.name_or_path} has it: {said:.300}")
-    how = {"do_sample": False}
-    if config.temperature > 0:
-        how = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        bos_token_id=lm.model.generation_config.bos_token_id,
-        eos_token_id=_stop_tokens(lm, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **how,
-    )
+        say(f"not used, though generation_config.json of {model.name_or_path} has it: {said:.300}")
 
 
-def _stop_tokens(lm: LanguageModel, tokenizer) -> list[int]:
+def stop_tokens_of(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
     """The tokenizer's EOS, and whatever else the model says ends a turn (such as <|im_end|>)."""
-    own = lm.model.generation_config.eos_token_id
+    own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 
 
-def _up_to(stops: list[int], answer: list[int]) -> list[int]:
-    """The answer before its stop token, which may be no special token, and before the padding behind it."""
-    return answer[: next((i for i, token in enumerate(answer) if token in stops), len(answer))]
-
-
-def pad_left(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T) ids, (B, T) mask
     """So that every answer starts in the same column; the mask tells the model where a prompt begins."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask

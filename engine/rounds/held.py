@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.rounds.sampler import Sampler, seed_of
+from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.run.ranks import Ranks
 from prefuse.engine.score.contract import Scorer
 
@@ -37,7 +37,7 @@ class HeldPrompts:
         asked = places + [0] * (width - len(places))  # all ranks generate as often
         own = [self.prompts[i] for i in asked]
         samples = self.sampler.sample(own, 1, seed_of(self.seed, "held out", ranks.rank), "held-out prompts")
-        texts = self.sampler.texts(own, samples)
+        texts = texts_of(samples)
         scorers = {"reward": self.sampler} | (
             {} if self.gold is None else {"gold": replace(self.sampler, scorer=self.gold)}
         )

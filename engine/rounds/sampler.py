@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from prefuse.engine.data.encode import continuation
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.model.rollouts import Sample, Shape, sample_answers, stop_tokens_of
+from prefuse.engine.model.sampling import Answer, Shape, sample
 from prefuse.engine.score.contract import Scorer, say_reasons
 
 
@@ -28,23 +28,13 @@ class Sampler:
     columns: dict[str, list[Any]]  # of all prompts, for the scorer
     synced: bool = False
 
-    def sample(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Sample]]:  # (P, K)
+    def sample(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:  # (P, K)
         ids = [prompt.ids for prompt in prompts for _ in range(count)]
-        pad = self.tokenizer.pad_token_id
-        stops = stop_tokens_of(self.lm, self.tokenizer)
-        samples = sample_answers(
-            self.lm, ids, self.shape, stops, stops[0] if pad is None else pad, self.batch_size,
-            lambda number: seed_of(seed, number), synced=self.synced, what=what,
-        )  # fmt: skip
-        return [samples[start : start + count] for start in range(0, len(samples), count)]
-
-    def texts(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> list[list[str]]:
-        """Without the token that ended them, which may be no special one."""
-
-        def text(prompt: Prompt, sample: Sample) -> str:
-            return continuation(self.tokenizer, prompt.ids, sample.ids[:-1] if sample.stopped else sample.ids)
-
-        return [[text(prompt, sample) for sample in own] for prompt, own in zip(prompts, samples, strict=True)]
+        seeds = partial(seed_of, seed)
+        answers = sample(
+            self.lm, self.tokenizer, ids, self.shape, self.batch_size, seeds, synced=self.synced, what=what
+        )
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
 
     def score(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Tensor:
         """(P, K); `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
@@ -56,6 +46,10 @@ class Sampler:
         ]
         say_reasons(self.scorer.name, reasons, names)
         return scores.values
+
+
+def texts_of(answers: Sequence[Sequence[Answer]]) -> list[list[str]]:
+    return [[one.text for one in own] for own in answers]
 
 
 def seed_of(*parts: object) -> int:

@@ -16,7 +16,7 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
-from prefuse.engine.data.dataset import read_training_data, settled, write_skipped
+from prefuse.engine.data.dataset import read_training_data, with_label_weights, write_skipped
 from prefuse.engine.data.ranked import rankings_of
 from prefuse.engine.data.steps import read_steps
 from prefuse.engine.data.stops import stop_tokens
@@ -157,7 +157,7 @@ def prepare(
     device = device_of(config)
     _warn_of_coarse_weights(config)
     tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
-    loss = settled(loss, config, examples)
+    loss = with_label_weights(loss, config, examples)
     torch.manual_seed(config.seed + ranks.rank)
     lm = _loader(loss)(config.model_name_or_path, config, device, ranks, trains=True)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):

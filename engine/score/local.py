@@ -1,7 +1,7 @@
 """A judge in this process: a folder with a causal language model, asked through its own chat template."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from prefuse.engine.config.settings import Config
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model, load_tokenizer
-from prefuse.engine.model.sampling import pad_left, sample
+from prefuse.engine.model.sampling import Shape, pad_left, sample
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
-from prefuse.engine.score.cache import Cache, digest
+from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.contract import NoScore
 from prefuse.engine.score.judge import Reply
 from prefuse.engine.score.rubric import LETTERS, Rubric
@@ -86,8 +86,8 @@ class Local:
         return [token for token, text in enumerate(said) if text.strip() == letter]
 
     def _reasons(self, batch: list[list[int]]) -> list[Reply]:
-        config = replace(self.config, max_new_tokens=self.config.judge_max_tokens, temperature=0.0)
-        answers = sample(self.lm, self.tokenizer, batch, config)
+        shape = Shape(self.config.judge_max_tokens, temperature=0.0)
+        answers = sample(self.lm, self.tokenizer, batch, shape, len(batch), self.config.seed)
         return [Reply(a.text, None, (len(one), len(a.ids))) for a, one in zip(answers, batch, strict=True)]
 
 
@@ -95,6 +95,6 @@ def local_of(path: str, config: Config, device: torch.device, rubric: Rubric) ->
     lm = load_model(path, config, device)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     files = [f for f in sorted(Path(path).glob("*")) if f.suffix in (".safetensors", ".json", ".jinja", ".model")]
-    key = digest([[f.name, sha256_of(f)] for f in files] or path, str(lm.compute_dtype), config.judge_max_tokens)
+    key = json_digest([[f.name, sha256_of(f)] for f in files] or path, str(lm.compute_dtype), config.judge_max_tokens)
     most = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     return Local(path, key, lm, tokenizer, rubric, config, most)

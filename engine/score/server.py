@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import progress, say
-from prefuse.engine.score.cache import Cache, digest
+from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.contract import NoScore
 from prefuse.engine.score.judge import Reply
 from prefuse.engine.score.rubric import LETTERS
@@ -65,7 +65,7 @@ class Server:
 
     @property
     def key(self) -> str:
-        return digest("server", self.url, self.model, self.max_tokens)
+        return json_digest("server", self.url, self.model, self.max_tokens)
 
     def ask(self, questions: Sequence[list[dict]], keep: Sequence[str], cache: Cache) -> dict[str, Reply | NoScore]:
         self._lost = 0

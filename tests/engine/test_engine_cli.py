@@ -106,7 +106,7 @@ def test_generation_does_not_depend_on_what_shares_a_batch_and_sampling_on_the_s
 
 def test_the_screen_shows_some_answers_and_the_file_has_all(files, tmp_path, monkeypatch):
     tables = []
-    monkeypatch.setattr(generate, "table", lambda title, header, rows: tables.append(rows))
+    monkeypatch.setattr(generate, "print_table", lambda title, header, rows: tables.append(rows))
     monkeypatch.setattr(generate, "SHOWN_ANSWERS", 2)
     command = ["generate", "--model_name_or_path", files["model"], "--dataset_name", files["pairs"]]
     command += ["--max_new_tokens", "2", "--num_prompts", "0"]
