@@ -158,5 +158,5 @@ def _at_ends(record: Record, tokenizer: Any) -> Record:
     if bos is not None and prompt[:1] != [bos]:
         prompt = [bos, *prompt]
     learned = record.learned or []
-    ends = [here and not after for here, after in zip(learned, [*learned[1:], False], strict=True)]
+    ends = [here and not after for here, after in zip(learned, [*learned[1:], False][: len(learned)], strict=True)]
     return dataclasses.replace(record, prompt=prompt, learned=ends)

@@ -93,6 +93,7 @@ def test_a_run_learns_and_transformers_reads_it(lora, model, rows, tmp_path):
     assert steps[-1]["loss"] < 0.05
     assert steps[-1]["accuracy"] == 1.0
     assert loader_of(out) is load_step_model
+    assert "ForTokenClassification.from_pretrained('run', num_labels=2)" in (out / "README.md").read_text()
     assert not (out / "held_out_scores.jsonl").exists()  # steps have no pair to show
     tokenizer = AutoTokenizer.from_pretrained(out)
     read = AutoPeftModelForTokenClassification if lora else AutoModelForTokenClassification
