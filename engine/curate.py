@@ -16,10 +16,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import known
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.config.values import from_words, literals
 from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read_records
 from prefuse.engine.data.forms.read import Reading
@@ -40,7 +41,7 @@ KINDS = ("auto", "pair", "labelled", "scored", "sft", "prompt")
 
 
 def main(words: Sequence[str]) -> int:
-    args = _parser().parse_args(list(words))
+    args = parser().parse_args(list(words))
     args.options = _options(args)
     args.run(args)
     return 0
@@ -278,28 +279,23 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
 # Flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('prefuse ')}: {message}")
-
-
 ROW_FIELDS = [field for field in dataclasses.fields(RowSettings) if field.name not in ("datasets", "max_skipped")]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance", allow_abbrev=False)
+def parser() -> ToolParser:
+    parser = ToolParser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance")
     one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
     one.add_argument("--max_length", type=int, default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
     one.set_defaults(run=inspect)
-    two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft", allow_abbrev=False)
+    two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft")
     two.add_argument("--to", choices=tuple(TARGETS), required=True, help="what the rows become")
     two.add_argument("--as_turns", action="store_true", help="strings, transcripts among them, become turns")
     two.set_defaults(run=convert)
-    three = verbs.add_parser("filter", help="rows that pass rules", allow_abbrev=False)
+    three = verbs.add_parser("filter", help="rows that pass rules")
     three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     three.add_argument("--min_score_gap", type=float, help="least difference of the scores of chosen and rejected")
     three.add_argument("--min_characters", type=int, help="of each answer")
@@ -309,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--drop_duplicates", action="store_true", help="keep the first of equal rows")
     three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
     three.set_defaults(run=filter_rows)
-    four = verbs.add_parser("split", help="train and test files, by prompt", allow_abbrev=False)
+    four = verbs.add_parser("split", help="train and test files, by prompt")
     four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     four.add_argument("--eval_fraction", type=float, default=0.1, help="share of the prompts to test on (0.1)")
     four.add_argument("--seed", type=int, default=42, help="decides which (42)")

@@ -24,7 +24,7 @@ from prefuse.engine.data.dataset import read_evaluation_data, with_label_weights
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary, token_metrics
 from prefuse.engine.model.forward import (
     LanguageModel,
-    batch_logps,
+    completion_logps,
     completion_states,
     count_items,
     logps_of_states,
@@ -115,8 +115,8 @@ def _reference_point(
     logps, ref_logps, counts = [], [], []
     for indices in batches:
         batch = collate(mismatches, indices).to(lm.device)
-        logps.append(batch_logps(lm, batch))
-        ref_logps += [] if ref is None else [batch_logps(ref, batch)]
+        logps.append(completion_logps(lm, batch))
+        ref_logps += [] if ref is None else [completion_logps(ref, batch)]
         counts.append(batch.cu_seqlens.diff())
     cu_seqlens = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
     ref_logps = None if ref is None else torch.cat(ref_logps)

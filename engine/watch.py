@@ -24,7 +24,7 @@ from prefuse.engine.data.plain import plain_blocks
 from prefuse.engine.data.table import Demonstration
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary
-from prefuse.engine.model.forward import LanguageModel, batch_logps, completion_states
+from prefuse.engine.model.forward import LanguageModel, completion_logps, completion_states
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
 from prefuse.engine.model.sampling import Answer, sample, shape_of
@@ -134,7 +134,7 @@ def perplexity(lm: LanguageModel, blocks: list[Demonstration], config: Config) -
     examples = without_padding(examples_of(blocks), (lm,), config)
     total, count = 0.0, 0
     for indices in evaluation_batches(examples, config):
-        logps = batch_logps(lm, collate(examples, indices).to(lm.device))
+        logps = completion_logps(lm, collate(examples, indices).to(lm.device))
         total, count = total - float(logps.double().sum()), count + len(logps)
     return math.exp(min(total / count, 700.0))
 

@@ -67,7 +67,7 @@ NUMBERS = ("labels", "weights", "margins", "scores")  # of a row, beside its tok
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence):
-    """A sequence of `Pair`, `Labelled`, `Scored` or `Demonstration`, each made when it is asked for."""
+    """A sequence of `Pair`, `Labelled`, `ScoredCompletion` or `Demonstration`, each made when it is asked for."""
 
     prompts: Ragged  # (E,)
     completions: Ragged  # (E * sides,) a pair's stand side by side, chosen first

@@ -172,7 +172,7 @@ def with_balance(
 
 @torch.no_grad()
 @where_weights_are
-def batch_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
+def completion_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
     return logps_of_states(lm, completion_states(lm, batch), batch, temperature)
 
 
@@ -189,9 +189,9 @@ def reference_point(
 ) -> Tensor:  # () >= 0
     """KTO's z0 over the mismatched completions of all `batches`, of all ranks; `spare` see `Ranks.in_step`."""
     none = torch.empty(0, device=lm.device)
-    logps = torch.cat([none, *(batch_logps(lm, batch) for batch in batches)])
+    logps = torch.cat([none, *(completion_logps(lm, batch) for batch in batches)])
     for batch in spare:
-        batch_logps(lm, batch)
+        completion_logps(lm, batch)
     known = all(batch.ref_logps is not None for batch in (*batches, *spare))
     ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)]) if known else None
     counts = torch.cat([none.int(), *(batch.cu_seqlens.diff() for batch in batches)])

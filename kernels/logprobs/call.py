@@ -22,7 +22,7 @@ refuse_double_backward = checks.refuse_double_backward("linear_logprobs", instea
 
 
 class HeadCall(NamedTuple):
-    """The arguments of one call, checked: what `prepare` returns and everything behind the door takes."""
+    """The arguments of one call, checked: what `prepare_call` returns and everything behind the door takes."""
 
     hidden: Tensor  # (N, D) in the dtype to compute in
     weight: Tensor  # (V, D)

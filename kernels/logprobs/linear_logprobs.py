@@ -160,7 +160,7 @@ def _forward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    place: Tensor | None,  # (2,) of this rank's shard of the head, see `vocab.place_of`
+    place: Tensor | None,  # (2,) of this rank's shard of the head, see `vocab.shard_place`
     softcap: float | None,
     logit_scale: float,
     temperature: float,

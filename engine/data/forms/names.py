@@ -1,4 +1,4 @@
-"""The names that columns have in the wild, and what they mean. Names are compared as `plain` writes them."""
+"""The names that columns have in the wild, and what they mean. Names are compared as `plain_name` writes them."""
 
 from __future__ import annotations
 
