@@ -55,9 +55,9 @@ def _one(spec: str, config: Config, device: torch.device) -> Scorer:
 def _reward_model(path: str, config: Config, device: torch.device) -> Scorer:
     from prefuse.engine.model.reward_model import scores_steps
     from prefuse.engine.score.classifier import load_classifier
-    from prefuse.engine.score.steps import load_steps
+    from prefuse.engine.score.steps import load_step_classifier
 
     rest = (config.per_device_eval_batch_size, cache_folder(config.score_cache), config.trust_remote_code)
     if scores_steps(path):
-        return load_steps(path, device, config.scorer_steps, config.separator(), *rest)
+        return load_step_classifier(path, device, config.scorer_steps, config.separator(), *rest)
     return load_classifier(path, device, *rest)

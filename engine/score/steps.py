@@ -101,7 +101,7 @@ class StepClassifier(Classifier):
         ]
 
 
-def load_steps(
+def load_step_classifier(
     path: str, device: torch.device, how: str, separator: str | None, batch_size: int, cache_folder: Path | None,
     trust_remote_code: bool = False,
 ) -> StepClassifier:  # fmt: skip

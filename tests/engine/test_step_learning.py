@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefuse.engine import cli
-from prefuse.engine.score.steps import load_steps as load_step_scorer
+from prefuse.engine.score.steps import load_step_classifier
 from tiny_run import write_rows
 
 LETTERS = "abcdefgh"
@@ -77,7 +77,7 @@ def test_rollouts_find_the_first_wrong_step_and_a_model_learns_to(tmp_path):
     run("reward", "--reward_loss", "steps", "--model_name_or_path", tmp_path / "sft", "--dataset_name",
         tmp_path / "steps.jsonl", "--output_dir", tmp_path / "prm", "--num_train_epochs", 10, "--learning_rate", 2e-3,
         "--step_separator", BETWEEN, "--eval_fraction", 0, *common)  # fmt: skip
-    scorer = load_step_scorer(str(tmp_path / "prm"), torch.device("cpu"), "min", None, 32, None)
+    scorer = load_step_classifier(str(tmp_path / "prm"), torch.device("cpu"), "min", None, 32, None)
     assert scorer.separator == BETWEEN  # as it was trained
     scores = scorer.score([row["prompt"] for row in held], [[BETWEEN.join(row["completions"])] for row in held])
     good = torch.tensor([row["first_wrong"] == 4 for row in held])

@@ -14,8 +14,7 @@ from prefuse.engine import cli
 from prefuse.engine.data.steps import load_steps
 from prefuse.engine.model.load import load_tokenizer
 from prefuse.engine.score.scorers import scorer_of
-from prefuse.engine.score.steps import StepClassifier
-from prefuse.engine.score.steps import load_steps as load_step_scorer
+from prefuse.engine.score.steps import StepClassifier, load_step_classifier
 from tiny_run import PAIRS, SHAPE, save_model, settings, write_rows
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
@@ -56,7 +55,7 @@ def test_each_step_has_the_models_own_probability(tmp_path, monkeypatch, labels,
     path = step_model(tmp_path, labels=labels)
     if not shares:
         monkeypatch.setattr("prefuse.engine.score.steps.can_share", lambda model: False)
-    scorer = load_step_scorer(path, CPU, "min", None, 2, None)
+    scorer = load_step_classifier(path, CPU, "min", None, 2, None)
     assert scorer.shares is shares
     for prompt, answers, counts in zip(PROMPTS, ANSWERS, COUNTS, strict=True):
         found = scorer.steps([prompt] * len(answers), answers)
@@ -65,17 +64,17 @@ def test_each_step_has_the_models_own_probability(tmp_path, monkeypatch, labels,
             assert own == pytest.approx(by_transformers(path, prompt, answer), rel=1e-4)
     hows = {"min": min, "product": math.prod, "last": lambda own: own[-1]}
     for how, combine in hows.items():
-        values = load_step_scorer(path, CPU, how, None, 2, None).score(PROMPTS, ANSWERS).values
+        values = load_step_classifier(path, CPU, how, None, 2, None).score(PROMPTS, ANSWERS).values
         expected = combine(by_transformers(path, PROMPTS[0], ANSWERS[0][0]))
         assert values[0, 0].item() == pytest.approx(expected, rel=1e-4)
         assert values[1, 1].isnan()
 
 
 def test_what_a_step_model_cannot_score_is_named(tmp_path):
-    scorer = load_step_scorer(step_model(tmp_path), CPU, "min", None, 2, None)
+    scorer = load_step_classifier(step_model(tmp_path), CPU, "min", None, 2, None)
     scores = scorer.score(["p", "p", [{"role": "user", "content": "p"}]], [["\n \n"], ["a\nb"], ["a"]])
     assert [[reason and reason.kind for reason in row] for row in scores.reasons] == [["empty"], [None], ["template"]]
-    other = load_step_scorer(str(tmp_path), CPU, "min", "##", 2, None)
+    other = load_step_classifier(str(tmp_path), CPU, "min", "##", 2, None)
     assert not other.score(["p"], [["a##b"]]).values.isnan().any()
     assert other.key != scorer.key
 
@@ -83,9 +82,9 @@ def test_what_a_step_model_cannot_score_is_named(tmp_path):
 def test_steps_are_kept_by_content_and_serve_every_reduction(tmp_path, monkeypatch):
     path = step_model(tmp_path / "model", template=CHATML)
     prompts = [[{"role": "user", "content": "the sky?"}]] * 2
-    first = load_step_scorer(path, CPU, "min", None, 2, tmp_path / "cache").score(prompts, ANSWERS)
+    first = load_step_classifier(path, CPU, "min", None, 2, tmp_path / "cache").score(prompts, ANSWERS)
     monkeypatch.setattr(StepClassifier, "_tokens", lambda self, prompts, answers: [None] * bool(prompts))
-    product = load_step_scorer(path, CPU, "product", None, 2, tmp_path / "cache").score(prompts, ANSWERS)
+    product = load_step_classifier(path, CPU, "product", None, 2, tmp_path / "cache").score(prompts, ANSWERS)
     assert (product.values[0] < first.values[0]).all()
 
 
