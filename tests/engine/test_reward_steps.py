@@ -26,7 +26,7 @@ ROWS = [
 BAD = [
     {"prompt": "what?", "completions": ["a", "b"], "labels": [True]},
     {"prompt": "what?", "completions": [], "labels": []},
-    {"prompt": "what?", "completions": ["a"], "labels": [0.5]},
+    {"prompt": "what?", "completions": ["a"], "labels": [1.5]},
     {"prompt": [], "completions": ["a"], "labels": [True]},
 ]
 
@@ -79,7 +79,7 @@ def test_bad_rows_are_named_and_counted(model, tmp_path):
     path = write_rows(tmp_path / "bad.jsonl", [*ROWS, *BAD])
     _, skipped = load_steps(path, "train", load_tokenizer(model), config_of(model))
     assert [skip.row for skip in skipped] == [f"bad.jsonl:{n}" for n in range(13, 17)]
-    assert "2 booleans, one for each step" in skipped[0].reason
+    assert "2 booleans or shares of 1, one for each step" in skipped[0].reason
     with pytest.raises(DataError, match="has no column completions"):
         load_steps(write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "labels": [True]}]), "train",
                    load_tokenizer(model), config_of(model))  # fmt: skip
@@ -101,6 +101,7 @@ def test_a_run_learns_and_transformers_reads_it(lora, model, rows, tmp_path):
     assert steps[-1]["loss"] < 0.05
     assert steps[-1]["accuracy"] == 1.0
     assert loader_of(out) is load_step_model
+    assert "ForTokenClassification.from_pretrained('run', num_labels=2)" in (out / "README.md").read_text()
     assert not (out / "held_out_scores.jsonl").exists()  # steps have no pair to show
     tokenizer = AutoTokenizer.from_pretrained(out)
     read = AutoPeftModelForTokenClassification if lora else AutoModelForTokenClassification
