@@ -54,9 +54,19 @@ def untraced_call(turn: Message, text: str) -> str | None:
     """The name of a tool call whose name or arguments do not stand in the text, or None."""
     for call in turn.get("tool_calls") or ():
         name = call["function"]["name"]
-        if name not in text or not all(_stands(leaf, text) for leaf in _leaves(call["function"].get("arguments"))):
+        if name not in text or not _arguments_stand(call["function"].get("arguments"), text):
             return name
     return None
+
+
+def _arguments_stand(arguments: Any, text: str) -> bool:
+    """Whether they are in the text, whose JSON may be spaced or escaped otherwise than that of the row."""
+    if isinstance(arguments, str) and not _stands(arguments, text):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return False
+    return all(_stands(leaf, text) for leaf in _leaves(arguments))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

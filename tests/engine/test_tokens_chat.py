@@ -217,6 +217,25 @@ def test_arguments_come_in_the_shape_that_the_template_prints(tmp_path, argument
     assert f"<tool_call>add:{expected}</tool_call>" in texts(tmp_path, row, template)[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ('{"city":"Oslo","days":2}', '{"city": "Oslo", "days": 2}'),  # as OpenAI writes them, without blanks
+        (r'{"city": "M\u00fcnchen", "note": "a \"b\""}', r'{"city": "München", "note": "a \"b\""}'),
+        ('{ "deep" : [ {"x":1.50} ] }', '{"deep": [{"x": 1.5}]}'),
+        ("{}", "{}"),
+    ],
+    ids=["no blanks", "escapes", "nested", "none"],
+)
+def test_arguments_as_json_text_may_be_spelled_otherwise_than_the_template_does(tmp_path, arguments, printed):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    row = {"prompt": [USER], "completion": [answer("", tool_calls=[call])], "tools": [ADD]}
+    assert f'"arguments": {printed}' in texts(tmp_path, row, TOOLS_TEMPLATE)[1]
+    silent = TOOLS_TEMPLATE.replace("{{ c.function | tojson }}", "{{ c.function.name }}")
+    if arguments != "{}":
+        assert 'drops or rewrites text of "completion": the tool call "add"' in refusal(tmp_path, row, silent)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Contents
 
