@@ -19,7 +19,7 @@ def lost_in_prompt(messages: list[Message], text: str) -> str | None:
         content = turn.get("content") or ""
         if turn["role"] == "assistant":  # the reasoning of earlier answers is left out by design
             content = content.rpartition(THOUGHT)[2]
-        if not contains(text, content):
+        if not contains(text, content) and not (turn["role"] == "tool" and _stands_as_json(content, text)):
             return f'the text of a "{turn["role"]}" turn'
         if (name := untraced_call(turn, text)) is not None:
             return f'the tool call "{name}"'
@@ -54,19 +54,19 @@ def untraced_call(turn: Message, text: str) -> str | None:
     """The name of a tool call whose name or arguments do not stand in the text, or None."""
     for call in turn.get("tool_calls") or ():
         name = call["function"]["name"]
-        if name not in text or not _arguments_stand(call["function"].get("arguments"), text):
+        if name not in text or not _stands_as_json(call["function"].get("arguments"), text):
             return name
     return None
 
 
-def _arguments_stand(arguments: Any, text: str) -> bool:
-    """Whether they are in the text, whose JSON may be spaced or escaped otherwise than that of the row."""
-    if isinstance(arguments, str) and not _stands(arguments, text):
+def _stands_as_json(value: Any, text: str) -> bool:
+    """Whether arguments or a result are in the text, whose JSON may be spaced or escaped otherwise than the row's."""
+    if isinstance(value, str) and not _stands(value, text):
         try:
-            arguments = json.loads(arguments)
+            value = json.loads(value)
         except (ValueError, RecursionError):
             return False
-    return all(_stands(leaf, text) for leaf in _leaves(arguments))
+    return all(_stands(leaf, text) for leaf in _leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

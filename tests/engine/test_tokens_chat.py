@@ -236,6 +236,19 @@ def test_arguments_as_json_text_may_be_spelled_otherwise_than_the_template_does(
         assert 'drops or rewrites text of "completion": the tool call "add"' in refusal(tmp_path, row, silent)
 
 
+@pytest.mark.parametrize("result", ['{"temperature":21, "unit": "C"}', 'He said "hi"\nin München', "21"])
+@pytest.mark.parametrize("printed", ["m.content", "m.content | tojson"])
+def test_results_of_tools_may_be_printed_as_json_text(tmp_path, result, printed):
+    """As GPT-OSS and Llama 3.1 print them."""
+    template = CHATML.replace("m.content", f"({printed}) if m.role == 'tool' else m.content")
+    row = {"messages": [USER, answer("wait"), {"role": "tool", "content": result}, answer()]}
+    prompt, completion = texts(tmp_path, row, template)
+    said = json.dumps(result, ensure_ascii=False) if "tojson" in printed else result
+    assert f"<|im_start|>tool\n{said}<|im_end|>" in prompt + completion
+    silent = CHATML.replace("m.content", "'' if m.role == 'tool' else m.content")
+    assert 'drops or rewrites the text of a "tool" turn' in refusal(tmp_path, row, silent)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Contents
 
