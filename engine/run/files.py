@@ -50,11 +50,11 @@ def clear_dead(folder: Path) -> None:
     """What processes of this machine have left there that were killed while they wrote."""
     for path in folder.glob("*.tmp"):
         match = re.search(r"\.(\d+)-(.+)-[0-9a-f]{8}\.tmp$", path.name)
-        if match and match[2] == socket.gethostname() and not _writes(int(match[1]), path):
+        if match and match[2] == socket.gethostname() and not may_write(int(match[1]), path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _writes(pid: int, path: Path) -> bool:
+def may_write(pid: int, path: Path) -> bool:
     """Whether the process may still be the one that wrote there, rather than a later one of that number."""
     if not Path("/proc/stat").exists():  # no Linux
         try:
