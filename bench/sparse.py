@@ -28,7 +28,7 @@ from torch import Tensor
 
 import prefuse
 from prefuse.bench.head import high_water
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, read_result, slug, write_result
 from prefuse.kernels import record_skipped_mass
 
 KINDS = ("all weights", "frozen head")  # what is trained
@@ -275,14 +275,14 @@ def main() -> None:
     if args.trl and KINDS[0] not in args.kinds:
         parser.error(f"--trl times the head with all weights trained: add '{KINDS[0]}' to --kinds")
     path = RESULTS / f"sparse-{slug(name)}-{slug(cpu_model())}-{args.threads}threads.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    before = before if before.get("settings") == settings else {}  # the other kind of the same comparison
+    before = read_result(path) if path.is_file() else None
+    known = before.details if before is not None and before.settings == settings else {}  # the other kind of training
     result = {"environment": environment(), "settings": settings}
-    result["errors"] = before.get("errors") or measure_errors(x.first(args.rows), args.tolerance)
+    result["errors"] = known.get("errors") or measure_errors(x.first(args.rows), args.tolerance)
     times = measure_times(x, args.tolerance, args.rounds, args.trl, tuple(args.kinds))
-    result["times"] = before.get("times", {}) | times
+    result["times"] = known.get("times", {}) | times
     result["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
-    write_json(path, result)
+    write_result(path, "sparse", result)
     path.with_suffix(".md").write_text(report(result) + "\n")
     print(report(result))
 
