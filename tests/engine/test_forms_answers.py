@@ -1,5 +1,7 @@
 """One answer a row: labels, scores, conversations, instructions; a bad answer is never a demonstration."""
 
+import json
+
 import pytest
 
 from prefuse.engine.data import DataError, load_examples
@@ -254,3 +256,23 @@ def test_keys_of_turns_that_nothing_reads_are_said(tmp_path):
         'turns of the first rows that also hold "explanation", for the chat template alone: 2',
         'turns of the first rows that also hold "header", for the chat template alone: 2',
     ]
+
+
+def test_turns_that_stand_as_json_text_are_read_as_turns_and_said(tmp_path):
+    question, reply = json.dumps([USER]), json.dumps([GOOD])
+    for kind, row, expected in (
+        ("sft", {"messages": json.dumps([USER, GOOD])}, CHAT),
+        ("pair", {"prompt": question, "chosen": reply, "rejected": json.dumps([GOOD | {"content": "B"}])},
+         (*CHAT, "assistant: B")),
+        ("pair", {"prompt": question, "chosen": "A", "rejected": "B"}, (*CHAT, "assistant: B")),
+    ):  # fmt: skip
+        records, reading, skipped = read(tmp_path, [row, row], kind)
+        assert records == [expected] * 2
+        assert not skipped
+        column = next(iter(row))
+        assert (
+            f'rows whose "{column}" is a text, the JSON of turns, and is read as turns: 2' in reading.form.tally.lines
+        )
+    mixed = [{"prompt": question, "completion": "A"}, {"prompt": "[x] y", "completion": "A"}]
+    assert read(tmp_path, mixed, "sft")[0] == [(question, "A"), ("[x] y", "A")]
+    assert read(tmp_path, [{"prompt": "[1, 2]", "completion": "3"}], "sft")[0] == [("[1, 2]", "3")]

@@ -7,6 +7,7 @@ and `train` say what is learned.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -64,6 +65,19 @@ def read_history(value: Any, column: str) -> list[Message]:
 def turn_of(role: str, text: str, column: str) -> Message:
     check_unicode(text, column)
     return {"role": role, "content": text}
+
+
+def turns_in_text(value: Any) -> list[Any] | None:
+    """The turns whose JSON a string is; None if it is another text. Nothing else begins with the brackets of a list of
+    objects and names a role in each."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    is_turns = turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
+    return turns if is_turns else None
 
 
 def other_keys(values: Iterable[Any]) -> Counter[str]:
