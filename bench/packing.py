@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefuse
 from prefuse.attention import check_packing
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.engine.data import Pair
 from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data.order import plan_epoch
@@ -118,7 +118,7 @@ def main() -> None:
     ]
     text = markdown(["batches", "passes", "tokens run", "s per step", "pairs/s"], rows)
     text += f"\nSpeed-up {speedup:.2f} (median of rounds); tokens run {result['ideal']:.2f} times fewer.\n"
-    write_json(RESULTS / f"{name}.json", result)
+    write_result(RESULTS / f"{name}.json", "packing", result)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

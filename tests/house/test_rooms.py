@@ -157,11 +157,11 @@ def test_sizes_that_a_reader_can_take_in():
     assert not long, "\n".join(long)
 
 
-# What a command runs; the halves of an implementation that its operation calls; the reference implementation's and the
-# padded interface's names for the same thing.
+# What a command runs, and its parser; the halves of an implementation that its operation calls; the names that the
+# reference implementation and the padded interface give to the same thing.
 SHARED_NAMES = {
-    "main", "forward", "backward", "backward_measured", "backward_stashed", "backward_slices", "empty_forward",
-    "linear_logprobs", "linear_kl", "preference_loss",
+    "main", "parser", "forward", "backward", "backward_measured", "backward_stashed", "backward_slices",
+    "empty_forward", "linear_logprobs", "linear_kl", "preference_loss",
 }  # fmt: skip
 
 
