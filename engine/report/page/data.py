@@ -80,7 +80,7 @@ def notes_of(stats: Stats) -> list[str]:
         notes.append(f"{stats.equal_sides} pairs have equal sides: there is nothing to prefer.")
     unusable = sum(count for reason, count in stats.skipped.items() if reason not in stats.set_aside)
     if unusable:
-        notes.append(f"{unusable} rows cannot be used: the reasons are below.")
+        notes.append(f"Rows that cannot be used: {unusable}; the reasons are below.")
     return notes
 
 

@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("chart-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const WIDTH = 460, HEIGHT = 230, LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 26;
+  const WIDTH = 460, HEIGHT = 230, LEFT = 52, RIGHT = 18, TOP = 10, BOTTOM = 42;
 
   const make = (name, attributes, parent, text) => {
     const node = document.createElementNS(SVG, name);
@@ -130,7 +130,7 @@
         }
       }
       if (!Number.isFinite(low)) [low, high] = [0, 1];
-      if (low === high) [low, high] = [low - Math.abs(low) / 10 - 1e-9, high + Math.abs(high) / 10 + 1e-9];
+      if (low === high) [low, high] = [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
       const margin = (high - low) * 0.05;
       this.bottom = low - margin;
       this.top = high + margin;
@@ -139,8 +139,8 @@
         make("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }, this.svg);
         make("text", { x: LEFT - 5, y: y + 4, "text-anchor": "end" }, this.svg, short(value));
       }
-      for (const step of ticks(this.span[0], this.span[1], 5)) make("text", { x: this.x(step), y: HEIGHT - 8, "text-anchor": "middle" }, this.svg, short(step));
-      make("text", { x: WIDTH - RIGHT, y: HEIGHT - BOTTOM - 4, "text-anchor": "end" }, this.svg, this.axis);
+      for (const step of ticks(this.span[0], this.span[1], 5)) make("text", { x: this.x(step), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, this.svg, short(step));
+      make("text", { x: WIDTH - RIGHT, y: HEIGHT - 8, "text-anchor": "end" }, this.svg, this.axis);
       const clip = make("svg", { x: LEFT, y: 0, width: WIDTH - LEFT - RIGHT, height: HEIGHT, viewBox: `${LEFT} 0 ${WIDTH - LEFT - RIGHT} ${HEIGHT}` }, this.svg);
       this.lines.forEach((line, index) => { if (line.shown) this.drawLine(clip, line, this.colour(line, index)); });
       if (this.mark !== null && this.mark >= this.span[0] && this.mark <= this.span[1]) {

@@ -41,6 +41,8 @@ def shown(value: Any) -> str:
         return {True: "true", False: "false", None: "–"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
     return printable(str(value))
 
 
