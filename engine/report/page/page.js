@@ -12,7 +12,7 @@
     parent.append(node);
     return node;
   };
-  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(4)));
+  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? (+x.toPrecision(3)).toExponential() : String(+x.toPrecision(4)));
 
   // Round numbers from low to high, about `count` of them.
   const ticks = (low, high, count) => {
