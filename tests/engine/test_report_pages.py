@@ -69,7 +69,10 @@ def test_a_win_rate_has_its_interval_and_what_it_decides(low, high, said, tmp_pa
     value = (low + high) / 2
     wins = json.dumps({"win_rate": value, "win_rate_low": low, "win_rate_high": high, "comparisons": 80})
     page = page_of(write_run(tmp_path / "one", **{"wins.json": wins}))
-    assert re.search(rf'class="win">.*{100 * value:.1f}%.*<svg class="interval".*{said}', page)
+    told = re.search(r'<p class="win">(.*?)</p>', page, re.DOTALL)[1]
+    assert f"{100 * value:.1f}%, interval {100 * low:.1f}% to {100 * high:.1f}%" in told
+    assert '<svg class="interval"' in told
+    assert said in told
     assert f"{value:.4g} ({low:.4g} to {high:.4g})" in page
     assert "win_rate_low" not in page
 
@@ -162,12 +165,12 @@ def test_histograms_of_a_page_count_every_row(tmp_path):
     assert page.count('<figure class="histogram">') == 4
 
 
-def test_with_a_tokenizer_rows_are_tokens_and_what_the_template_lacks_is_said(tmp_path):
+def test_with_a_tokenizer_rows_are_tokens_and_what_is_cut_is_said(tmp_path):
     model = save_model(tmp_path / "model")
-    page = inspected(tmp_path, PAIRS, "--tokenizer", model)
+    page = inspected(tmp_path, PAIRS, "--tokenizer", model, "--max_length", "30")
     assert page.count('<p class="tokens">') == 6
     assert 'class="token rejected"' in page
-    assert "stop token" in page  # strings without an EOS
+    assert "prompts cut at their start to fit 30 tokens" in page
     assert '<th scope="col">tokens</th>' in page
 
 

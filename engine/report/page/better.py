@@ -68,7 +68,7 @@ def _wins(by_run: dict[int, dict[str, float]]):
                 yield {"run": number, "name": name, "value": value, "low": low, "high": high}
 
 
-def answers_of(runs: Sequence[RunFiles], titles: Sequence[str]) -> list[dict]:
+def told_answers(runs: Sequence[RunFiles], titles: Sequence[str]) -> list[dict]:
     """[{file, columns, rows: [[prompt, answer, ...]], count}]: what each run says to the same prompts."""
     files: dict[str, list[tuple[int, list[dict]]]] = {}
     for number, run in enumerate(runs):

@@ -23,7 +23,7 @@ def write_rendered(path: Path, template: str, titles: list[str], drawn: Sequence
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "visible": lambda piece: visible(str(piece)), "role": role}
+    environment.filters |= {"shown": in_short, "visible": lambda piece: visible(str(piece)), "role": role}
     environment.globals |= {
         "roles": ROLES,
         "used_roles": _used_roles,
@@ -35,14 +35,14 @@ def write_rendered(path: Path, template: str, titles: list[str], drawn: Sequence
     write_whole(path, environment.get_template(template).render(**context))
 
 
-def shown(value: Any) -> str:
+def in_short(value: Any) -> str:
     """A number short, a text without characters that change what stands around it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "–"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(in_short, value))
     return printable(str(value))
 
 

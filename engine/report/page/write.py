@@ -10,9 +10,9 @@ from pathlib import Path
 
 from prefuse.engine.config.setting import TRAINING
 from prefuse.engine.config.settings import Config, settings_of
-from prefuse.engine.report.page.better import answers_of, curves_over_kl, evaluations_of, mistakes_of, rounds_of
+from prefuse.engine.report.page.better import curves_over_kl, evaluations_of, mistakes_of, rounds_of, told_answers
 from prefuse.engine.report.page.read import RunFiles
-from prefuse.engine.report.page.render import shown, write_rendered
+from prefuse.engine.report.page.render import in_short, write_rendered
 from prefuse.engine.report.page.series import charts_of, in_order
 
 OPEN_CHARTS = 8  # the rest stands folded below them
@@ -45,7 +45,7 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
         open_charts=OPEN_CHARTS,
         progress=tables,
         evaluations=evaluations_of(runs),
-        answers=answers_of(runs, titles),
+        answers=told_answers(runs, titles),
         rounds=[rounds_of(run) for run in runs],
         mistakes=[mistakes_of(run) for run in runs],
         next=[line for run in runs for line in _next(run)],
@@ -90,11 +90,11 @@ def _glance(runs: Sequence[RunFiles], tables: Sequence[list[dict]]) -> list[dict
 def _said_of_rows(run: RunFiles) -> str:
     rows, what = run.about.get("rows"), "prompts" if run.command == "online" else "rows"
     skipped = f", {run.skipped.total()} skipped" if run.skipped else ""
-    return f"{shown(rows['train'])} {what}{skipped}" if rows else ""
+    return f"{in_short(rows['train'])} {what}{skipped}" if rows else ""
 
 
 def _said_of_change(table: list[dict], label: str) -> str:
-    return next((f"{shown(row['first'])} → {shown(row['last'])}" for row in table if row["label"] == label), "")
+    return next((f"{in_short(row['first'])} → {in_short(row['last'])}" for row in table if row["label"] == label), "")
 
 
 def _said_of_wins(run: RunFiles) -> str:
