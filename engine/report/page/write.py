@@ -56,20 +56,22 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
 
 def _next(run: RunFiles) -> list[str]:
     """Commands that say whether the run is better."""
-    path, start = shlex.quote(str(run.path)), run.settings.get("ref_model_name_or_path")
-    start = shlex.quote(str(start or run.settings.get("model_name_or_path")))
+    start = str(run.settings.get("ref_model_name_or_path") or run.settings.get("model_name_or_path"))
     if run.command == "reward":
-        return [
-            f"prefuse eval --model_name_or_path MODEL --ref_model_name_or_path OTHER --dataset_name PROMPTS "
-            f"--scorer {path} --output_file wins.json"
-        ]
-    given = f"--config {path}/config.yaml --model_name_or_path {path}"
-    how = "--loss_type sft" if run.command == "sft" else f"--ref_model_name_or_path {start}"
+        models = {"model_name_or_path": "MODEL", "ref_model_name_or_path": "OTHER", "dataset_name": "PROMPTS"}
+        return [_typed("eval", **models, scorer=run.path, output_file="wins.json")]
+    own = {"config": run.path / "config.yaml", "model_name_or_path": run.path}
+    both = own | {"ref_model_name_or_path": start}
+    how = own | {"loss_type": "sft"} if run.command == "sft" else both
     return [
-        f"prefuse eval {given} {how} --output_file {path}/eval.json",
-        f"prefuse eval {given} --ref_model_name_or_path {start} --scorer SCORER --output_file {path}/wins.json",
-        f"prefuse generate {given} --ref_model_name_or_path {start} --output_file {path}/answers.jsonl",
+        _typed("eval", **how, output_file=run.path / "eval.json"),
+        _typed("eval", **both, scorer="SCORER", output_file=run.path / "wins.json"),
+        _typed("generate", **both, output_file=run.path / "answers.jsonl"),
     ]
+
+
+def _typed(command: str, **settings: object) -> str:
+    return shlex.join(["prefuse", command, *(word for name, x in settings.items() for word in (f"--{name}", str(x)))])
 
 
 def _glance(runs: Sequence[RunFiles], tables: Sequence[list[dict]]) -> list[dict]:
