@@ -358,7 +358,7 @@ def test_every_command_in_the_docs_and_in_our_messages_parses():
     found = []
     for path in texts:
         if path.suffix in (".py", ".md", ".sh", ".sbatch", ".yaml"):
-            text = path.read_text().replace("\\\n", " ")
+            text = re.sub(r"\\+\n", " ", path.read_text())  # two within a docstring
             found += [(path.name, match.group(1)) for match in COMMAND.finditer(text)]
     assert len({command for _, command in found}) >= 15
     for name, command in found:
