@@ -160,7 +160,7 @@ def _head_numbers(impl: str, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class RunNeeds:
     """What a run computes with: numbers of weights and tokens, and bytes of its activations."""
 
     weights: int
@@ -218,7 +218,7 @@ def resident_memory() -> int:
     return 0
 
 
-def measure_needs(config: "Config", command: str) -> Needs:
+def measure_needs(config: "Config", command: str) -> RunNeeds:
     """From the model's config and the rows, which are tokenized; no weight is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -237,7 +237,7 @@ def measure_needs(config: "Config", command: str) -> Needs:
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     epochs = config.max_steps * per_step / len(examples) if config.max_steps > 0 else config.num_train_epochs
     at_once = tokens * min(1.0, config.per_device_train_batch_size / len(examples))  # of a microbatch
-    return Needs(
+    return RunNeeds(
         sum(size for size, _ in sizes.values()), trained, max(size for size, _ in sizes.values()), tokens, epochs,
         int(at_once * activations_per_token(config, about.get_text_config())),
     )  # fmt: skip
@@ -252,7 +252,7 @@ def activations_per_token(config: "Config", about: object) -> int:
     return kept * (2 if config.bf16 or config.dtype == "bfloat16" else 4)
 
 
-def _time_of_run(needs: Needs, command: str, device: torch.device) -> Check:
+def _time_of_run(needs: RunNeeds, command: str, device: torch.device) -> Check:
     """6 operations for each trained weight and token, 4 for a frozen one, at half of what the device can do."""
     from prefuse.engine.model.flops import PEAK_FLOPS, measured_flops
 
