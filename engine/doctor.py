@@ -264,5 +264,5 @@ def _time_of_run(needs: RunNeeds, command: str, device: torch.device) -> Check:
         return Check("time", "note", f"{epoch}; the speed of {device} is not known")
     passes = 6 * needs.trained + 4 * (needs.weights - needs.trained) + (2 * needs.weights if command != "sft" else 0)
     seconds = needs.tokens * needs.epochs * passes / (0.5 * rate)
-    said = f"at least {duration(seconds)}: {epoch}, {needs.epochs:.3g} epochs, half of {rate:.2g} FLOP/s"
+    said = f"about {duration(seconds)}: {epoch}, {needs.epochs:.3g} epochs, half of {rate:.2g} FLOP/s"
     return Check("time", "ok", said)
