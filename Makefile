@@ -13,7 +13,7 @@ TRITON ?= 3.9.0
 OTHER_TRITON = .venv/triton-$(TRITON)
 KERNEL_TESTS ?= tests/kernels tests/bindings/test_preference.py
 
-.PHONY: help demo test test-slow test-all test-exhaustive test-triton gpu lint format clean
+.PHONY: help demo docs test test-slow test-all test-exhaustive test-triton gpu lint format clean
 
 help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
@@ -22,11 +22,15 @@ help:
 	@echo "make test-exhaustive  kernels compiled for chips that borrow tiles"
 	@echo "make test-triton TRITON=3.9.0   the kernels' tests, slow ones too, with another Triton"
 	@echo "make gpu       check and time the kernels on this machine's GPU, with its own python3"
+	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    ruff's fixes, written"
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
@@ -63,5 +67,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    || { echo "prefuse needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv; the first time this downloads torch and takes a few minutes"
 	@"$(PYTHON)" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,trl,bench,dev]" -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,trl,bench,dev,docs]" -c constraints.txt
 	@touch $@

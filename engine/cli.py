@@ -13,10 +13,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from prefuse.engine.config.flags import given_settings
-from prefuse.engine.config.help import help_of
+from prefuse.engine.config.help import help_of, needed_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
@@ -195,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(words):
             print(help_of(command, COMMANDS[command].about, *_after_help(words)))
             return 0
+        if not words:
+            raise UserError(f"{needed_of(command)}; `prefuse {command} --help` lists them, `--help TOPIC` explains")
         config = validate(settings(command, words), command)
         if command in TRAINING_COMMANDS:
             rank, _ = launched(config.nproc)
@@ -266,8 +269,22 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
         )
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
+    if (meant := _of_path(first)) is not None:
+        raise UserError(f"{first!r} is no command; {meant}")
     hint = did_you_mean(first, [*COMMANDS, *TOOLS], OTHER_NAMES) or f": expected {', '.join([*COMMANDS, *TOOLS])}"
     raise UserError(f"unknown command {first!r}{hint}")
+
+
+def _of_path(word: str) -> str | None:
+    """What may have been meant by a file or folder in the place of a command."""
+    path = Path(word)
+    if (path / "metrics.jsonl").is_file():
+        return f"to look at this run: prefuse report {word}"
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return f"to train with these settings: prefuse train --config {word}"
+    if path.is_file() and path.suffix in (".json", ".jsonl", ".parquet", ".csv"):
+        return f"to look at these rows: prefuse data inspect {word}"
+    return None
 
 
 def _after_help(words: Sequence[str]) -> list[str]:

@@ -15,9 +15,9 @@ import hashlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import known
@@ -33,11 +33,15 @@ from prefuse.engine.data.write import TARGETS, check_output, with_turns, write_r
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
+if TYPE_CHECKING:
+    from prefuse.engine.report.page.data import Looked
+
 PARTS = {  # of the examples of each kind
     "pair": ("prompt", "chosen", "rejected"),
     "labelled": ("prompt", "completion"),
     "sft": ("prompt", "completion"),
 }
+SHOWN_ROWS = 3  # of a page
 KINDS = ("auto", "pair", "labelled", "scored", "sft", "prompt")
 
 
@@ -59,13 +63,20 @@ def inspect(args: argparse.Namespace) -> None:
     if args.picture:
         _check_picture(Path(args.picture))
     reading, kind = _read(args.source, args)
-    stats = measure_rows(reading.outcomes, characters)
+    examples: list[Record] = []
+    stats = measure_rows(_keeping(reading.outcomes, examples), characters)
     unit = "characters"
     _say_form(args.source, reading, kind)
+    looked = _looked(args.source, reading, kind, examples)
     if args.tokenizer:
-        _measure_tokens(args, kind, stats)
+        _measure_tokens(args, kind, stats, looked)
         unit = "tokens"
     show_stats(stats, reading.form.tally.rows, unit)
+    if args.html:
+        from prefuse.engine.report.page.data import write_data_page
+
+        write_data_page(Path(args.html), looked, stats, unit)
+        say(f"{args.html}: a page about these rows")
     if args.picture:
         plot_stats(stats, unit, Path(args.picture))
         say(f"{args.picture}: the lengths as a picture")
@@ -128,6 +139,33 @@ def split_rows(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows
+
+
+def _keeping(outcomes: Iterable[Record | Skipped], kept: list[Record]) -> Iterator[Record | Skipped]:
+    """The outcomes; the first records are kept, to be shown."""
+    for outcome in outcomes:
+        if isinstance(outcome, Record) and len(kept) < SHOWN_ROWS:
+            kept.append(outcome)
+        yield outcome
+
+
+def _looked(source: str, reading: Reading, kind: str, examples: list[Record]) -> "Looked":
+    from prefuse.engine.report.page.data import Looked
+
+    form = reading.form
+    columns = [("columns", form.roles)] if " -> " in form.roles else []
+    columns += [("columns not used", ", ".join(reading.ignored))] if reading.ignored else []
+    shown = [
+        (record.row, [(part, _as_text(text)) for part, text in (("prompt", record.prompt), *record.sides.items())])
+        for record in examples
+    ]
+    return Looked(source, form.tally.rows, str(form), kind, columns, list(form.tally.lines), shown)
+
+
+def _as_text(text: Any) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{turn.get('role', '?')}: {turn.get('content') or ''}" for turn in text)
 
 
 def _read(source: str, args: argparse.Namespace, kind: str | None = None) -> tuple[Reading, str]:
@@ -270,9 +308,11 @@ def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[
         say(f"  {rows} not: {reason}")
 
 
-def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
+def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats, looked: "Looked") -> None:
     """Lengths in tokens, and the rows that the chat template or max_length refuse, as a run would have them."""
     from prefuse.engine.data.examples import load_examples
+    from prefuse.engine.data.pieces import sides_of
+    from prefuse.engine.data.stops import describe_unstopped
     from prefuse.engine.model.load import load_tokenizer
 
     if kind not in PARTS:
@@ -283,8 +323,16 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
     stats.records = data.rows - len(data.skipped)
     stats.count_skipped(data.skipped)
     stats.lengths = {part: array("q", (len(getattr(row, part)) for row in data.examples)) for part in PARTS[kind]}
-    if data.prompts_cut:
-        say(f"  prompts cut to fit {args.max_length} tokens (by truncation_mode): {data.prompts_cut}")
+    notes = [f"prompts cut to fit {args.max_length} tokens (by truncation_mode): {data.prompts_cut}"] * bool(
+        data.prompts_cut
+    )
+    notes += [told] if (told := describe_unstopped(data.examples, tokenizer, data.completions_cut)) else []
+    for note in notes:
+        say(f"  {note}")
+    looked.notes += notes
+    shown = range(min(SHOWN_ROWS, len(data.examples)))
+    looked.tokens = [(data.examples.rows[index], sides_of(data.examples, index, tokenizer)) for index in shown]
+    looked.examples = []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -316,6 +364,7 @@ def parser() -> ToolParser:
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
     one.add_argument("--max_length", type=_number(2), default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
+    one.add_argument("--html", help="a page with the same and more: histograms, what to look at first, the first rows")
     one.set_defaults(run=inspect)
     two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft")
     two.add_argument("--to", choices=tuple(TARGETS), required=True, help="what the rows become")

@@ -14,11 +14,15 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.report.log import duration, print_table
+
+if TYPE_CHECKING:
+    from prefuse.engine.config.settings import Config
 
 GIB = 2**30
 OPTIONAL = ("triton", "trl", "liger-kernel", "flash-attn", "bitsandbytes", "math-verify")
@@ -155,6 +159,18 @@ def _head_numbers(impl: str, dtype: torch.dtype, device: torch.device) -> tuple[
 # What a run needs
 
 
+@dataclasses.dataclass(frozen=True)
+class RunNeeds:
+    """What a run computes with: numbers of weights and tokens, and bytes of its activations."""
+
+    weights: int
+    trained: int
+    largest: int  # of the single weights
+    tokens: int  # of an epoch; a pair's prompt counts once
+    epochs: float
+    activations: int
+
+
 def needs_of_run(path: Path, command: str) -> Iterator[Check]:
     from prefuse.engine.config.flags import given_settings
     from prefuse.engine.config.settings import Config, validate
@@ -162,19 +178,27 @@ def needs_of_run(path: Path, command: str) -> Iterator[Check]:
 
     config = validate(Config(**given_settings(command, ["--config", str(path)])[0]), command)
     device = device_of(config)
-    weights, trained, largest = _sizes(config)
+    needs = measure_needs(config, command)
+    weights, trained = needs.weights, needs.trained
     yield Check("model", "ok", f"{weights / 1e6:,.1f} M weights, {trained / 1e6:,.1f} M of them trained")
 
     width = 2 if config.dtype == "bfloat16" else 4
     reference = 0 if command == "sft" or config.use_peft else weights * width
     # Trained weights have a gradient and two states of Adam; the reference is gone after it was asked.
-    memory = weights * width + trained * 3 * 4 + largest * width
+    memory = weights * width + trained * 3 * 4 + needs.largest * width + needs.activations
     needed = max(memory, weights * width + reference)
+    if device.type == "cpu":  # Python and the libraries, as they are loaded here
+        needed += resident_memory()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     state = "ok" if needed < 0.9 * free else "wrong"
     hint = "" if state == "ok" else ": --use_peft true, or --parallel fsdp over several devices, needs less"
-    yield Check("memory", state, f"{needed / GIB:.2f} GiB and activations, {free / GIB:.2f} GiB are free{hint}")
+    parts = f"{needs.activations / GIB:.2f} of it activations"
+    yield Check("memory", state, f"about {needed / GIB:.2f} GiB, {parts}; {free / GIB:.2f} GiB are free{hint}")
+    yield _disk_of_run(config, trained, width)
+    yield _time_of_run(needs, command, device)
 
+
+def _disk_of_run(config: "Config", trained: int, width: int) -> Check:
     count = 1 + (config.save_total_limit or 1) + 1 if config.save_steps else 0
     disk = trained * width + count * trained * (width + 8)
     home = next(
@@ -182,17 +206,24 @@ def needs_of_run(path: Path, command: str) -> Iterator[Check]:
     )
     room = shutil.disk_usage(home).free
     state = "ok" if disk < room else "wrong"
-    yield Check(
-        "disk", state, f"{disk / GIB:.2f} GiB for the model and {count} checkpoints, {room / GIB:.2f} GiB are free"
-    )
-    yield _time_of_run(config, command, device, weights, trained)
+    said = f"{disk / GIB:.2f} GiB for the model and {count} checkpoints, {room / GIB:.2f} GiB are free"
+    return Check("disk", state, said)
 
 
-def _sizes(config) -> tuple[int, int, int]:
-    """Weights, trained weights, and the largest single one, from the model's config: nothing is loaded."""
+def resident_memory() -> int:
+    """Bytes of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measure_needs(config: "Config", command: str) -> RunNeeds:
+    """From the model's config and the rows, which are tokenized; no weight is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from prefuse.engine.model.adapters import add_adapters
+    from prefuse.engine.run.setup import loss_of, read_rows
 
     about = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
@@ -201,30 +232,37 @@ def _sizes(config) -> tuple[int, int, int]:
             add_adapters(model, config)
     sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
     trained = sum(size for size, trains in sizes.values() if trains)
-    return sum(size for size, _ in sizes.values()), trained, max(size for size, _ in sizes.values())
-
-
-def _time_of_run(config, command: str, device: torch.device, weights: int, trained: int) -> Check:
-    """6 operations for each trained weight and token, 4 for a frozen one, at half of what the device can do."""
-    from prefuse.engine.data.dataset import read_training_data
-    from prefuse.engine.model.flops import PEAK_FLOPS, measured_flops
-    from prefuse.engine.model.load import load_tokenizer
-    from prefuse.losses import SFT
-
-    loss = SFT() if command == "sft" else config.loss()
-    tokenizer = load_tokenizer(config.model_name_or_path, config)
-    examples, _, _ = read_training_data(config, loss, tokenizer)
+    _, examples, _, _ = read_rows(config, loss_of(config, command))
     tokens = int(examples.prompts.lengths.sum() + examples.completions.lengths.sum())
-    epochs = config.num_train_epochs
-    if config.max_steps > 0:
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        epochs = config.max_steps * per_step / len(examples)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    epochs = config.max_steps * per_step / len(examples) if config.max_steps > 0 else config.num_train_epochs
+    at_once = tokens * min(1.0, config.per_device_train_batch_size / len(examples))  # of a microbatch
+    return RunNeeds(
+        sum(size for size, _ in sizes.values()), trained, max(size for size, _ in sizes.values()), tokens, epochs,
+        int(at_once * activations_per_token(config, about.get_text_config())),
+    )  # fmt: skip
+
+
+def activations_per_token(config: "Config", about: object) -> int:
+    """Bytes that the backward of the decoder layers reads: about 10 hidden and 4 inner numbers for each layer; with
+    gradient_checkpointing the hidden state of each, and one layer's as it is computed again."""
+    hidden, layers = about.hidden_size, about.num_hidden_layers
+    one = 10 * hidden + 4 * (getattr(about, "intermediate_size", None) or 4 * hidden)
+    kept = layers * hidden + one if config.gradient_checkpointing else layers * one
+    return kept * (2 if config.bf16 or config.dtype == "bfloat16" else 4)
+
+
+def _time_of_run(needs: RunNeeds, command: str, device: torch.device) -> Check:
+    """6 operations for each trained weight and token, 4 for a frozen one, at half of what the device can do."""
+    from prefuse.engine.model.flops import PEAK_FLOPS, measured_flops
+
     rate = measured_flops(torch.float32) if device.type == "cpu" else None
     if device.type == "cuda":
         rate = next((r for n, r in PEAK_FLOPS.items() if n in torch.cuda.get_device_name(device)), None)
+    epoch = f"{needs.tokens:,} tokens an epoch"
     if rate is None:
-        return Check("time", "note", f"{tokens:,} tokens an epoch; the speed of {device} is not known")
-    passes = 6 * trained + 4 * (weights - trained) + (2 * weights if command != "sft" else 0)
-    seconds = tokens * epochs * passes / (0.5 * rate)
-    said = f"at least {duration(seconds)}: {tokens:,} tokens an epoch, {epochs:.3g} epochs, half of {rate:.2g} FLOP/s"
+        return Check("time", "note", f"{epoch}; the speed of {device} is not known")
+    passes = 6 * needs.trained + 4 * (needs.weights - needs.trained) + (2 * needs.weights if command != "sft" else 0)
+    seconds = needs.tokens * needs.epochs * passes / (0.5 * rate)
+    said = f"about {duration(seconds)}: {epoch}, {needs.epochs:.3g} epochs, half of {rate:.2g} FLOP/s"
     return Check("time", "ok", said)

@@ -1,6 +1,7 @@
 """The flags of a command, read into settings. Its help is in help.py."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -35,7 +36,14 @@ def given_settings(command: str, words: list[str]) -> tuple[dict[str, object], l
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        hint = f"; `{self.prog} --help` lists the settings"
+        stray = re.search(r"unrecognized arguments: ([\w-]+)", message)
+        if stray and (name := stray[1].replace("-", "_")) in FIELDS:
+            hint = f": a setting begins with two dashes, --{name}"
+        flag = re.search(r"argument --(\w+): expected", message)
+        if flag:
+            hint = f"; `{self.prog} --help {flag[1]}` says what it takes"
+        raise UserError(f"{message}{hint}")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

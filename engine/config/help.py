@@ -17,17 +17,20 @@ from prefuse.engine.errors import UserError
 
 CONFIG_HELP = "YAML file with settings; flags win. It may hold settings of other commands."
 ALL = "all"
+NEEDED = "--model_name_or_path MODEL --dataset_name ROWS --output_dir NEW"  # of a command that trains
 
 
 def help_of(command: str, about: str, wanted: str | None = None) -> str:
     """What `--help` shows, or `--help WANTED`: a topic, a setting or all. UserError where it is none of them."""
     topics = settings_of(command)
     names = {topic_name(title): title for title in topics}
-    needed = "--model_name_or_path MODEL --dataset_name ROWS --output_dir NEW " if command in TRAINING else ""
+    needed = f"{NEEDED} " if command in TRAINING else ""
     head = [f"usage: prefuse {command} {needed}[--config FILE] [--SETTING VALUE ...]", "", about]
     if wanted is None:
         return "\n".join([*head, "", *_overview(command, topics)])
     word = wanted.lstrip("-").lower().replace("-", "_")
+    if word == "config":
+        return "\n".join([f"prefuse {command}", "  --config FILE", *_wrapped(CONFIG_HELP)])
     if word == ALL:
         config = ["", "  --config FILE", *_wrapped(CONFIG_HELP)]
         return "\n".join([*head, *config, *(line for title in topics for line in ["", *_topic(title, topics[title])])])
@@ -41,6 +44,12 @@ def help_of(command: str, about: str, wanted: str | None = None) -> str:
     settings = [name for fields in topics.values() for name in fields]
     hint = did_you_mean(word, [*names, *settings]) or f"; the topics are {', '.join(names)}, {ALL}"
     raise UserError(f"prefuse {command} has no topic or setting {wanted!r}{hint}")
+
+
+def needed_of(command: str) -> str:
+    """What a command without any setting is told."""
+    needed = NEEDED if command in TRAINING else "settings"
+    return f"prefuse {command} needs {needed}, or --config FILE"
 
 
 def topic_name(title: str) -> str:

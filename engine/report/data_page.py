@@ -21,6 +21,12 @@ def show_stats(stats: Stats, rows: int, unit: str, shown: int = 8) -> None:
 
 def _show_counts(stats: Stats, rows: int) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in counts_of(stats, rows):
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def counts_of(stats: Stats, rows: int) -> list[tuple[str, object]]:
     by_rule = sum(stats.skipped[reason] for reason in stats.set_aside)
     lines: list[tuple[str, object]] = [
         ("rows", rows),
@@ -46,9 +52,7 @@ def _show_counts(stats: Stats, rows: int) -> None:
     if stats.gaps:
         low, median, *_, high = quantiles(stats.gaps)
         lines += [("score of chosen less rejected", f"{low:g} to {high:g}, median {median:g}")]
-    for name, value in lines:
-        table.add_row(name, str(value))
-    console.print(table)
+    return lines
 
 
 def _share(count: int, whole: int) -> str:

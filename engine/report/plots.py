@@ -8,6 +8,9 @@ from prefuse.engine.run.files import save_figure
 
 PANELS = {  # title -> metrics that share an axis
     "loss": ("loss",),
+    "reward of samples": ("reward", "gold"),
+    "length of samples, tokens": ("completions/mean_length",),
+    "entropy, nats per token": ("entropy",),
     "accuracy": ("accuracy",),
     "margin of scores": ("margin",),
     "scores": ("min_reward", "mean_reward", "max_reward"),
@@ -17,7 +20,7 @@ PANELS = {  # title -> metrics that share an axis
     "reward accuracy": ("rewards/accuracies",),
     "rewards": ("rewards/chosen", "rewards/rejected"),
     "KL to the reference, nats per token": ("kl_to_ref",),
-    "KTO's z0, nats per completion": ("kl",),
+    "kl, nats (KTO's z0; online: of samples)": ("kl",),
     "gradient norm": ("grad_norm",),
     "learning rate": ("learning_rate",),
 }

@@ -123,6 +123,12 @@ def test_the_version_is_the_packages(word, capsys):
         (["report", "runs/dpo", "--output", "a.html"], "--output_file"),
         (["doctor", "--confg", "a"], "--config"),
         (["bench", "hed"], "head"),
+        (["train", "beta", "0.1"], "--beta"),
+        (["train", "--beta"], "prefuse train --help beta"),
+        (["train", "--config"], "prefuse train --help config"),
+        (["train"], "--model_name_or_path MODEL --dataset_name ROWS --output_dir NEW"),
+        (["eval"], "prefuse eval --help"),
+        (["report"], "prefuse report --help"),
     ],
 )
 def test_a_word_that_is_nearly_right_is_one_line_with_what_was_meant(words, meant, capsys):
@@ -130,6 +136,20 @@ def test_a_word_that_is_nearly_right_is_one_line_with_what_was_meant(words, mean
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert meant in said[said.index("error") :].replace(f"'{words[-1]}'", "")
+
+
+def test_a_path_in_the_place_of_a_command_says_which_command_takes_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("run/metrics.jsonl", "run.yaml", "rows.jsonl"):
+        (tmp_path / name).touch()
+    for path, command in (
+        ("run", "prefuse report run"),
+        ("run.yaml", "prefuse train --config run.yaml"),
+        ("rows.jsonl", "prefuse data inspect rows.jsonl"),
+    ):
+        assert prefuse(path) == 2
+        assert command in capsys.readouterr().err
 
 
 def test_train_eval_and_generate_work_together(files, tmp_path, capsys):
@@ -338,7 +358,7 @@ def test_every_command_in_the_docs_and_in_our_messages_parses():
     found = []
     for path in texts:
         if path.suffix in (".py", ".md", ".sh", ".sbatch", ".yaml"):
-            text = path.read_text().replace("\\\n", " ")
+            text = re.sub(r"\\+\n", " ", path.read_text())  # two within a docstring
             found += [(path.name, match.group(1)) for match in COMMAND.finditer(text)]
     assert len({command for _, command in found}) >= 15
     for name, command in found:

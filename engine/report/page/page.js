@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("chart-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const WIDTH = 460, HEIGHT = 230, LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 26;
+  const WIDTH = 460, HEIGHT = 230, LEFT = 52, RIGHT = 18, TOP = 10, BOTTOM = 42;
 
   const make = (name, attributes, parent, text) => {
     const node = document.createElementNS(SVG, name);
@@ -12,7 +12,7 @@
     parent.append(node);
     return node;
   };
-  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(4)));
+  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? (+x.toPrecision(3)).toExponential() : String(+x.toPrecision(4)));
 
   // Round numbers from low to high, about `count` of them.
   const ticks = (low, high, count) => {
@@ -36,13 +36,11 @@
   class Chart {
     constructor(figure, chart) {
       this.figure = figure;
+      this.counts = chart.x === "step";
       this.axis = chart.x;
-      this.lines = chart.lines.map((line) => ({ ...line, shown: true }));
-      const all = this.lines.flatMap((line) => [line.steps[0], line.steps[line.steps.length - 1]]);
-      this.whole = [Math.min(...all), Math.max(...all)];
-      if (this.whole[0] === this.whole[1]) this.whole = [this.whole[0] - 1, this.whole[1] + 1];
-      this.span = [...this.whole];
-      this.cursor = null;
+      this.mark = chart.mark ?? null;
+      this.lines = chart.lines.map((line) => ({ ...line, plain: line.steps, shown: true }));
+      this.measure();
       this.svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "img", "aria-label": `${chart.title}: ${this.summary()}` }, figure);
       this.readout = document.createElement("p");
       this.readout.className = "readout";
@@ -50,6 +48,19 @@
       figure.append(this.readout, this.keys());
       this.listen();
       this.draw();
+    }
+
+    // Of several runs, each may take the whole width: steps as shares of the run's last one.
+    measure() {
+      if (this.counts) {
+        this.axis = shares.on ? "% of the run" : "step";
+        for (const line of this.lines) line.steps = shares.on ? line.plain.map((step) => (100 * step) / ends[line.run]) : line.plain;
+      }
+      const all = this.lines.flatMap((line) => [line.steps[0], line.steps[line.steps.length - 1]]);
+      this.whole = [Math.min(...all), Math.max(...all)];
+      if (this.whole[0] === this.whole[1]) this.whole = [this.whole[0] - 1, this.whole[1] + 1];
+      this.span = [...this.whole];
+      this.cursor = null;
     }
 
     label(line) {
@@ -64,7 +75,7 @@
     colour(line, index) {
       return `var(--run-${(data.titles.length > 1 ? line.run : index) % 8})`;
     }
-    place(x) { return this.axis === "step" ? `step ${Math.round(x)}` : `${this.axis} ${short(x)}`; }
+    place(line, i) { return this.counts ? `step ${Math.round(line.plain[i])}` : `${this.axis} ${short(line.steps[i])}`; }
     summary() {
       return this.lines.map((line) => `${this.label(line)} from ${short(line.values[0])} to ${short(line.values[line.values.length - 1])}`).join("; ");
     }
@@ -119,7 +130,7 @@
         }
       }
       if (!Number.isFinite(low)) [low, high] = [0, 1];
-      if (low === high) [low, high] = [low - Math.abs(low) / 10 - 1e-9, high + Math.abs(high) / 10 + 1e-9];
+      if (low === high) [low, high] = [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
       const margin = (high - low) * 0.05;
       this.bottom = low - margin;
       this.top = high + margin;
@@ -128,10 +139,15 @@
         make("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }, this.svg);
         make("text", { x: LEFT - 5, y: y + 4, "text-anchor": "end" }, this.svg, short(value));
       }
-      for (const step of ticks(this.span[0], this.span[1], 5)) make("text", { x: this.x(step), y: HEIGHT - 8, "text-anchor": "middle" }, this.svg, short(step));
-      make("text", { x: WIDTH - RIGHT, y: HEIGHT - BOTTOM - 4, "text-anchor": "end" }, this.svg, this.axis);
+      for (const step of ticks(this.span[0], this.span[1], 5)) make("text", { x: this.x(step), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, this.svg, short(step));
+      make("text", { x: WIDTH - RIGHT, y: HEIGHT - 8, "text-anchor": "end" }, this.svg, this.axis);
       const clip = make("svg", { x: LEFT, y: 0, width: WIDTH - LEFT - RIGHT, height: HEIGHT, viewBox: `${LEFT} 0 ${WIDTH - LEFT - RIGHT} ${HEIGHT}` }, this.svg);
       this.lines.forEach((line, index) => { if (line.shown) this.drawLine(clip, line, this.colour(line, index)); });
+      if (this.mark !== null && this.mark >= this.span[0] && this.mark <= this.span[1]) {
+        const x = this.x(this.mark);
+        make("line", { class: "mark", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }, this.svg);
+        make("text", { x: x - 4, y: TOP + 9, "text-anchor": "end" }, this.svg, "turns here");
+      }
       this.overlay = make("g", {}, this.svg);
       this.drawCursor();
     }
@@ -167,7 +183,7 @@
       const said = shown.map((line) => {
         const i = nearest(line.steps, this.cursor);
         const spread = line.low ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
-        return `${this.label(line)} ${short(line.values[i])}${spread} at ${this.place(line.steps[i])}`;
+        return `${this.label(line)} ${short(line.values[i])}${spread} at ${this.place(line, i)}`;
       });
       this.readout.textContent = said.join(" · ");
     }
@@ -212,15 +228,34 @@
     }
   }
 
+  // The last step of each run, and whether steps are shown as shares of it: at first where runs differ by three times.
+  const ends = data.titles.map((_, run) => Math.max(1, ...data.charts.filter((chart) => chart.x === "step").flatMap((chart) => chart.lines.filter((line) => line.run === run).map((line) => line.steps[line.steps.length - 1]))));
+  const shares = { on: ends.length > 1 && Math.max(...ends) >= 3 * Math.min(...ends) };
+  const drawn = [];
+
   // A chart is drawn when its part of the page is opened.
   const drawAll = (root) => {
     for (const figure of root.querySelectorAll("figure.chart:not([data-drawn])")) {
       if (figure.closest("details:not([open])")) continue;
       figure.dataset.drawn = "yes";
-      new Chart(figure, data.charts[Number(figure.dataset.chart)]);
+      drawn.push(new Chart(figure, data.charts[Number(figure.dataset.chart)]));
     }
   };
   drawAll(document);
+  const first = document.querySelector("figure.chart");
+  if (ends.length > 1 && first) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "axis";
+    const say = () => { button.textContent = shares.on ? "Show steps as they are" : "Show each run at full width"; };
+    button.onclick = () => {
+      shares.on = !shares.on;
+      say();
+      for (const chart of drawn) { chart.measure(); chart.draw(); }
+    };
+    say();
+    first.parentElement.before(button);
+  }
   for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", () => drawAll(details));
   // On paper nothing is folded.
   addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; drawAll(document); });

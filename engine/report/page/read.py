@@ -32,10 +32,21 @@ class RunFiles:
     about: dict[str, Any] = field(default_factory=dict)  # about.json
     metrics: list[dict] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)  # the first row of each reason
     messages: list[dict] = field(default_factory=list)
     answers: list[tuple[str, list[dict]]] = field(default_factory=list)  # (file, rows) of `prefuse generate`
     evaluations: list[tuple[str, dict]] = field(default_factory=list)  # (file, metrics) of `prefuse eval`
-    checkpoints: list[tuple[str, list[dict]]] = field(default_factory=list)  # (file, points) of `eval --checkpoints`
+    checkpoints: list[tuple[str, list[dict], dict]] = field(default_factory=list)  # of `eval --checkpoints`: and turn
+    rounds: list[tuple[str, list[dict]]] = field(default_factory=list)  # of `prefuse online`: the first and the last
+    held_out_scores: list[dict] = field(default_factory=list)  # of `prefuse reward`
+
+    def skipped_rows(self, most: int) -> list[tuple[str, int, str]]:
+        """(reason, rows, the first of them)"""
+        return [(reason, count, self.first_skipped.get(reason, "")) for reason, count in self.skipped.most_common(most)]
+
+    @property
+    def command(self) -> str:
+        return str(self.mark.get("command", "?"))
 
     @property
     def steps(self) -> int:
@@ -55,6 +66,7 @@ def read_run(folder: Path) -> RunFiles:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{folder} has no metrics.jsonl: expected the output_dir of a run")
+    skipped = list(_lines(folder / "skipped.jsonl"))
     return RunFiles(
         name=folder.resolve().name,
         path=folder,
@@ -62,11 +74,14 @@ def read_run(folder: Path) -> RunFiles:
         settings=_settings(folder / "config.yaml"),
         about=_about(_read_json(folder / "about.json")),
         metrics=read_metrics(metrics),
-        skipped=Counter(str(row.get("reason", "")) for row in _lines(folder / "skipped.jsonl")),
+        skipped=Counter(str(row.get("reason", "")) for row in skipped),
+        first_skipped={str(row.get("reason", "")): str(row.get("row", "")) for row in reversed(skipped)},
         messages=list(islice(_lines(folder / MESSAGES), MOST_MESSAGES)),
         answers=list(_answers(folder)),
         evaluations=list(_evaluations(folder)),
         checkpoints=list(_checkpoints(folder)),
+        rounds=list(_rounds(folder / "samples")),
+        held_out_scores=[row for row in _lines(folder / "held_out_scores.jsonl") if _is_scored(row)],
     )
 
 
@@ -133,7 +148,7 @@ def _lines(path: Path):
 def _answers(folder: Path):
     """Files that `prefuse generate` has written there: rows with a prompt and what `model` answered."""
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name in ("metrics.jsonl", "skipped.jsonl", MESSAGES):
+        if path.name in ("metrics.jsonl", "skipped.jsonl", "held_out_scores.jsonl", MESSAGES):
             continue
         rows = [row for row in islice(_lines(path), MOST_ANSWERS) if {"prompt", "model"} <= row.keys()]
         if rows:
@@ -149,11 +164,34 @@ def _evaluations(folder: Path):
 
 
 def _checkpoints(folder: Path):
-    """Files that `prefuse eval --checkpoints` has written there: numbers of each checkpoint, over sqrt(KL)."""
+    """Files that `prefuse eval --checkpoints` has written there: numbers of each checkpoint, and where gold turns."""
     for path in sorted(folder.glob("*.json")):
-        points = _mapping(_read_json(path)).get("checkpoints")
+        found = _mapping(_read_json(path))
+        points = found.get("checkpoints")
         if isinstance(points, list) and all(_is_number(_mapping(point).get("sqrt_kl")) for point in points):
-            yield path.name, points
+            turn = {name: value for name, value in _mapping(found.get("turn")).items() if _is_number(value)}
+            yield path.name, points, turn
+
+
+def _rounds(folder: Path):
+    """The first and the last round of samples: (name, rows with answers and their scores)."""
+    files = sorted(folder.glob("round-*.jsonl"))
+    for path in files[:1] + files[1:][-1:]:
+        rows = [row for row in _lines(path) if _is_sampled(row)]
+        if rows:
+            yield path.stem, rows
+
+
+def _is_sampled(row: dict) -> bool:
+    answers, scores = row.get("answers"), row.get("scores")
+    if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
+        return False
+    return all(score is None or _is_number(score) for score in scores)
+
+
+def _is_scored(row: dict) -> bool:
+    scores = row.get("scores")
+    return isinstance(scores, list) and len(scores) > 1 and all(map(_is_number, scores))
 
 
 def _is_number(value: object) -> bool:

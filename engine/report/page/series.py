@@ -4,6 +4,7 @@ A curve that is longer is cut into stretches of equally many lines; each gives i
 value, so that a spike of one line stays visible.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from prefuse.engine.report.plots import PANELS, curve_points, is_number
 
 MOST_POINTS = 1500
+SPEED = ("tokens_per_second", "samples_per_second", "pairs_per_second", "mfu", "tokens_saved")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ def charts_of(metrics: list[dict]) -> dict[str, list[Series]]:
         ]
         charts[title] = [line for line in lines if line is not None]
     return {title: lines for title, lines in charts.items() if lines}
+
+
+def in_order(titles: Iterable[str]) -> list[str]:
+    """The panels as curves.png has them, other metrics, and last what is about speed."""
+    known = list(PANELS)
+    place = {title: number for number, title in enumerate(known)}
+    return sorted(titles, key=lambda title: (title in SPEED, place.get(title, len(known)), title))
 
 
 def over_kl(points: list[dict]) -> list[Series]:

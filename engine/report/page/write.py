@@ -1,28 +1,26 @@
 """One self-contained HTML file of one run or several side by side.
 
-Jinja escapes every text of a run, so that none of it is ever markup, and the page's policy forbids it to fetch
-anything. The script draws the curves from the numbers in the page; without it the tables remain.
+The script draws the curves from the numbers in the page; without it the tables remain.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
-
+from prefuse.engine.config.setting import TRAINING
 from prefuse.engine.config.settings import Config, settings_of
-from prefuse.engine.data.pieces import ROLES
+from prefuse.engine.report.page.better import curves_over_kl, evaluations_of, mistakes_of, rounds_of, told_answers
 from prefuse.engine.report.page.read import RunFiles
-from prefuse.engine.report.page.series import charts_of, over_kl
-from prefuse.engine.report.screen import printable, visible
-from prefuse.engine.run.files import write_whole
+from prefuse.engine.report.page.render import in_short, write_rendered
+from prefuse.engine.report.page.series import charts_of, in_order
 
-HERE = Path(__file__).parent
 OPEN_CHARTS = 8  # the rest stands folded below them
 MOST_SIDE_BY_SIDE = 8
 COMPARED = (  # of the first and the last evaluation
     ("eval_loss", "loss", "lower is better"),
+    ("eval_reward", "reward of sampled answers", "higher is better"),
+    ("eval_gold", "gold score of sampled answers", "higher is better"),
     ("eval_ece", "calibration error of the scores", "lower is better"),
     ("eval_rewards/accuracies", "reward accuracy (a tie counts half)", "higher is better"),
     ("eval_rewards/margins", "reward margin", ""),
@@ -32,47 +30,82 @@ COMPARED = (  # of the first and the last evaluation
 
 
 def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"shown": _shown, "visible": lambda piece: visible(str(piece)), "role": _role}
-    tables = [_progress(run) for run in runs]
     titles, charts = _titles(runs), _charts(runs)
-    text = environment.get_template("page.html.j2").render(
+    tables = [_progress(run) for run in runs]
+    over = curves_over_kl(runs, titles)
+    write_rendered(
+        path,
+        "run.html.j2",
+        titles,
+        charts + over,
         runs=runs,
-        titles=titles,
+        glance=_glance(runs, tables),
         charts=charts,
-        over_kl=_curves_over_kl(runs, titles),
+        over_kl=over,
         open_charts=OPEN_CHARTS,
-        progress=[table for table in tables if table],
-        indices=[index for index, table in enumerate(tables) if table],
+        progress=tables,
+        evaluations=evaluations_of(runs),
+        answers=told_answers(runs, titles),
+        rounds=[rounds_of(run) for run in runs],
+        mistakes=[mistakes_of(run) for run in runs],
+        next=[line for run in runs for line in _next(run)],
         settings=_settings(runs),
         libraries=_libraries(runs),
-        roles=ROLES,
-        used_roles=_used_roles,
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
     )
-    write_whole(path, text)
 
 
-def _shown(value: Any) -> str:
-    """A number short, a text without characters that change what stands around it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "–"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return printable(str(value))
+def _next(run: RunFiles) -> list[str]:
+    """Commands that say whether the run is better."""
+    start = str(run.settings.get("ref_model_name_or_path") or run.settings.get("model_name_or_path"))
+    if run.command == "reward":
+        models = {"model_name_or_path": "MODEL", "ref_model_name_or_path": "OTHER", "dataset_name": "PROMPTS"}
+        return [_typed("eval", **models, scorer=run.path, output_file="wins.json")]
+    own = {"config": run.path / "config.yaml", "model_name_or_path": run.path}
+    both = own | {"ref_model_name_or_path": start}
+    how = own | {"loss_type": "sft"} if run.command == "sft" else both
+    return [
+        _typed("eval", **how, output_file=run.path / "eval.json"),
+        _typed("eval", **both, scorer="SCORER", output_file=run.path / "wins.json"),
+        _typed("generate", **both, output_file=run.path / "answers.jsonl"),
+    ]
 
 
-def _role(role: Any) -> str:
-    """A known role, as a class of the page: nothing else of a file gets into an attribute that means something."""
-    return role if role in ROLES else "prompt"
+def _typed(command: str, **settings: object) -> str:
+    return shlex.join(["prefuse", command, *(word for name, x in settings.items() for word in (f"--{name}", str(x)))])
 
 
-def _used_roles(example: dict) -> set[str]:
-    return {_role(role) for side in example.get("sides", ()) for role in side.get("roles", ())}
+def _glance(runs: Sequence[RunFiles], tables: Sequence[list[dict]]) -> list[dict]:
+    """[{question, name, cells}]: the first answer to each question, a cell for each run; empty rows are left out."""
+    rows = [
+        ("data", "trained on", [_said_of_rows(run) for run in runs]),
+        *(
+            ("learned", label, [_said_of_change(table, label) for table in tables])
+            for _, label, _ in COMPARED
+            if label != "reward margin"
+        ),
+        ("better", "win rate", [_said_of_wins(run) for run in runs]),
+        ("wrong", "warnings", [str(len(run.messages)) if run.messages else "none" for run in runs]),
+    ]
+    return [{"question": question, "name": name, "cells": cells} for question, name, cells in rows if any(cells)]
+
+
+def _said_of_rows(run: RunFiles) -> str:
+    rows, what = run.about.get("rows"), "prompts" if run.command == "online" else "rows"
+    skipped = f", {run.skipped.total()} skipped" if run.skipped else ""
+    return f"{in_short(rows['train'])} {what}{skipped}" if rows else ""
+
+
+def _said_of_change(table: list[dict], label: str) -> str:
+    return next((f"{in_short(row['first'])} → {in_short(row['last'])}" for row in table if row["label"] == label), "")
+
+
+def _said_of_wins(run: RunFiles) -> str:
+    for _, metrics in run.evaluations:
+        if "win_rate" in metrics:
+            low, high = metrics.get("win_rate_low"), metrics.get("win_rate_high")
+            interval = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
+            return f"{metrics['win_rate']:.1%}{interval}"
+    return ""
 
 
 def _titles(runs: Sequence[RunFiles]) -> list[str]:
@@ -87,19 +120,7 @@ def _charts(runs: Sequence[RunFiles]) -> list[dict]:
     for number, run in enumerate(runs):
         for title, lines in charts_of(run.metrics).items():
             charts.setdefault(title, []).extend({"run": number} | dataclasses.asdict(line) for line in lines)
-    return [{"title": title, "x": "step", "lines": lines} for title, lines in charts.items()]
-
-
-def _curves_over_kl(runs: Sequence[RunFiles], titles: Sequence[str]) -> list[dict]:
-    """The same, of checkpoints that `prefuse eval --checkpoints` has looked at."""
-    return [
-        {"title": f"{titles[number]}: scores over sqrt(KL), {file}", "x": "sqrt(KL)", "lines": [
-            {"run": number} | dataclasses.asdict(line) for line in over_kl(points)
-        ]}
-        for number, run in enumerate(runs)
-        for file, points in run.checkpoints
-        if over_kl(points)
-    ]  # fmt: skip
+    return [{"title": title, "x": "step", "lines": charts[title]} for title in in_order(charts)]
 
 
 def _progress(run: RunFiles) -> list[dict]:
@@ -127,7 +148,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[dict]:
     """[{topic, rows: [{name, values, differs, changed}]}]: `differs` between runs, `changed` from the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     topics = {}
-    for command in ("sft", "train"):
+    for command in TRAINING:
         for topic, fields in settings_of(command).items():
             topics.setdefault(topic, {}).update(dict.fromkeys(fields))
     known = {name for names in topics.values() for name in names}
@@ -153,4 +174,5 @@ def _libraries(runs: Sequence[RunFiles]) -> list[dict]:
     parts = [(run.about.get("environment"), run.mark.get("libraries")) for run in runs]
     tables = [{k: v for part in both if isinstance(part, dict) for k, v in part.items()} for both in parts]
     names = dict.fromkeys(name for table in tables for name in table)
-    return [{"name": name, "values": [table.get(name) for table in tables]} for name in names]
+    rows = [{"name": name, "values": [table.get(name) for table in tables]} for name in names]
+    return [row | {"differs": any(value != row["values"][0] for value in row["values"])} for row in rows]
