@@ -86,7 +86,7 @@ def _head(results: Results) -> list[str]:
         f"forward at {ours[0]:.1%} of the speed of its own bare products and {trl[0]:.2f}x TRL's; forward and backward "
         f"{ours[1]:.1%} and {trl[1]:.2f}x; with a workspace {keeping['ratio_to_prefuse']:.2f} of that time"
     )
-    return [what, found, _by(record, "head")]
+    return [what, found, _by(record, "cpuhead")]
 
 
 def _losses(results: Results) -> list[str]:

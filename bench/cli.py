@@ -13,6 +13,8 @@ GROUPS = {
     "the head": {
         "head": "Implementations x shapes x modes x losses: right first, then time, memory, error, same bits.",
         "accuracy": "How far a sequence's log-ratio is from float64, by length, beside peers.",
+        "memory": "Peak memory of every implementation, by tokens and by vocabulary.",
+        "cpuhead": "Time and memory of the portable head on this CPU beside its own bare matrix products.",
         "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
         "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
         "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
