@@ -6,10 +6,10 @@
 
 An implementation whose loss, log-probabilities or gradients are wrong against the float64 oracle gets no time: its row
 says what was off. "Wrong" is more than four times the error of plain PyTorch in the same dtype, so rounding logits to
-bf16 is not. Times are of forward, and backward where something needs a gradient, in turn, warm. `ratio_to_gemms` is to one
-large product for each unit of a head that keeps no logits (no grad 1, frozen 2, trainable 4 products of N D V). TFLOP/s
-count the same (8 NDV operations where all is trained), so a head that keeps its logits can be below 1. Memory is the
-allocator's peak beyond the inputs, gradients included. `log_ratio_error_nats` is the mean over sequences of
+bf16 is not. Times are of forward, and backward where something needs a gradient, in turn, warm. `ratio_to_gemms` is to
+one large product for each unit of a head that keeps no logits (no grad 1, frozen 2, trainable 4 products of N D V);
+TFLOP/s count the same (8 NDV operations where all is trained), so a head that keeps its logits can be below 1. Memory
+is the allocator's peak beyond the inputs, gradients included. `log_ratio_error_nats` is the mean over sequences of
 |log-ratio - float64's|.
 """
 

@@ -88,7 +88,7 @@ def dpo_repository(logps: Tensor, ref_logps: Tensor) -> Tensor:  # (S,), (S,) ->
 
 
 def halos_kto(logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
-    """Ethayarajh et al. 2024, eq. 8, as ContextualAI/HALOs has it: 1 - sigmoid on either side of the reference point."""
+    """Ethayarajh et al. 2024, eq. 8, as ContextualAI/HALOs has it: 1 - sigmoid on both sides of the reference point."""
     ratios = logps - ref_logps
     return (1 - torch.sigmoid(BETA * torch.where(desirable, ratios - Z0, Z0 - ratios))).mean()
 
