@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prefuse.bench import roofline
 from prefuse.bench.record import Record, markdown
 from prefuse.bench.show import number
 
@@ -292,5 +293,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "trl real": trl_real,
     "model step": model_step,
     "liger losses": liger_losses,
+    "roofline chips": roofline.chips_table,
+    "roofline passes": roofline.passes_table,
+    "roofline bounds": roofline.bounds_table,
     **{verb: whole(verb) for verb in ("head", "memory", "scale", "data", "evaluation", "online", "packing", "reward")},
 }

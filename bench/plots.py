@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from prefuse.bench import roofline
 from prefuse.bench.blocks import Results
 
 OURS, MODES = "#1b7f5c", {"no grad": "#8fa3c8", "frozen": "#a07d1c", "trainable": "#1b7f5c"}
@@ -64,4 +65,7 @@ def accuracy(figure: Any, results: Results) -> None:
     axes.legend(title=title, loc="upper left", bbox_to_anchor=(0, 0.78), fontsize=9, alignment="left")
 
 
-FIGURES_OF: dict[str, Callable[[Results], str]] = {"accuracy": drawn(accuracy, (8, 5))}
+FIGURES_OF: dict[str, Callable[[Results], str]] = {
+    "accuracy": drawn(accuracy, (8, 5)),
+    "roofline": drawn(roofline.draw, (8, 5.5)),
+}

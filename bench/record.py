@@ -13,6 +13,7 @@ same door.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -162,8 +163,9 @@ def command() -> str:
     return " ".join([*name, *map(shlex.quote, words[1:])])
 
 
+@functools.cache
 def commit() -> str | None:
-    """Of the checkout that this file stands in; results that are not committed yet are no change of it."""
+    """Of the checkout that this file stands in, as the verb began; results and docs are no part of what is measured."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
