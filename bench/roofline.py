@@ -2,7 +2,7 @@
 
     N tokens, D hidden, V vocabulary; one product of N * D * V is 2NDV operations; numbers are bf16, sums float32
 
-A pass takes at least the longer of two times: its operations at the chip's dense bf16 rate, or its bytes at the memory's
+A pass takes at least the longer of two times: its operations at the dense bf16 rate, or its bytes at the memory's
 bandwidth. Bytes are what the launchers report (prefuse.kernels.cost): every operand read once, every result written
 once, sums over slices of the vocabulary read and written once a slice, and nothing kept in a cache between passes.
 `prefuse bench figures` writes docs/roofline.md's tables and its figure.

@@ -25,11 +25,11 @@ from prefuse.bench.implementations import IMPLEMENTATIONS, HeadInputs, absence, 
 from prefuse.bench.record import write_result
 from prefuse.bench.timing import interleaved, peak_bytes, seconds_of
 
-D, TOKENS = 256, 64
-LENGTHS = (256, 512, 1024, 2048)  # N, at V_FIXED
-VOCABULARIES = (4000, 8000, 16000, 32000)  # V, at N_FIXED
+D, TOKENS = 128, 64
+LENGTHS = (256, 512, 1024)  # N, at V_FIXED
+VOCABULARIES = (4000, 8000, 16000)  # V, at N_FIXED
 N_FIXED, V_FIXED = 512, 8000
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 4)  # gloo, one thread each
 CHOSEN = ("prefuse", "prefuse, kept", "TRL", "HALOs, DPO repository (eager)", "Liger scaled CE")
 
 
