@@ -173,7 +173,7 @@ def test_every_peer_with_bf16_numbers_is_two_orders_of_magnitude_off():
 @pytest.mark.parametrize("mode", roofline.MODES)
 def test_the_roofline_counts_what_the_launchers_report(mode, device):
     """Operations exactly, bytes but for the rows' own numbers."""
-    n, d, v = 64, 16, 640
+    n, d, v = 32, 16, 320
     needs = {"no grad": (), "frozen": ("hidden",)}.get(mode, ("hidden", "weight"))
     x = {"hidden": 0.3 * torch.randn(n, d), "weight": torch.randn(v, d)}
     x = {name: part.bfloat16().to(device).requires_grad_(name in needs) for name, part in x.items()}
