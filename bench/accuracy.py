@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import prefuse
+from prefuse.bench.head import first_line
 from prefuse.bench.implementations import IMPLEMENTATIONS, Path, absence
 from prefuse.bench.record import RESULTS, environment, markdown, version_of, write_result
 
@@ -47,7 +48,7 @@ def paths() -> tuple[dict[str, Path], dict[str, dict[str, str | None]]]:
         try:
             reason or made.path(*sample)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = first_line(error)
         looked[name] = {"version": version_of(made.package), "absent": reason}
         if reason is None:
             found[name] = functools.partial(in_blocks, made.path) if name in MATERIALIZED else made.path

@@ -27,6 +27,10 @@ class Results:
                 return record
         raise KeyError(f"no result of `prefuse bench {verb}` with {settings}: run it, or remove its table")
 
+    def every(self, verb: str) -> list[Record]:
+        """All of a verb, by the names of their files."""
+        return sorted((record for record in self.records if record.verb == verb), key=lambda record: record.path.name)
+
 
 def row(record: Record, **keys: object) -> Row:
     """The one row that has these keys."""
@@ -285,6 +289,28 @@ def whole(verb: str) -> Callable[[Results], str]:
     return block
 
 
+def head_steps(results: Results) -> str:
+    """A DPO step with everything trained, by dtype, and whether log-probabilities keep their bits in any batch."""
+    texts = []
+    for record in results.every("head"):
+        chosen = {"mode": "trainable", "loss_type": "dpo"}
+        rows = [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
+        bits = {x["implementation"]: x.get("batch_invariant") for x in record.rows if x["loss_type"] == "logps"}
+        cells = [
+            [x["implementation"], f"{x['ratio_to_gemms']:.2f}", number(x.get("peak_mib")),
+             *(f"{x[key]:.1e}" if key in x else "" for key in ("log_ratio_error_nats", "gradient_error")),
+             number(x.get("deterministic")), number(bits.get(x["implementation"]))]
+            for x in rows
+        ]  # fmt: skip
+        header = ["DPO step, all trained", "time / 4 bare products", "peak MiB", "log-ratio error, nats"]
+        header += ["gradient error", "same bits again", "in any batch"]
+        shape, dtype = record.rows[0]["shape"], record.rows[0]["dtype"]
+        about = f"{dtype}, N x D x V = {shape}, {where(record)}, {link(record)}. {' '.join(record.notes)}"
+        missing = sorted({f"{name}: {peer['absent']}" for name, peer in record.peers.items() if peer["absent"]})
+        texts.append("\n".join([about, "", markdown(header, cells), "", f"Not measured: {'; '.join(missing)}."]))
+    return "\n\n".join(texts)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "measured": measured,
     "accuracy": accuracy,
@@ -293,6 +319,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "trl real": trl_real,
     "model step": model_step,
     "liger losses": liger_losses,
+    "head steps": head_steps,
     "roofline chips": roofline.chips_table,
     "roofline passes": roofline.passes_table,
     "roofline bounds": roofline.bounds_table,

@@ -33,6 +33,7 @@ from prefuse.bench.implementations import (
     MODES,
     UNITS,
     Z0,
+    Absent,
     HeadInputs,
     absence,
     applies,
@@ -182,7 +183,7 @@ def gemms(units: int, x: HeadInputs) -> Callable[[], None]:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def measure_group(truth: Truth, key: Row, names: list[str], rounds: int) -> tuple[list[Row], dict[str, list[float]]]:

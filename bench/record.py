@@ -147,7 +147,7 @@ def _busy(environment: dict[str, Any]) -> list[str]:
     if not load or load[0] <= cores:
         return []
     return [
-        f"The machine was shared: load average {load[0]:g} on {cores} cores. Ratios are of one round; times are not."
+        f"The machine was shared: load average {load[0]:g} on {cores} cores. Ratios compare times of one round; times alone say little."
     ]
 
 
