@@ -146,9 +146,8 @@ def _busy(environment: dict[str, Any]) -> list[str]:
     load, cores = environment.get("load_average"), os.cpu_count() or 1
     if not load or load[0] <= cores:
         return []
-    return [
-        f"The machine was shared: load average {load[0]:g} on {cores} cores. Ratios compare times of one round; times alone say little."
-    ]
+    said = "Ratios compare times of one round; times alone say little."
+    return [f"The machine was shared: load average {load[0]:g} on {cores} cores. {said}"]
 
 
 def _without_folder(value: Any) -> Any:
