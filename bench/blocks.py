@@ -311,6 +311,23 @@ def head_steps(results: Results) -> str:
     return "\n\n".join(texts)
 
 
+def memory_peaks(results: Results) -> str:
+    """MiB beyond inputs and gradients of a DPO step, by shape."""
+    record, texts = results.newest("memory"), []
+    shapes = list(dict.fromkeys(x["shape"] for x in record.rows))
+    for mode in ("trainable", "frozen"):
+        found = {
+            (x["implementation"], x["shape"]): x["peak_mib_beyond_gradients"]
+            for x in record.rows
+            if x["mode"] == mode and "peak_mib" in x
+        }
+        names = dict.fromkeys(name for name, _ in found)
+        cells = [[name, *(f"{found[name, shape]:.1f}" for shape in shapes)] for name in names]
+        texts.append(markdown([f"MiB, {mode}, N x D x V =", *shapes], cells))
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {record.rows[0]['dtype']}, {link(record)}."
+    return "\n\n".join([said, *texts])
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "measured": measured,
     "accuracy": accuracy,
@@ -320,8 +337,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "model step": model_step,
     "liger losses": liger_losses,
     "head steps": head_steps,
+    "memory peaks": memory_peaks,
     "roofline chips": roofline.chips_table,
     "roofline passes": roofline.passes_table,
     "roofline bounds": roofline.bounds_table,
-    **{verb: whole(verb) for verb in ("head", "memory", "scale", "data", "evaluation", "online", "packing", "reward")},
+    **{verb: whole(verb) for verb in ("data", "evaluation", "online", "packing", "reward")},
 }
