@@ -328,6 +328,25 @@ def memory_peaks(results: Results) -> str:
     return "\n\n".join([said, *texts])
 
 
+def scale_exponents(results: Results) -> str:
+    """How time and peak memory grow: slopes of the line through the logarithms."""
+    record = results.newest("scale")
+    slopes = {(x["what"], x["implementation"]): x for x in record.rows if "exponent" in x}
+    axes = [(measure, axis) for axis in ("tokens", "vocabulary", "ranks") for measure in ("ms", "peak_mib")]
+    words = {"ms": "time", "peak_mib": "memory"}
+
+    def cell(name: str, measure: str, axis: str) -> str:
+        found = slopes.get((f"exponent of {measure} in {axis}", name))
+        return f"{found['exponent']:.2f}" if found else ""
+
+    names = dict.fromkeys(x["implementation"] for x in record.rows if "ms" in x)
+    cells = [[name, *(cell(name, *axis) for axis in axes)] for name in names]
+    ranks = ", ".join(f"{x['size']}: {x['ms']:.0f} ms" for x in record.rows if x["what"] == "ranks" and "ms" in x)
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}. {' '.join(record.notes)}"
+    table = markdown(["exponent of", *(f"{words[measure]} in {axis}" for measure, axis in axes)], cells)
+    return "\n\n".join([said, table, f"CPU milliseconds of the slowest rank, by ranks: {ranks}."])
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "measured": measured,
     "accuracy": accuracy,
@@ -338,6 +357,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "liger losses": liger_losses,
     "head steps": head_steps,
     "memory peaks": memory_peaks,
+    "scale exponents": scale_exponents,
     "roofline chips": roofline.chips_table,
     "roofline passes": roofline.passes_table,
     "roofline bounds": roofline.bounds_table,

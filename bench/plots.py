@@ -137,6 +137,5 @@ FIGURES_OF: dict[str, Callable[[Results], str]] = {
     "head": drawn(head, (10, 3.6)),
     "memory": drawn(memory, (9, 4.2)),
     "roofline": drawn(roofline.draw, (8, 5.5)),
+    "scale": drawn(scale, (11, 3.8)),
 }
-# Once their results stand in bench/results.
-OTHERS = {"scale": drawn(scale, (11, 3.8))}
