@@ -289,12 +289,19 @@ def whole(verb: str) -> Callable[[Results], str]:
     return block
 
 
+def dpo_steps(record: Record) -> list[Row]:
+    """Times of a DPO step in which everything is trained."""
+    chosen = {"mode": "trainable", "loss_type": "dpo"}
+    return [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
+
+
 def head_steps(results: Results) -> str:
     """A DPO step with everything trained, by dtype, and whether log-probabilities keep their bits in any batch."""
     texts = []
     for record in results.every("head"):
-        chosen = {"mode": "trainable", "loss_type": "dpo"}
-        rows = [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
+        rows = dpo_steps(record)
+        if not rows:  # measured for something else
+            continue
         bits = {x["implementation"]: x.get("batch_invariant") for x in record.rows if x["loss_type"] == "logps"}
         cells = [
             [x["implementation"], f"{x['ratio_to_gemms']:.2f}", number(x.get("peak_mib")),

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from prefuse.bench import roofline
-from prefuse.bench.blocks import Results
+from prefuse.bench.blocks import Results, dpo_steps
 
 OURS, MODES = "#1b7f5c", {"no grad": "#8fa3c8", "frozen": "#a07d1c", "trainable": "#1b7f5c"}
 PEERS = ("#b5432e", "#8fa3c8", "#a07d1c", "#6b4f9e", "#4a9aa8", "#7a7a7a", "#c07aa1")
@@ -68,10 +68,9 @@ def accuracy(figure: Any, results: Results) -> None:
 
 def head(figure: Any, results: Results) -> None:
     """Time of a DPO step and its log-ratio's error beside peers, by dtype: everything trained."""
-    records = results.every("head")
+    records = [record for record in results.every("head") if dpo_steps(record)]
     for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records, strict=True):
-        rows = [row for row in record.rows if (row["mode"], row["loss_type"]) == ("trainable", "dpo") and "ms" in row]
-        rows.sort(key=lambda row: -row["ratio_to_gemms"])
+        rows = sorted(dpo_steps(record), key=lambda row: -row["ratio_to_gemms"])
         names, ratios = ([row[key] for row in rows] for key in ("implementation", "ratio_to_gemms"))
         colors = [OURS if name.startswith("prefuse") else "#8fa3c8" for name in names]
         bars = axes.barh(names, ratios, color=colors)
@@ -128,7 +127,9 @@ def scale(figure: Any, results: Results) -> None:
         axes.set(xscale="log", yscale="log", xticks=ticks, xticklabels=[str(x) for x in ticks])
         axes.minorticks_off()
         axes.set_xlabel(what)
-        axes.legend(title="exponent", fontsize=7, title_fontsize=8)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+        axes.legend(title="exponent", fontsize=7, title_fontsize=8, loc="upper left")
     figure.axes[0].set_ylabel("CPU ms of forward and backward")
 
 
