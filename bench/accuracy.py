@@ -3,54 +3,32 @@
     prefuse bench accuracy
 
 A preference loss reads `sum over tokens of (log pi - log pi_ref)`, a small difference of two large sums. Every path
-gets the same bf16 hidden states and heads; what differs is whether the logits are rounded to bf16 on the way. CPU only,
-under three minutes on two cores. Writes results/logratio_error.json and docs/figures/logratio_error.png.
+gets the same bf16 hidden states and heads; what differs is whether logits or log-probabilities are rounded to bf16 on
+the way. Minutes on a CPU. Writes results/accuracy.json; `prefuse bench figures` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import prefuse
-from prefuse.bench.record import FIGURES, RESULTS, environment, markdown, write_result
+from prefuse.bench.head import first_line
+from prefuse.bench.implementations import IMPLEMENTATIONS, Path, absence
+from prefuse.bench.record import RESULTS, environment, markdown, version_of, write_result
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TOKENS, DIM, VOCAB = LENGTHS[-1], 512, 32000
-TRL_VOCAB_TILE = 32768  # the default of its trainers
-TRL = "TRL " + ".".join(importlib.metadata.version("trl").split(".")[:2])
-EAGER = "eager, bf16 logits"
-
-Path = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> logps (N,)
+MATERIALIZED = ("HALOs, DPO repository (eager)", "torch.compile")  # run in blocks of rows, which changes no row
 
 
-def prefuse_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return prefuse.linear_logprobs(hidden, weight, targets, impl="torch")
-
-
-def trl_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_VOCAB_TILE, None, 1.0, ())[0]
-
-
-def eager_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`model(...).logits` in bf16, and a float32 log-softmax of it."""
+def in_blocks(path: Path, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     blocks = zip(hidden.split(512), targets.split(512), strict=True)
-    return torch.cat([torch.log_softmax((x @ weight.T).float(), -1).gather(1, y[:, None])[:, 0] for x, y in blocks])
-
-
-def torch_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Float32 logits inside, but the result comes back in bf16."""
-    from torch.nn import LinearCrossEntropyOptions
-    from torch.nn.functional import linear_cross_entropy
-
-    options = LinearCrossEntropyOptions()
-    return -linear_cross_entropy(hidden, weight, targets, reduction="none", options=options).float()
+    return torch.cat([path(x, weight, y) for x, y in blocks])
 
 
 def float64_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -59,11 +37,22 @@ def float64_path(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([-torch.nn.functional.cross_entropy(x @ exact.T, y, reduction="none") for x, y in blocks])
 
 
-def paths() -> dict[str, Path]:
-    named = {"prefuse": prefuse_path, EAGER: eager_path, TRL: trl_path}
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
-        named["F.linear_cross_entropy"] = torch_path
-    return named
+def paths() -> tuple[dict[str, Path], dict[str, dict[str, str | None]]]:
+    """Those that run here, and of every one its version or why it does not."""
+    found, looked = {}, {}
+    sample = torch.randn(64, 64).bfloat16(), torch.randn(128, 64).bfloat16(), torch.arange(64)
+    for name, made in IMPLEMENTATIONS.items():
+        if made.path is None or name == "prefuse, kept":  # losses whole give no log-probabilities; kept: the same bits
+            continue
+        reason = absence(name)
+        try:
+            reason or made.path(*sample)
+        except Exception as error:
+            reason = first_line(error)
+        looked[name] = {"version": version_of(made.package), "absent": reason}
+        if reason is None:
+            found[name] = functools.partial(in_blocks, made.path) if name in MATERIALIZED else made.path
+    return found, looked
 
 
 def case(seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -102,7 +91,7 @@ def sequence_log_ratios(name: str, policy: Tensor, reference: Tensor, length: in
     return (policy.float().view(-1, length).sum(-1) - reference.float().view(-1, length).sum(-1)).double()
 
 
-def measure(seeds: int) -> dict:
+def measure(seeds: int, named: dict[str, Path]) -> dict:
     """Errors of every path over all seeds, in nats."""
     token_errors: dict[str, list[Tensor]] = {}
     ratio_errors: dict[str, list[Tensor]] = {}
@@ -114,7 +103,7 @@ def measure(seeds: int) -> dict:
         truth = [float64_path(*model, targets) for model in (policy, reference)]
         exact_logps.append(truth[0])
         exact_ratios.append(truth[0] - truth[1])
-        for name, path in paths().items():
+        for name, path in named.items():
             got = [path(*model, targets) for model in (policy, reference)]
             token_errors.setdefault(name, []).append(got[0].double() - truth[0])
             ratio_errors.setdefault(name, []).append((got[0].double() - got[1].double()) - exact_ratios[-1])
@@ -154,42 +143,15 @@ def table(result: dict) -> str:
     return markdown(header, rows)
 
 
-def draw(result: dict) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    # TRL's tiles hold the same bf16 logits as eager's, so one line is drawn over the other.
-    styles = {"prefuse": ("#1b7f5c", "o-"), EAGER: ("#8fa3c8", "o-"), TRL: ("#b5432e", "o:")}
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    for name, errors in result["paths"].items():
-        by_length = errors["sequence_log_ratio"]
-        color, line = styles.get(name, ("#a07d1c", "o-"))
-        mean, worst = ([e[key] for e in by_length.values()] for key in ("mean", "max"))
-        axes.plot(list(by_length), mean, line, color=color, linewidth=2, markersize=4, label=name)
-        axes.fill_between(list(by_length), mean, worst, color=color, alpha=0.12, linewidth=0)
-    axes.set(xscale="log", yscale="log", xticks=LENGTHS, xticklabels=[str(x) for x in LENGTHS])
-    axes.minorticks_off()
-    axes.set_xlabel("completion length (tokens)")
-    axes.set_ylabel("error of a sequence's log-ratio (nats)")
-    axes.set_title("Log-ratio log π(y|x) − log π$_{ref}$(y|x): error against float64, same bf16 inputs", fontsize=12)
-    axes.grid(which="major", color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="line: mean, shade: up to the worst sequence", loc="center left", alignment="left")
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / "logratio_error.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="heads and token sets drawn (default 3)")
     seeds = parser.parse_args().seeds
     settings = {"N": TOKENS, "D": DIM, "V": VOCAB, "seeds": seeds, "device": "cpu", "dtype": "bfloat16", "unit": "nats"}
     with torch.no_grad():
-        result = {"environment": environment(), "settings": settings, **measure(seeds)}
-    write_result(RESULTS / "accuracy.json", "accuracy", result)
-    draw(result)
+        named, looked = paths()
+        result = {"environment": environment(), "settings": settings, **measure(seeds, named)}
+    write_result(RESULTS / "accuracy.json", "accuracy", result, peers=looked)
     print("\n|error| in nats: mean (max)\n")
     print(table(result))
 

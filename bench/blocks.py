@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prefuse.bench import roofline
 from prefuse.bench.record import Record, markdown
 from prefuse.bench.show import number
 
@@ -25,6 +26,10 @@ class Results:
             if record.verb == verb and settings.items() <= record.settings.items():
                 return record
         raise KeyError(f"no result of `prefuse bench {verb}` with {settings}: run it, or remove its table")
+
+    def every(self, verb: str) -> list[Record]:
+        """All of a verb, by the names of their files."""
+        return sorted((record for record in self.records if record.verb == verb), key=lambda record: record.path.name)
 
 
 def row(record: Record, **keys: object) -> Row:
@@ -86,7 +91,7 @@ def _head(results: Results) -> list[str]:
         f"forward at {ours[0]:.1%} of the speed of its own bare products and {trl[0]:.2f}x TRL's; forward and backward "
         f"{ours[1]:.1%} and {trl[1]:.2f}x; with a workspace {keeping['ratio_to_prefuse']:.2f} of that time"
     )
-    return [what, found, _by(record, "head")]
+    return [what, found, _by(record, "cpuhead")]
 
 
 def _losses(results: Results) -> list[str]:
@@ -284,6 +289,71 @@ def whole(verb: str) -> Callable[[Results], str]:
     return block
 
 
+def dpo_steps(record: Record) -> list[Row]:
+    """Times of a DPO step in which everything is trained."""
+    chosen = {"mode": "trainable", "loss_type": "dpo"}
+    return [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
+
+
+def head_steps(results: Results) -> str:
+    """A DPO step with everything trained, by dtype, and whether log-probabilities keep their bits in any batch."""
+    texts = []
+    for record in results.every("head"):
+        rows = dpo_steps(record)
+        if not rows:  # measured for something else
+            continue
+        bits = {x["implementation"]: x.get("batch_invariant") for x in record.rows if x["loss_type"] == "logps"}
+        cells = [
+            [x["implementation"], f"{x['ratio_to_gemms']:.2f}", number(x.get("peak_mib")),
+             *(f"{x[key]:.1e}" if key in x else "" for key in ("log_ratio_error_nats", "gradient_error")),
+             number(x.get("deterministic")), number(bits.get(x["implementation"]))]
+            for x in rows
+        ]  # fmt: skip
+        header = ["DPO step, all trained", "time / 4 bare products", "peak MiB", "log-ratio error, nats"]
+        header += ["gradient error", "same bits again", "in any batch"]
+        shape, dtype = record.rows[0]["shape"], record.rows[0]["dtype"]
+        about = f"{dtype}, N x D x V = {shape}, {where(record)}, {link(record)}. {' '.join(record.notes)}"
+        missing = sorted({f"{name}: {peer['absent']}" for name, peer in record.peers.items() if peer["absent"]})
+        texts.append("\n".join([about, "", markdown(header, cells), "", f"Not measured: {'; '.join(missing)}."]))
+    return "\n\n".join(texts)
+
+
+def memory_peaks(results: Results) -> str:
+    """MiB beyond inputs and gradients of a DPO step, by shape."""
+    record, texts = results.newest("memory"), []
+    shapes = list(dict.fromkeys(x["shape"] for x in record.rows))
+    for mode in ("trainable", "frozen"):
+        found = {
+            (x["implementation"], x["shape"]): x["peak_mib_beyond_gradients"]
+            for x in record.rows
+            if x["mode"] == mode and "peak_mib" in x
+        }
+        names = dict.fromkeys(name for name, _ in found)
+        cells = [[name, *(f"{found[name, shape]:.1f}" for shape in shapes)] for name in names]
+        texts.append(markdown([f"MiB, {mode}, N x D x V =", *shapes], cells))
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {record.rows[0]['dtype']}, {link(record)}."
+    return "\n\n".join([said, *texts])
+
+
+def scale_exponents(results: Results) -> str:
+    """How time and peak memory grow: slopes of the line through the logarithms."""
+    record = results.newest("scale")
+    slopes = {(x["what"], x["implementation"]): x for x in record.rows if "exponent" in x}
+    axes = [(measure, axis) for axis in ("tokens", "vocabulary", "ranks") for measure in ("ms", "peak_mib")]
+    words = {"ms": "time", "peak_mib": "memory"}
+
+    def cell(name: str, measure: str, axis: str) -> str:
+        found = slopes.get((f"exponent of {measure} in {axis}", name))
+        return f"{found['exponent']:.2f}" if found else ""
+
+    names = dict.fromkeys(x["implementation"] for x in record.rows if "ms" in x)
+    cells = [[name, *(cell(name, *axis) for axis in axes)] for name in names]
+    ranks = ", ".join(f"{x['size']}: {x['ms']:.0f} ms" for x in record.rows if x["what"] == "ranks" and "ms" in x)
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}. {' '.join(record.notes)}"
+    table = markdown(["exponent of", *(f"{words[measure]} in {axis}" for measure, axis in axes)], cells)
+    return "\n\n".join([said, table, f"CPU milliseconds of the slowest rank, by ranks: {ranks}."])
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "measured": measured,
     "accuracy": accuracy,
@@ -292,5 +362,11 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "trl real": trl_real,
     "model step": model_step,
     "liger losses": liger_losses,
-    **{verb: whole(verb) for verb in ("head", "memory", "scale", "data", "evaluation", "online", "packing", "reward")},
+    "head steps": head_steps,
+    "memory peaks": memory_peaks,
+    "scale exponents": scale_exponents,
+    "roofline chips": roofline.chips_table,
+    "roofline passes": roofline.passes_table,
+    "roofline bounds": roofline.bounds_table,
+    **{verb: whole(verb) for verb in ("data", "evaluation", "online", "packing", "reward")},
 }

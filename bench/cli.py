@@ -13,6 +13,10 @@ GROUPS = {
     "the head": {
         "head": "Implementations x shapes x modes x losses: right first, then time, memory, error, same bits.",
         "accuracy": "How far a sequence's log-ratio is from float64, by length, beside peers.",
+        "memory": "Peak memory of every implementation, by tokens and by vocabulary.",
+        "scale": "How time and memory grow with tokens, vocabulary and ranks: fitted exponents.",
+        "cpuhead": "Time and memory of the portable head on this CPU beside its own bare matrix products.",
+        "guard": "Whether the portable head kept its share of its own products' speed; CI asks the same.",
         "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
         "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
         "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
@@ -67,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"prefuse: error: bench has no verb {verb!r}; {fix}", file=sys.stderr)
         return 2
     sys.argv[:] = [f"prefuse bench {verb}", *rest]  # argparse names the command by it
-    from prefuse.bench.record import BadRecord
+    from prefuse.bench.record import BadRecord, commit
+
+    commit()  # before anything can change
 
     try:
         return importlib.import_module(f"prefuse.bench.{verb}").main() or 0

@@ -25,11 +25,11 @@ import transformers
 import trl
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from torch.autograd.profiler import profile
 
 import prefuse.engine.evaluate as engine
 from prefuse.bench.record import RESULTS, environment, write_result
 from prefuse.bench.rows import CHAT, LONG, SEED, add_model_arguments, drawn_case, save_model
+from prefuse.bench.timing import peak_bytes
 from prefuse.engine.config import Config, validate
 from prefuse.engine.data.dataset import read_evaluation_data
 from prefuse.engine.model.load import load_model, load_tokenizer, without_padding
@@ -142,17 +142,6 @@ def by_trl(lm, ref, examples, tokenizer, config: Config) -> Callable[[], dict[st
         return {k: metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies") if k in metrics}
 
     return run
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    with profile(profile_memory=True) as prof:
-        run()
-    events = [event for event in prof.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative where memory is freed
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

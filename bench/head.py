@@ -1,364 +1,311 @@
-"""The portable head on a CPU beside its own bare matrix products and its peers.
+"""The head of a loss: every implementation x shape x dtype x mode x loss, first checked, then measured.
 
-    prefuse bench head                      # N = 2048, D = 1024, V = 32000 in float32, with peak memory
-    prefuse bench head --preset small --rounds 15
+    prefuse bench head                                                         # a small head, two dtypes, minutes
+    prefuse bench head --shapes 512x576x49152 --dtypes float32 --losses dpo --modes trainable
+    prefuse bench head --device cuda --shapes 8192x4096x128256 --dtypes bfloat16 --tokens 1024
 
-Every variant runs once a round, in an order that changes from round to round; a ratio is the median over rounds of the
-two times of one round, so that whatever else the machine does hits both. Rates count 2NDV operations for the forward,
-6NDV for forward and backward; "8NDV" counts the recomputed product too. Peak memory is measured in a process per
-variant. A last table says what prefuse's own time is made of, by torch's profiler.
-
-Writes results/cpu_head-<cpu>-<threads>-torch<version>.json and .md.
+An implementation whose loss, log-probabilities or gradients are wrong against the float64 oracle gets no time: its row
+says what was off. "Wrong" is more than four times the error of plain PyTorch in the same dtype, so rounding logits to
+bf16 is not. Times are of forward, and backward where something needs a gradient, in turn, warm. `ratio_to_gemms` is to
+one large product for each unit of a head that keeps no logits (no grad 1, frozen 2, trainable 4 products of N D V);
+TFLOP/s count the same (8 NDV operations where all is trained), so a head that keeps its logits can be below 1. Memory
+is the allocator's peak beyond the inputs, gradients included. `log_ratio_error_nats` is the mean over sequences of
+|log-ratio - float64's|.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import random
-import re
+import functools
+import itertools
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import prefuse
-from prefuse.bench import record
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
-from prefuse.kernels import slices
-from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
-from prefuse.kernels.options import HeadOptions
+from prefuse.bench.implementations import (
+    BETA,
+    IMPLEMENTATIONS,
+    LOSSES,
+    MODES,
+    UNITS,
+    Z0,
+    Absent,
+    HeadInputs,
+    absence,
+    applies,
+    compute,
+    draw,
+    loss_of_logps,
+    reference,
+    sequence_sums,
+)
+from prefuse.bench.record import RESULTS, cpu_model, environment, slug, version_of, write_result
+from prefuse.bench.timing import interleaved, paired_ratio, peak_bytes
+from prefuse.bench.truth import oracle
 
-PRESETS = {"tiny": (256, 128, 2000), "small": (512, 512, 8000), "head": (2048, 1024, 32000)}  # (N, D, V)
-KEEPING = "prefuse, 3 units"
-# The floors, and how near prefuse means to come to the first.
-OWN, LARGE = "bare GEMMs, own tiles", "bare GEMMs, large"
-GOALS = {"forward": 0.97, "forward+backward": 0.95}
-# What an operator of torch does there; any other, and the time between two of them, is "the rest".
-PARTS = {
-    "matrix products": ("mm", "addmm_", "addmm"),
-    "exponentials": ("exp_", "exp"),
-    "subtracting, multiplying, adding up": ("sub_", "mul_", "sum", "add_", "sub", "mul", "add"),
-    "targets' columns": ("_index_put_impl_", "index_put_", "index", "copy_"),
-}
+GEMMS = "bare GEMMs"
+TIMES_WORSE = 4  # than plain PyTorch in the same dtype: what counts as wrong
+Row = dict[str, Any]
+
+
+class Wrong(Exception):
+    """What is off, and by how much."""
 
 
 @dataclass
-class TimedHead:
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    targets: Tensor  # (N,)
-    grad: Tensor  # (N,) dL/dlogp
+class Truth:
+    """Float64 numbers of one set of inputs, and how far plain PyTorch in their dtype is from them."""
 
-    @staticmethod
-    def draw(n: int, d: int, v: int) -> TimedHead:
-        g = torch.Generator().manual_seed(0)
-        # Filled in place: no temporary may raise the peak that memory is measured from. Logits of deviation 3.
-        hidden = torch.empty(n, d).normal_(generator=g).requires_grad_()
-        weight = torch.empty(v, d).normal_(std=3 / d**0.5, generator=g).requires_grad_()
-        targets = torch.randint(v, (n,), generator=g)
-        return TimedHead(hidden, weight, targets, torch.empty(n).normal_(generator=g))
+    x: HeadInputs
+    logps: Tensor  # (N,) float64
+    ratios: Tensor  # (S,) float64, log-ratios
+    grads: Callable[[str], dict[str, Tensor]]  # by loss
+    loss: Callable[[str], float]
+    eager: dict[str, dict[str, float]]  # by loss: {"logps" | "loss" | "hidden" | "weight": error}
 
 
-Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
+def truth_of(x: HeadInputs, losses: tuple[str, ...]) -> Truth:
+    hidden, weight = (part.double().requires_grad_() for part in (x.hidden, x.weight))
+    logps = oracle.head(hidden, weight, x.targets)[0]
+    with torch.no_grad():
+        ref_logps = oracle.head(x.ref_hidden.double(), x.ref_weight.double(), x.targets)[0]
+
+    @functools.cache
+    def grads(loss_type: str) -> dict[str, Tensor]:
+        leaf = logps.detach().requires_grad_()
+        (given,) = torch.autograd.grad(loss_of_logps(loss_type, leaf, ref_logps, exact), leaf)
+        found = torch.autograd.grad(logps, (hidden, weight), given, retain_graph=True)
+        return dict(zip(("hidden", "weight"), found, strict=True))
+
+    def loss(loss_type: str) -> float:
+        sums, refs = (sequence_sums(part.detach(), x.tokens).tolist() for part in (logps, ref_logps))
+        if loss_type == "dpo":  # the oracle's own equations, on Python's numbers
+            ratios = [a - b for a, b in zip(sums, refs, strict=True)]
+            return statistics.mean(oracle.dpo(*pair, BETA) for pair in zip(ratios[0::2], ratios[1::2], strict=True))
+        if loss_type == "kto":
+            each = zip(sums, refs, x.desirable.tolist(), strict=True)
+            return statistics.mean(oracle.kto(a - b, good, Z0, BETA) for a, b, good in each)
+        return loss_of_logps(loss_type, logps.detach(), ref_logps, exact).item()
+
+    exact = replace(x, grad=x.grad.double())
+    ratios = sequence_sums((logps - ref_logps).detach(), x.tokens)
+    truth = Truth(x, logps.detach(), ratios, grads, loss, {})
+    reference("HALOs, DPO repository (eager)", x)
+    for loss_type in losses:
+        truth.eager[loss_type] = errors("HALOs, DPO repository (eager)", truth, "trainable", loss_type)
+    return truth
 
 
-def prefuse_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return prefuse.linear_logprobs(hidden, weight, targets, impl="torch")
+def leaves(x: HeadInputs, mode: str) -> HeadInputs:
+    fresh = {name: getattr(x, name).detach().requires_grad_(name in MODES[mode]) for name in ("hidden", "weight")}
+    return replace(x, **fresh)
 
 
-def keeping_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As `linear_preference_loss` has them with room to spare: the backward recomputes nothing."""
-    return logprobs_within(1 << 40, hidden, weight, targets, None, HeadOptions(), (), "torch")
-
-
-def trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
-
-
-def naive_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
-
-
-def torch_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from torch.nn import LinearCrossEntropyOptions
-    from torch.nn.functional import linear_cross_entropy
-
-    options = LinearCrossEntropyOptions()
-    return -linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
-
-
-LOGPS: dict[str, Logps] = {
-    "prefuse": prefuse_logps,
-    KEEPING: keeping_logps,
-    "TRL": trl_logps,
-    "full logits": naive_logps,
-    "F.linear_cross_entropy": torch_logps,
-}
-
-
-def run_logps(name: str, x: TimedHead, backward: bool) -> None:
-    """One step of a variant that computes log-probabilities; gradients are dropped, as an optimizer would."""
-    if not backward:
-        with torch.no_grad():
-            LOGPS[name](x.hidden, x.weight, x.targets)
-        return
-    LOGPS[name](x.hidden, x.weight, x.targets).backward(x.grad)
+def one_step(name: str, x: HeadInputs, loss_type: str) -> tuple[Tensor, Tensor | None]:
+    """Forward, and backward if anything needs a gradient, which is dropped before the next."""
     x.hidden.grad = x.weight.grad = None
+    with torch.set_grad_enabled(x.hidden.requires_grad):
+        loss, said = compute(name, x, loss_type)
+        if x.hidden.requires_grad:
+            loss.backward()
+    return loss.detach(), said
 
 
-class OwnGemms:
-    """The matrix products of the portable path and nothing else: same tiles, same order, buffers made beforehand."""
-
-    def __init__(self, x: TimedHead):
-        self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
-        self.rows, self.columns = slices.TILE["cpu"]
-        self.tile = torch.empty(self.rows, self.columns)
-        block = max(self.rows, slices.BUFFER_BYTES // (4 * self.columns) // self.rows * self.rows)
-        self.buffer = torch.zeros(min(block, len(self.hidden)), self.columns)
-        self.dhidden, self.dweight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
-
-    def run(self, backward: bool) -> None:
-        for w in self.weight.split(self.columns):
-            for x in self.hidden.split(self.rows):
-                torch.mm(x, w.T, out=self.tile[: len(x), : len(w)])
-        if not backward:
-            return
-        for w, dw in zip(self.weight.split(self.columns), self.dweight.split(self.columns), strict=True):
-            dz = self.buffer[:, : len(w)]
-            for i, (block, dblock) in enumerate(zip(*self._blocks(), strict=True)):
-                for x, z in zip(block.split(self.rows), dz[: len(block)].split(self.rows), strict=True):
-                    torch.mm(x, w.T, out=z)
-                dblock.addmm_(dz[: len(block)], w)
-                torch.addmm(dw, dz[: len(block)].T, block, beta=float(i > 0), out=dw)
-
-    def _blocks(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return self.hidden.split(len(self.buffer)), self.dhidden.split(len(self.buffer))
+def errors(name: str, truth: Truth, mode: str, loss_type: str) -> dict[str, float]:
+    """Of loss, log-probabilities or log-ratios, and gradients (relative)."""
+    x = leaves(truth.x, mode)
+    loss, said = one_step(name, x, loss_type)
+    found = {"loss": abs(loss.item() - truth.loss(loss_type))}
+    if loss_type == "logps":
+        found["logps"] = (said.double() - truth.logps).abs().max().item()
+        ratios = sequence_sums(said.double() - truth.x.ref_logps[name].double(), x.tokens)
+        found["ratios"] = (ratios - truth.ratios).abs().mean().item()
+    elif said is not None:
+        found["ratios"] = (said - truth.ratios).abs().mean().item()
+    for part in MODES[mode]:
+        expected = truth.grads(loss_type)[part]
+        found[part] = ((getattr(x, part).grad.double() - expected).norm() / expected.norm()).item()
+    return found
 
 
-class LargeGemms:
-    """Three products over the whole `(N, V)` matrix, buffers made beforehand."""
-
-    def __init__(self, x: TimedHead):
-        self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
-        self.z = torch.zeros(len(self.hidden), len(self.weight))
-        self.dhidden, self.dweight = torch.zeros_like(self.hidden), torch.zeros_like(self.weight)
-
-    def run(self, backward: bool) -> None:
-        torch.mm(self.hidden, self.weight.T, out=self.z)
-        if backward:
-            torch.mm(self.z, self.weight, out=self.dhidden)
-            torch.mm(self.z.T, self.hidden, out=self.dweight)
+def checked(name: str, truth: Truth, mode: str, loss_type: str) -> dict[str, float]:
+    """The errors; Wrong where one is out of what the dtype explains."""
+    found, eager = errors(name, truth, mode, loss_type), truth.eager[loss_type]
+    eps = torch.finfo(truth.x.hidden.dtype).eps
+    largest = truth.logps.abs().max().item()
+    floors = {"loss": 1e-4 + eps, "logps": 8 * eps * largest, "ratios": 1e-3, "hidden": 4 * eps, "weight": 4 * eps}
+    for part, error in found.items():
+        allowed = TIMES_WORSE * eager.get(part, 0.0) + floors[part]
+        if not error <= allowed:
+            raise Wrong(f"wrong {part}: off by {error:.2e}, allowed {allowed:.2e}")
+    return found
 
 
-# -------------------------------------------------------------------------------------------------- time
+def same_bits(name: str, truth: Truth, mode: str, loss_type: str) -> bool:
+    """Two steps: loss and gradients."""
+    runs = []
+    for _ in range(2):
+        x = leaves(truth.x, mode)
+        loss, said = one_step(name, x, loss_type)
+        runs.append([loss, *(x for x in (said, x.hidden.grad, x.weight.grad) if x is not None)])
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+@torch.no_grad()
+def same_in_any_batch(name: str, x: HeadInputs) -> bool | None:
+    """Log-probabilities of rows in another order, and in unequal parts."""
+    path = IMPLEMENTATIONS[name].path
+    if path is None:
+        return None
+    n = len(x.targets)
+    whole, order = path(x.hidden, x.weight, x.targets), torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    parts = torch.arange(n).split([1, n // 3, n - 1 - n // 3])
+    made = [torch.cat([path(x.hidden[i], x.weight, x.targets[i]) for i in some]) for some in ([order], parts)]
+    return torch.equal(made[0], whole[order.to(whole.device)]) and torch.equal(made[1], whole)
 
 
-def measure_times(
-    x: TimedHead, rounds: int, clock: Callable[[], float], peers: bool = True
-) -> dict[str, dict[str, list[float]]]:
-    """{"forward" | "forward+backward": {variant: seconds of each round}}"""
-    steps: dict[str, Callable[[bool], None]] = {OWN: OwnGemms(x).run}
-    if peers:
-        steps[LARGE] = LargeGemms(x).run
-    for name in available() if peers else ["prefuse"]:
-        steps[name] = lambda backward, name=name: run_logps(name, x, backward)
-    shuffle = random.Random(0).shuffle
-    times: dict[str, dict[str, list[float]]] = {}
-    for backward, kind in ((False, "forward"), (True, "forward+backward")):
-        order = [name for name in steps if backward or name != KEEPING]  # a forward alone keeps nothing
-        times[kind] = {name: [] for name in order}
-        for name in order:
-            steps[name](backward)  # warm-up
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                start = clock()
-                steps[name](backward)
-                times[kind][name].append(clock() - start)
-    return times
-
-
-def available() -> list[str]:
-    missing = set() if hasattr(torch.nn.functional, "linear_cross_entropy") else {"F.linear_cross_entropy"}
-    return [name for name in LOGPS if name not in missing]
-
-
-def summarize(times: dict[str, list[float]], flops: float) -> dict[str, dict[str, float]]:
-    """Medians, quartiles, rates, and the paired ratio of every variant's time to prefuse's."""
-    rows = {}
-    for name, seconds in times.items():
-        ratios = [other / ours for other, ours in zip(seconds, times["prefuse"], strict=True)]
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        r_low, r_middle, r_high = statistics.quantiles(ratios, n=4)
-        rows[name] = {
-            "seconds": middle, "seconds_quartiles": [low, high], "fastest": min(seconds),
-            "gflops": flops / middle / 1e9,
-            "time_over_prefuse": r_middle, "time_over_prefuse_quartiles": [r_low, r_high],
-        }  # fmt: skip
-    return rows
-
-
-def measure_shares(x: TimedHead, rounds: int) -> dict[str, dict[str, float]]:
-    """{"forward" | "forward+backward": {part: its share of prefuse's time}}, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    shares = {}
-    for backward, kind in ((False, "forward"), (True, "forward+backward")):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(rounds):
-                run_logps("prefuse", x, backward)
-        seconds = dict.fromkeys((*PARTS, "the rest"), 0.0)
-        for event in profiler.key_averages():
-            name = event.key.removeprefix("aten::")
-            part = next((part for part, names in PARTS.items() if name in names), "the rest")
-            seconds[part] += event.self_cpu_time_total
-        shares[kind] = {part: value / sum(seconds.values()) for part, value in seconds.items()}
-    return shares
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-
-def peak_bytes(name: str, shape: tuple[int, int, int], backward: bool) -> int:
-    """Peak resident memory of one step beyond its inputs, in a process of its own."""
-    sizes = ["--shape", *map(str, shape), "--threads", str(torch.get_num_threads())]
-    command = [*record.again("head"), "--peak", name, *sizes, *["--backward"] * backward]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
-def print_peak(name: str, shape: tuple[int, int, int], backward: bool) -> None:
-    small = TimedHead.draw(64, shape[1], 512)
-    run_logps(name, small, backward)  # imports, threads and BLAS workspaces are no part of the step
-    x = TimedHead.draw(*shape)
-    before = high_water()
-    run_logps(name, x, backward)
-    print(high_water() - before)
-
-
-def high_water() -> int:
-    """This process's peak resident bytes. (`ru_maxrss` would include what its parent held at the fork.)"""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def measure_memory(n: int, d: int, v: int) -> list[dict]:
-    """Every variant at (N, D, V); prefuse also at twice N and twice V, where only its gradients may grow."""
-    cases = [(name, (n, d, v)) for name in available()]
-    cases += [("prefuse", (2 * n, d, v)), ("prefuse", (n, d, 2 * v))]
-    rows = []
-    for name, shape in cases:
-        gradients = 4 * shape[1] * (shape[0] + shape[2])
-        both = peak_bytes(name, shape, True)
-        rows.append(
-            {
-                "variant": name, "shape": shape, "forward": peak_bytes(name, shape, False), "forward+backward": both,
-                "forward+backward beyond gradients": both - gradients,
-            }
-        )  # fmt: skip
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------ report
-
-
-def time_table(summary: dict[str, dict[str, dict]]) -> str:
-    rows = []
-    for kind, variants in summary.items():
-        for name, row in variants.items():
-            low, high = row["seconds_quartiles"]
-            r_low, r_high = row["time_over_prefuse_quartiles"]
-            rows.append(
-                [
-                    kind, name, f"{1e3 * row['seconds']:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})",
-                    f"{row['gflops']:.0f}", f"{row['time_over_prefuse']:.3f} ({r_low:.3f}-{r_high:.3f})",
-                ]
-            )  # fmt: skip
-    return markdown(["pass", "variant", "ms (quartiles)", "GFLOP/s", "time / prefuse's"], rows)
-
-
-def memory_table(rows: list[dict]) -> str:
-    keys = ("forward", "forward+backward", "forward+backward beyond gradients")
-    cells = [
-        [row["variant"], "x".join(map(str, row["shape"])), *(f"{row[key] / 2**20:.0f}" for key in keys)] for row in rows
+def gemms(units: int, x: HeadInputs) -> Callable[[], None]:
+    """`units` large products of N * D * V in the inputs' dtype, into buffers made beforehand."""
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    z = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    products = [
+        lambda: torch.mm(hidden, weight.T, out=z),
+        lambda: torch.mm(z, weight, out=dhidden),
+        lambda: torch.mm(z.T, hidden, out=dweight),
+        lambda: torch.mm(hidden, weight.T, out=z),
     ]
-    return markdown(["variant", "N x D x V", *(f"{key} (MiB)" for key in keys)], cells)
+    return lambda: [product() for product in products[:units]]
 
 
-def share_table(shares: dict[str, dict[str, float]]) -> str:
-    rows = [[part, *(f"{shares[kind][part]:.1%}" for kind in shares)] for part in (*PARTS, "the rest")]
-    return markdown(["where prefuse's time goes", *shares], rows)
+def first_line(error: Exception) -> str:
+    return str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def verdict(summary: dict[str, dict[str, dict]]) -> list[str]:
-    lines = []
-    for kind, goal in GOALS.items():
-        share = summary[kind][OWN]["time_over_prefuse"]
-        trl = ""
-        if "TRL" in summary[kind]:
-            trl = f", {summary[kind]['TRL']['time_over_prefuse']:.2f}x TRL's (goal 2x)"
-        lines.append(f"{kind}: {share:.1%} of its own bare GEMMs' speed (goal {goal:.0%}){trl}")
-    return lines
+def measure_group(truth: Truth, key: Row, names: list[str], rounds: int) -> tuple[list[Row], dict[str, list[float]]]:
+    """One shape, dtype, mode and loss: rows of all implementations, timed in turn; and their seconds by round."""
+    mode, loss_type, device = key["mode"], key["loss_type"], truth.x.hidden.device.type
+    rows, runs = [], {GEMMS: gemms(UNITS[mode], truth.x)}
+    for name in names:
+        row: Row = {**key, "implementation": name}
+        rows.append(row)
+        try:
+            reference(name, truth.x)
+            found = checked(name, truth, mode, loss_type)
+            torch._dynamo.reset()
+            row["deterministic"] = same_bits(name, truth, mode, loss_type)
+            if loss_type == "logps":
+                row |= {"batch_invariant": same_in_any_batch(name, truth.x), "error_nats_max": found["logps"]}
+            x = leaves(truth.x, mode)
+            step = functools.partial(one_step, name, x, loss_type)
+            row["peak_mib"] = peak_bytes(step, device) / 2**20
+        except Exception as error:  # a peer that fails is a line, and no more
+            row["error"] = str(error) if isinstance(error, Wrong) else first_line(error)
+            print(f"{key} {name}: {row['error']}", flush=True)
+            continue
+        row |= {"log_ratio_error_nats": found["ratios"]} if "ratios" in found else {}
+        row |= {"gradient_error": max(found[part] for part in MODES[mode])} if MODES[mode] else {}
+        runs[name] = step
+    seconds = interleaved(runs, rounds, device)
+    flops = 2 * UNITS[mode] * truth.x.hidden.numel() * len(truth.x.weight)
+    for row in [row for row in rows if row["implementation"] in seconds]:
+        own = sorted(seconds[row["implementation"]])
+        middle = statistics.median(own)
+        row |= {"ms": 1e3 * middle, "ms_low": 1e3 * own[0], "ms_high": 1e3 * own[-1], "tflops": flops / middle / 1e12,
+                "ratio_to_gemms": paired_ratio(seconds, row["implementation"], GEMMS)}  # fmt: skip
+    middle = statistics.median(seconds[GEMMS])
+    bare = {"ms": 1e3 * middle, "tflops": flops / middle / 1e12, "ratio_to_gemms": 1.0}
+    return [{**key, "implementation": GEMMS, **bare}, *rows], seconds
 
 
-def main() -> None:
+def measure(arguments: argparse.Namespace, save: Callable[[list[Row], dict], None]) -> None:
+    rows: list[Row] = []
+    by_round: dict[str, dict[str, list[float]]] = {}
+    names = [name for name in arguments.implementations if absence(name) is None]
+    for shape, dtype in itertools.product(arguments.shapes, arguments.dtypes):
+        n, d, v = shape
+        x = draw(n, d, v, arguments.tokens, getattr(torch, dtype), arguments.device, arguments.seed)
+        truth = truth_of(x, arguments.losses)
+        for mode, loss_type in itertools.product(arguments.modes, arguments.losses):
+            if mode == "no grad" and loss_type != "logps":
+                continue  # nothing but the log-probabilities is computed there
+            key = {"shape": f"{n}x{d}x{v}", "dtype": dtype, "mode": mode, "loss_type": loss_type}
+            chosen = [name for name in names if applies(name, loss_type)]
+            if mode != "trainable":
+                chosen = [name for name in chosen if name not in ("prefuse, kept", "prefuse, workspace=0")]
+            made, seconds = measure_group(truth, key, chosen, arguments.rounds)
+            rows += made
+            by_round[" ".join(key.values())] = seconds
+            for row in made:
+                print(f"{' '.join(key.values())} {row['implementation']}: {row.get('error') or row['ratio_to_gemms']}")
+            save(rows, by_round)
+
+
+def peers(names: list[str], rows: list[Row]) -> dict[str, dict[str, str | None]]:
+    """Version of each, or why it was measured nowhere."""
+    found = {}
+    for name in names:
+        own = [row for row in rows if row["implementation"] == name]
+        reason = absence(name)
+        if reason is None and own and all("error" in row for row in own):
+            reason = own[0]["error"]
+        if reason is None and not own:
+            reason = "none of the losses asked for is its"
+        found[name] = {"version": version_of(IMPLEMENTATIONS[name].package), "absent": reason}
+    return found
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    n, d, v = map(int, text.split("x"))
+    return n, d, v
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="NxDxV", default=[(512, 256, 16000)])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=tuple(MODES))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--tokens", type=int, default=64, help="of a sequence; two sequences are a pair (default 64)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU; its clock adds threads up (default 1)")
+    parser.add_argument("--name", default="", help="a word for the name of the result's file")
+
+
+def device_environment(device: str) -> dict[str, Any]:
+    found = environment()
+    return found | {"gpu": torch.cuda.get_device_name()} if device != "cpu" else found
+
+
+def result_path(verb: str, arguments: argparse.Namespace) -> Any:
+    device = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{cpu_model()}-{arguments.threads}threads"
+    named = f"-{slug(arguments.name)}" if arguments.name else ""
+    return RESULTS / f"{verb}{named}-{slug(device)}-torch{torch.__version__.split('+')[0]}.json"
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="head")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="instead of a preset")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for --threads 1 on a busy machine")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--no-peers", action="store_true", help="prefuse and its own bare GEMMs alone")
-    parser.add_argument("--peak", choices=LOGPS, help=argparse.SUPPRESS)
-    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    n, d, v = args.shape or PRESETS[args.preset]
-    torch.set_num_threads(args.threads)
-    if args.clock == "cpu" and args.threads > 1:
-        parser.error("--clock cpu adds up the threads, waiting ones too: use it with --threads 1")
-    if args.peak:
-        print_peak(args.peak, (n, d, v), args.backward)
-        return
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if any(n % (2 * arguments.tokens) for n, _, _ in arguments.shapes):
+        parser.error(
+            f"N must be pairs of sequences of --tokens {arguments.tokens}: a multiple of {2 * arguments.tokens}"
+        )
+    torch.set_num_threads(arguments.threads)
+    settings = vars(arguments) | {"shapes": ["x".join(map(str, shape)) for shape in arguments.shapes]}
+    found = {"environment": device_environment(arguments.device), "settings": settings, "table": []}
 
-    settings = {"N": n, "D": d, "V": v, "dtype": "float32", "rounds": args.rounds, "clock": args.clock}
-    result = {"environment": environment(), "settings": settings}
-    x = TimedHead.draw(n, d, v)
-    times = measure_times(x, args.rounds, CLOCKS[args.clock], not args.no_peers)
-    summary = {
-        kind: summarize(times[kind], flops * n * d * v) for kind, flops in (("forward", 2), ("forward+backward", 6))
-    }
-    # What a path that recomputes its logits really multiplies.
-    for name in ("prefuse", OWN, *(() if args.no_peers else ("TRL",))):
-        row = summary["forward+backward"][name]
-        row["gflops_8NDV"] = row["gflops"] * 8 / 6
-    result["times"] = summary
-    result["shares"] = measure_shares(x, min(args.rounds, 3))
-    result["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
-    report = [time_table(summary), "", *verdict(summary), "", share_table(result["shares"])]
-    if not args.no_memory:
-        result["peak_bytes_beyond_inputs"] = measure_memory(n, d, v)
-        report += ["", memory_table(result["peak_bytes_beyond_inputs"])]
-    load = f"load average {result['environment']['load_average'][0]} before, {result['load_average_after'][0]} after"
-    threads = torch.get_num_threads()
-    where = f"{cpu_model()}, {threads} threads, torch {torch.__version__}"
-    title = f"# N = {n}, D = {d}, V = {v}, float32, {where}, {args.clock} time, {load}"
-    text = "\n".join([title, "", *report])
-    shape = "" if (n, d, v) == PRESETS["head"] else f"-{n}x{d}x{v}"
-    path = RESULTS / f"cpu_head-{slug(cpu_model())}-{threads}threads-torch{torch.__version__.split('+')[0]}{shape}.json"
-    write_json(path, result)
-    path.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    def save(rows: list[Row], by_round: dict) -> None:
+        found.update(table=rows, seconds_by_round=by_round)
+        looked = peers(arguments.implementations, rows)
+        write_result(result_path("head", arguments), "head", found, seed=arguments.seed, peers=looked)
 
-
-if __name__ == "__main__":
-    main()
+    measure(arguments, save)
+    ours = [row for row in found["table"] if row["implementation"].startswith("prefuse")]
+    return int(any("error" in row for row in ours))

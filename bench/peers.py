@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import prefuse
-from prefuse.bench.cases import AMPLE, TimedInputs
+from prefuse.bench.cases import AMPLE
+from prefuse.bench.gpu_inputs import TimedInputs
 
 Variant = Callable[[TimedInputs], Tensor]
 

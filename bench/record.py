@@ -13,6 +13,7 @@ same door.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -145,9 +146,8 @@ def _busy(environment: dict[str, Any]) -> list[str]:
     load, cores = environment.get("load_average"), os.cpu_count() or 1
     if not load or load[0] <= cores:
         return []
-    return [
-        f"The machine was shared: load average {load[0]:g} on {cores} cores. Ratios are of one round; times are not."
-    ]
+    said = "Ratios compare times of one round; times alone say little."
+    return [f"The machine was shared: load average {load[0]:g} on {cores} cores. {said}"]
 
 
 def _without_folder(value: Any) -> Any:
@@ -162,8 +162,9 @@ def command() -> str:
     return " ".join([*name, *map(shlex.quote, words[1:])])
 
 
+@functools.cache
 def commit() -> str | None:
-    """Of the checkout that this file stands in; results that are not committed yet are no change of it."""
+    """Of the checkout that this file stands in, as the verb began; results and docs are no part of what is measured."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.bench.head import high_water
+from prefuse.bench.cpuhead import high_water
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, read_result, slug, write_result
 from prefuse.kernels import record_skipped_mass
 

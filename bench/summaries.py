@@ -93,7 +93,7 @@ def given_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def cpuhead(found: dict[str, Any]) -> list[Row]:
-    """`prefuse bench head` as it was: forward, and forward and backward, beside the head's own bare products."""
+    """Forward, and forward and backward, beside the head's own bare products."""
     rows = []
     for kind, variants in found["times"].items():
         own = variants["bare GEMMs, own tiles"]["time_over_prefuse"]
@@ -282,9 +282,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data": ("implementation",),
     "evaluation": ("implementation",),
     "gpu": ("section", "model", "mode", "implementation", "shape"),
-    "head": ("shape", "mode", "loss_type", "implementation"),
+    "head": ("shape", "dtype", "mode", "loss_type", "implementation"),
     "losses": ("loss_type", "implementation"),
-    "memory": ("shape", "mode", "implementation"),
+    "memory": ("shape", "dtype", "mode", "implementation"),
     "model": ("implementation",),
     "online": ("implementation",),
     "packing": ("batches",),

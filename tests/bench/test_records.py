@@ -4,6 +4,7 @@ rows of two results are compared in the direction in which a measure is better."
 import copy
 import json
 import math
+import re
 import sys
 
 import jsonschema
@@ -185,6 +186,21 @@ def test_show_prints_every_result_and_no_markup_of_a_name(packing, tmp_path, mon
     assert run(monkeypatch, "show") == 0
     said = capsys.readouterr().out
     assert all(x.device["name"] in said for x in RECORDS)
+
+
+def test_the_page_is_whole_and_takes_no_markup_from_a_file(packing, tmp_path, monkeypatch):
+    attack = "<script>alert(1)</script>"
+    packing.rows[0]["batches"], packing.notes, packing.command = attack, [attack], f"prefuse bench {attack}"
+    packing.settings["attack"] = attack
+    paths = [save(tmp_path / "packing.json", packing), record.RESULTS / "accuracy.json"]
+    assert run(monkeypatch, "show", *paths, "--html", tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 4
+    assert text.count("<svg") == 1  # the accuracy's figure
+    assert text.count("<table") == 4
+    assert not re.findall(r"(?:src|href)=[\"'](?!#)", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+    assert "1.8" in text
 
 
 def test_numbers_are_short():
