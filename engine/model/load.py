@@ -165,6 +165,7 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
                 output_loading_info=True,
                 trust_remote_code=config.trust_remote_code,
                 **options,
+                **_in_4_bits(config),
             )
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"cannot load {what} from {path}: {_fault(error)}") from None
@@ -176,6 +177,22 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
             f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
+
+
+def _in_4_bits(config: Config) -> dict[str, object]:
+    """transformers' argument for a base in 4 bits: products compute in the settings' dtype, heads stay whole."""
+    if not config.load_in_4bit:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant, bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=["lm_head", "embed_out", "score", "classifier"],
+    )  # fmt: skip
+    return {"quantization_config": wanted}
 
 
 def _generation_config(folder: Path) -> "GenerationConfig":
