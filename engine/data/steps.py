@@ -23,6 +23,8 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.data.dataset import hold_out_rows, text_options
 from prefuse.engine.data.examples import require_usable, room_of
+from prefuse.engine.data.forms.look import columns_by_role, holds_text
+from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, check_unicode
 from prefuse.engine.data.rendering import ChatTemplate
@@ -84,6 +86,7 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
     absent = [column for column in COLUMNS if not any(isinstance(row, dict) and column in row for _, row in named)]
     if absent:
         raise DataError(f"{source} has no column {absent[0]}: expected prompt, completions and labels (lists)")
+    unused = _unused(source, named, config)
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     labels: dict[str, list[float]] = {}
     records = [_record(name, row, template, config.separator() or SEPARATOR, labels) for name, row in named]
@@ -103,9 +106,27 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
     flat = np.asarray([label for row in right for label in row])
     flat = flat.astype(bool) if np.isin(flat, (0, 1)).all() else flat
     say(f"{source}: {len(named)} rows as prompt/completions/labels, {len(skipped)} skipped")
+    if unused:
+        say(f"  columns not used: {', '.join(unused)}")
     say(f"  {len(flat)} steps, {flat.mean():.0%} of them right")
     fields |= {"bos": tokenizer.bos_token_id}
     return Solutions(**fields, offsets=offsets, right=flat), skipped
+
+
+def _unused(source: str, named: list[tuple[str, Any]], config: Config) -> list[str]:
+    """The columns beside those that are read; one with text that is no metadata stops the run."""
+    told = columns_by_role(config.columns).get("unused", [])
+    found: dict[str, bool] = {}  # whether it holds text
+    for column, value in ((column, row[column]) for _, row in named if isinstance(row, dict) for column in row):
+        if column not in COLUMNS:
+            found[column] = found.get(column, False) or holds_text(value)
+    for column, has_text in found.items():
+        if has_text and column not in told and not is_metadata(column):
+            raise DataError(
+                f'{source}: "{column}" holds text, and reward_loss steps reads {", ".join(COLUMNS)} alone. '
+                f"Fix: put it into prompt; or --columns unused={column}"
+            )
+    return list(found)
 
 
 def _record(

@@ -105,7 +105,7 @@ class RewardModel(LanguageModel):
 
     def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
         if isinstance(batch, RankedBatch):
-            given = {"cu_groups": batch.cu_groups, "ranks": batch.ranks}
+            given = {"cu_groups": batch.cu_groups, "ranks": batch.ranks, "weights": batch.numbers.get("weights")}
         elif isinstance(batch, StepBatch):
             given = {"labels": batch.step_labels}
         else:

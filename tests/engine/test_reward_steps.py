@@ -46,6 +46,14 @@ def config_of(model, rows="d", out="o", **changes):
     return settings("reward", **base | {"eval_fraction": 0.3, "num_train_epochs": 6.0} | changes)
 
 
+def test_a_column_of_text_that_nothing_reads_stops_the_run(model, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"system": "Be brief.", "id": "a1"} for row in ROWS])
+    with pytest.raises(DataError, match=r'"system" holds text, .* Fix: put it into prompt; or --columns unused=system'):
+        load_steps(path, "train", load_tokenizer(model), config_of(model))
+    load_steps(path, "train", load_tokenizer(model), config_of(model, columns="unused=system"))
+    assert "columns not used: system, id" in capsys.readouterr().out
+
+
 def test_a_row_is_its_prompt_and_its_steps_with_a_score_behind_each(model, rows, tmp_path):
     tokenizer = load_tokenizer(model)
     examples, skipped = load_steps(rows, "train", tokenizer, config_of(model))
