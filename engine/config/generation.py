@@ -5,14 +5,15 @@ from typing import ClassVar
 
 from prefuse.engine.config.setting import Rule, Topic, at_least, setting
 
-SAMPLING = ("sft", "train", "online", "label", "revise")  # answers are sampled, not the most likely ones
-ANSWERING = ("generate", "eval", *SAMPLING)
+SAMPLING = ("online", "label", "revise")  # answers are sampled, not the most likely ones
+TRAINED = ("sft", "train")  # answer held-out prompts where a scorer is given
+ANSWERING = (*TRAINED, "generate", "eval", *SAMPLING)
 
 
 @dataclass(frozen=True)
 class GenerationSettings(Topic):
     title: ClassVar[str] = "Generation"
-    commands: ClassVar[tuple[str, ...]] = ("sft", "train", "generate", "eval", "label", "revise")
+    commands: ClassVar[tuple[str, ...]] = (*TRAINED, "generate", "eval", "label", "revise")
 
     num_prompts: int | None = setting(
         None,
@@ -31,4 +32,6 @@ class GenerationSettings(Topic):
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:
+        if command in TRAINED:  # None: what reads the run's settings afterwards has defaults of its own
+            return {}
         return {"num_prompts": 8 if command == "generate" else 0, "temperature": float(command in SAMPLING)}

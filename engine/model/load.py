@@ -121,6 +121,8 @@ def load_model(
         path = moved or base
     model = (_read_model if read is None else read)(path, config)
     _refuse_no_numbers(model, path)
+    if trains:
+        _with_gradients_through_4_bits(model)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
@@ -198,6 +200,14 @@ def _in_4_bits(config: Config) -> dict[str, object]:
         llm_int8_skip_modules=["lm_head", "embed_out", "score", "classifier"],
     )  # fmt: skip
     return {"quantization_config": wanted}
+
+
+def _with_gradients_through_4_bits(model: torch.nn.Module) -> None:
+    """bitsandbytes (0.50) repacks a layer for inference on the CPU in its first pass in eval mode without gradient, and
+    no gradient passes that form: after an evaluation nothing below the layer would learn."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _generation_config(folder: Path) -> "GenerationConfig":

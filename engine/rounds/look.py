@@ -136,7 +136,8 @@ class ScoredRows(FileRows):
     def look(self, lm: LanguageModel, config: Config) -> dict[str, float]:
         """By the main rank alone. The reference is read again each time: between evaluations it takes no memory."""
         path = config.ref_model_name_or_path or config.model_name_or_path
-        config = dataclasses.replace(config, ref_model_name_or_path=path)
+        temperature = 1.0 if config.temperature is None else config.temperature
+        config = dataclasses.replace(config, ref_model_name_or_path=path, temperature=temperature)
         ref = load_model(path, dataclasses.replace(config, use_peft=False), lm.device)
         return look(lm, ref, self.tokenizer, self.prompts, self.columns, *self.scorers, self.blocks, config)
 

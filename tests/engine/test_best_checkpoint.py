@@ -144,7 +144,7 @@ GREEN = "regex=green|blue"
 
 def test_a_reward_of_sampled_answers_decides(files, tmp_path, capsys):
     """What `prefuse eval --checkpoints` says of each checkpoint is what the run has gone by."""
-    options = {"scorer": [GREEN], "gold_scorer": ["length"], "num_prompts": 3, "max_new_tokens": 6, "temperature": 1.0}
+    options = {"scorer": [GREEN], "gold_scorer": ["length"], "num_prompts": 3, "max_new_tokens": 6}
     run = run_of(files, tmp_path / "run", metric_for_best_model="gold_score", load_best_model_at_end=True, **options)
     run = dataclasses.replace(run, max_steps=4, save_steps=1, save_total_limit=0)
     train(run, "train", ScoredRows())
