@@ -1,6 +1,6 @@
 """Monte-Carlo labels of steps: how often does an answer come out right when a model goes on from there?
 
-    prefuse label --label_form steps --model_name_or_path sft --dataset_name solutions.jsonl \\
+    prefuse label --label_form steps --model_name_or_path sft --dataset_name solutions.jsonl \
         --scorer number=solution --num_generations 8 --output_file steps.jsonl
 
 From the end of each step num_generations rollouts are sampled, and each whole answer is judged by an outcome scorer. A
