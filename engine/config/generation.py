@@ -21,7 +21,7 @@ class GenerationSettings(Topic):
         "`sft`, `train`: those that a scorer is asked about at each evaluation.",
         rule=at_least(0),
     )
-    max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
+    max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1), most=10_000_000)
     temperature: float | None = setting(
         None,
         "0 takes the most likely token; above it, samples, from the whole distribution unless top_p or min_p is set. "
