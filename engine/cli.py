@@ -37,15 +37,22 @@ class Command:
 
 # Each imports its story inside: `--help` is quick.
 def _sft(config: Config) -> None:
-    from prefuse.engine.train import train
-
-    train(config, "sft")
+    _train_on_files(config, "sft")
 
 
 def _train(config: Config) -> None:
+    _train_on_files(config, "train")
+
+
+def _train_on_files(config: Config, command: str) -> None:
     from prefuse.engine.train import train
 
-    train(config, "train")
+    if not config.scorer:
+        train(config, command)
+        return
+    from prefuse.engine.rounds.look import ScoredRows
+
+    train(config, command, ScoredRows())
 
 
 def _reward(config: Config) -> None:

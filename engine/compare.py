@@ -8,6 +8,7 @@ bootstrap interval, length-controlled win rate, position bias of a judge, agreem
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
 from prefuse.engine.score.history import record
-from prefuse.engine.score.itself import is_judge_of
+from prefuse.engine.score.itself import is_judge_of, wrote_the_answers
 from prefuse.engine.score.length_control import length_controlled
 from prefuse.engine.score.rubric import shown
 from prefuse.engine.score.scorers import scorer_of
@@ -55,6 +56,8 @@ def compare_answers(config: Config) -> dict[str, float]:
         raise UserError(f"{scorer.name} compares two answers: give --ref_model_name_or_path too")
     needed = dict.fromkeys([*scorer.columns, *(gold.columns if gold else ()), *(config.scorer_columns or ())])
     answered = read_answered(config) if config.model_answers else sample_models(config, device, list(needed))
+    for one in (scorer, gold) if config.model_answers else ():
+        refuse_self_judge(one, config, answered.names)
     metrics: dict[str, float] = {"prompts": len(answered.rows), "length": lengths(answered.answers)}
     metrics |= {} if answered.cut is None else {"cut_answers": answered.cut}
     verdict = verdict_of(answered, scorer)
@@ -202,12 +205,12 @@ def write_answers(answered: ModelAnswers, scorer: Scorer, found: Preferences | N
     say(f"answers are in {folder}")
 
 
-def refuse_self_judge(scorer: Scorer | None, config: Config) -> None:
-    """A model that judges its own answers prefers them."""
+def refuse_self_judge(scorer: Scorer | None, config: Config, generators: Sequence[str] = ()) -> None:
+    """A model that judges its own answers prefers them. `generators`: who wrote the answers of files."""
     if config.allow_self_judge:
         return
     judged = [path for path in (config.model_name_or_path, config.ref_model_name_or_path) if path]
-    if any(is_judge_of(scorer, path) for path in judged):
+    if any(is_judge_of(scorer, path) for path in judged) or any(wrote_the_answers(scorer, name) for name in generators):
         raise UserError(
             f"{scorer.name} would judge its own answers, which models prefer: give another judge, or "
             "--allow_self_judge true"

@@ -341,7 +341,8 @@ def evaluate_and_log(run: Run, step: int, signals: StopSignals) -> dict[str, flo
     unmoved = unmoved and not getattr(run.held.examples, "policy_weights", False)
     following = following_of(run.data)
     if following is not None and following.moved:
-        run.held = hold(run.held.examples, following.lm, run.loss, run.config, run.ranks)
+        held = hold(run.held.examples, following.lm, run.loss, run.config, run.ranks)
+        run.held = dataclasses.replace(held, look=run.held.look)
         following.moved = False
     with run.window.clock_stopped(), clock.part("evaluation"):
         means = evaluate(run.lm, run.held, run.loss, run.ranks, between, unmoved=unmoved)

@@ -37,7 +37,9 @@ class EvaluationSettings(Topic):
         "JSONL file to append this look to: drift of the model since the last look at the same prompts is then said.",
     )
     scorer_columns: list[str] | None = setting(
-        None, "More columns of the rows to hand to a Python function, beside those that it names."
+        None,
+        "More columns of the rows to hand to a Python function, beside those that it names.",
+        commands=("sft", "train", "eval"),
     )
     checkpoints: str | None = setting(
         None,
@@ -45,7 +47,9 @@ class EvaluationSettings(Topic):
         "diversity, refusals, perplexity, and the curve of over-optimization as a picture.",
     )
     text_dataset: str | None = setting(
-        None, "Plain text (.txt, or rows with a text column) whose perplexity shows what alignment costs elsewhere."
+        None,
+        "Plain text (.txt, or rows with a text column) whose perplexity shows what alignment costs elsewhere.",
+        commands=("sft", "train", "eval"),
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from prefuse.engine.config.setting import TRAINING, Rule, Topic, at_least, setting
 from prefuse.engine.errors import UserError
 
 WITH_PEFT = ("use_peft", True)
+IN_4BIT = ("load_in_4bit", True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,21 @@ class LoraSettings(Topic):
         None, "Names of modules that are trained whole, and saved with the adapters.", only_with=WITH_PEFT
     )
 
+    load_in_4bit: bool = setting(
+        False,
+        "QLoRA: keep the base model in 4 bits (bitsandbytes) and train adapters beside it. The heads stay as they are.",
+        commands=(*TRAINING, "eval", "generate"),
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting(
+        "nf4", "The 4-bit numbers.", commands=(*TRAINING, "eval", "generate"), only_with=IN_4BIT
+    )
+    use_bnb_nested_quant: bool = setting(
+        False, "Quantize their scales too.", commands=(*TRAINING, "eval", "generate"), only_with=IN_4BIT
+    )
+
     def check(self, command: str) -> None:
+        if self.load_in_4bit and command in TRAINING and not self.use_peft:
+            raise UserError("load_in_4bit trains adapters beside the base: give --use_peft true")
         if len(self.lora_target_modules or ()) == 1:
             try:
                 re.compile(self.lora_target_modules[0])

@@ -43,7 +43,8 @@ class OutputSettings(Topic):
     )
     metric_for_best_model: str | None = setting(
         None,
-        "The metric of held-out rows by which evaluations are compared: loss, rewards/accuracies, kl_to_ref, ... "
+        "The metric of held-out rows by which evaluations are compared: loss, rewards/accuracies, kl_to_ref, ...; with "
+        "a scorer also score, gold_score, kl, length, distinct_2, perplexity, ... "
         "load_best_model_at_end and early_stopping_patience take loss where it is not given.",
     )
     greater_is_better: bool | None = setting(None, "Whether more of it is better. None: no for loss and KL, else yes.")

@@ -32,6 +32,17 @@ class RewardSettings(Topic):
         rule=at_least(0),
     )
 
+    reward_heads: int = setting(
+        1,
+        "Heads on one trunk, an ensemble in one folder: each begins elsewhere, and `--scorer_combine` says how their "
+        "scores are one. The folder has num_labels heads.",
+        rule=at_least(1),
+        most=64,
+    )
+    head_bootstrap: bool = setting(
+        True, "Each of several heads learns from its own sample of the rows, drawn with replacement."
+    )
+
     def separator(self) -> str | None:
         """What stands behind each step: a command line says newlines as \\n."""
         return self.step_separator and self.step_separator.replace("\\n", "\n").replace("\\t", "\t")
@@ -48,6 +59,8 @@ class RewardSettings(Topic):
     def check(self, command: str) -> None:
         if command != "reward":
             return
+        if self.reward_heads > 1 and self.reward_loss == "steps":
+            raise UserError("reward_heads are of scores of answers: a process reward model has one (drop it)")
         without = {"label_smoothing": ("plackett_luce", "steps"), "center_rewards_coefficient": ("steps",)}
         for name, losses in without.items():
             if getattr(self, name) and self.reward_loss in losses:

@@ -16,7 +16,8 @@ class ScoringSettings(Topic):
         None,
         "What scores answers: a reward model's folder, FILE.py:FUNCTION (TRL's signature), a rule (exact, contains, "
         "number, math, regex, format, length, as in number=COLUMN), judge=FOLDER or judge=URL#MODEL. Several are an "
-        "ensemble. `eval`: with it, the model's answers are compared with those of ref_model_name_or_path.",
+        "ensemble. `eval`: with it, the model's answers are compared with those of ref_model_name_or_path. `train`, "
+        "`sft`: held-out prompts are answered and scored at every evaluation.",
     )
     scorer_combine: Literal["mean", "min", "mean_minus_std"] = setting(
         "mean", "How the scores of several are one: their mean, the smallest, or the mean minus the spread."

@@ -16,7 +16,7 @@ from prefuse.engine.errors import UserError
 
 TRAINING = ("sft", "train", "reward", "online")  # the commands that train
 EVERY = (*TRAINING, "eval", "generate", "label", "revise")  # the commands that load a model and read rows
-SCORING = ("eval", "online", "label", "revise")  # the commands that take scorers
+SCORING = ("sft", "train", "eval", "online", "label", "revise")  # the commands that take scorers
 LOADING = (*EVERY, "merge")  # the commands that load a model
 MOST = 2**31 - 1  # of a whole number: counts and lengths are int32 somewhere
 

@@ -121,6 +121,8 @@ def load_model(
         path = moved or base
     model = (_read_model if read is None else read)(path, config)
     _refuse_no_numbers(model, path)
+    if trains:
+        _with_gradients_through_4_bits(model)
     adapters = None
     if config.use_liger_kernel:
         use_liger(model, device)
@@ -170,6 +172,7 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
                 output_loading_info=True,
                 trust_remote_code=config.trust_remote_code,
                 **options,
+                **_in_4_bits(config),
             )
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"cannot load {what} from {path}: {_fault(error)}") from None
@@ -181,6 +184,30 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
             f"({', '.join(absent[:3])}): expected {what.replace('a ', 'a whole ', 1)}, its head included"
         )
     return model
+
+
+def _in_4_bits(config: Config) -> dict[str, object]:
+    """transformers' argument for a base in 4 bits: products compute in the settings' dtype, heads stay whole."""
+    if not config.load_in_4bit:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant, bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=["lm_head", "embed_out", "score", "classifier"],
+    )  # fmt: skip
+    return {"quantization_config": wanted}
+
+
+def _with_gradients_through_4_bits(model: torch.nn.Module) -> None:
+    """bitsandbytes (0.50) repacks a layer for inference on the CPU in its first pass in eval mode without gradient, and
+    no gradient passes that form: after an evaluation nothing below the layer would learn."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _generation_config(folder: Path) -> "GenerationConfig":

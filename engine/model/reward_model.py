@@ -7,10 +7,13 @@ a score head already. What is saved is what `AutoModelForSequenceClassification`
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,25 +30,42 @@ from prefuse.engine.data.ranked import RankedBatch
 from prefuse.engine.data.steps import StepBatch
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapters import WEIGHTS
+from prefuse.engine.model.adapters import WEIGHTS, task_of
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model, read_weights
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.losses.rewards import RewardLoss
 from prefuse.models.head import Head
-from prefuse.models.score import check_score, end_states, score_layer, score_of_states, step_states
+from prefuse.models.score import (
+    check_score,
+    end_states,
+    heads_of_states,
+    score_layer,
+    score_of_states,
+    step_states,
+)
 from prefuse.models.trunk import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEW = "score."  # the weights that a causal LM lacks
+MOST_OF_A_ROW = 16  # in one head's sample; a 17th has a chance of 1e-15
 HEAD = "head_"  # what begins the labels of an ensemble's heads in config.json: they are no classes
 
 
 @dataclass(frozen=True)
 class RewardModel(LanguageModel):
-    """`LanguageModel` with a head of one score: its weight is (1, D)."""
+    """`LanguageModel` with a head of one score, weight (1, D), or an ensemble of k heads on one trunk, (k, D).
+
+    `bootstrap`: the seed by which each head draws its own weights of the rows; None: all learn from all rows alike.
+    """
+
+    bootstrap: int | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.head.weight.shape[0] if task_of(self.model) == "SEQ_CLS" else 1
 
     @property
     def scores(self) -> bool:
@@ -73,9 +93,15 @@ class RewardModel(LanguageModel):
         return end_states(self.model, batch.tokens)
 
     def scores_of_states(self, states: Tensor) -> Tensor:  # (M, D) -> (M,) float32
-        """In float32, outside of autocast: a score of bfloat16 has three digits."""
+        """In float32, outside of autocast: a score of bfloat16 has three digits. Of several heads their mean."""
+        if self.heads > 1:
+            return self.heads_of_states(states).mean(1)
         with torch.autocast(self.device.type, enabled=False):
             return score_of_states(self.model, states.to(self.head.weight.dtype))
+
+    def heads_of_states(self, states: Tensor) -> Tensor:  # (M, D) -> (M, k) float32
+        with torch.autocast(self.device.type, enabled=False):
+            return heads_of_states(self.model, states.to(self.head.weight.dtype))
 
     def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
         if isinstance(batch, RankedBatch):
@@ -84,14 +110,44 @@ class RewardModel(LanguageModel):
             given = {"labels": batch.step_labels}
         else:
             given = {name: batch.numbers.get(name) for name in ("weights", "margins")}
+        if self.heads > 1:
+            return self._loss_of_heads(self.heads_of_states(states), batch, loss, num_items, given)
         return prefuse.reward_loss(self.scores_of_states(states), loss, num_items=num_items, **given)
+
+    def _loss_of_heads(
+        self, scores: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None, given: dict
+    ) -> RewardOutput:  # scores (S, k)
+        """The mean of the heads' own losses. The metrics are of the mean score, and how far the heads are apart."""
+        weights = given.pop("weights", None)
+        drawn = self._weights(batch.rows).to(scores.device)  # (E, k)
+        drawn = drawn if weights is None else drawn * weights[:, None]
+        outs = [
+            prefuse.reward_loss(own, loss, num_items=num_items, weights=of_rows, **given)
+            for own, of_rows in zip(scores.unbind(1), drawn.unbind(1), strict=True)
+        ]
+        whole = prefuse.reward_loss(scores.detach().mean(1), loss, num_items=num_items, **given)
+        spread = scores.detach().double().std(1, correction=0)
+        metrics = whole.metrics | {"head_spread": torch.stack([spread.sum(), spread.new_tensor(len(spread))])}
+        total, losses = (torch.stack([getattr(out, name) for out in outs]).mean(0) for name in ("loss", "losses"))
+        return RewardOutput(total, losses, whole.rewards, metrics)
+
+    def _weights(self, rows: Sequence[str]) -> Tensor:  # (E, k) float64
+        if self.bootstrap is None:
+            return torch.ones(len(rows), self.heads, dtype=torch.float64)
+        drawn = [[bootstrap_weight(self.bootstrap, head, row) for head in range(self.heads)] for row in rows]
+        return torch.tensor(drawn, dtype=torch.float64).reshape(len(rows), self.heads)
 
 
 def load_reward_model(
     path: str, config: Config, device: torch.device, ranks: Ranks = ALONE, *, trains: bool = False
 ) -> RewardModel:
-    """The reward model at `path`; with `trains`, from a causal LM too."""
-    return load_model(path, config, device, ranks, trains=trains, read=_read, make=RewardModel)
+    """The reward model at `path`; with `trains`, from a causal LM too. An ensemble keeps its number of heads."""
+    there, wanted = heads_of(path), config.reward_heads
+    if there is not None and wanted not in (1, there):
+        raise UserError(f"reward_heads is {wanted}, and {path} has {there} heads: drop it, or start from another model")
+    read = partial(_read, heads=there or wanted)
+    lm = load_model(path, config, device, ranks, trains=trains, read=read, make=RewardModel)
+    return replace(lm, bootstrap=config.seed) if lm.heads > 1 and config.head_bootstrap else lm
 
 
 def load_step_model(
@@ -101,10 +157,14 @@ def load_step_model(
     return load_model(path, config, device, ranks, trains=trains, read=_read_steps, make=RewardModel)
 
 
-def _read(path: str, config: Config) -> PreTrainedModel:
+def _read(path: str, config: Config, heads: int) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification as Auto
 
-    return _with_head(Auto, "a model with a sequence classification head", path, config, 1)
+    model = _with_head(Auto, "a model with a sequence classification head", path, config, heads)
+    if heads > 1:
+        model.config.id2label = {i: f"{HEAD}{i}" for i in range(heads)}
+        model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    return model
 
 
 def _read_steps(path: str, config: Config) -> PreTrainedModel:
@@ -137,6 +197,19 @@ def loader_of(path: str) -> Callable[..., LanguageModel]:
     if "TOKEN_CLS" in said or "ForTokenClassification" in said:
         return load_step_model
     return load_reward_model if "SEQ_CLS" in said or "ForSequenceClassification" in said else load_model
+
+
+def bootstrap_weight(seed: int, head: int, row: str) -> int:
+    """How often a row stands in the head's own sample of all rows, drawn with replacement: Poisson(1) for many rows.
+
+    It depends on nothing else, so a resumed run and every rank have the same (Oza and Russell 2001).
+    """
+    digest = hashlib.sha256(f"{seed} {head} {row}".encode()).digest()
+    left, count, chance = int.from_bytes(digest[:8]) / 2**64, 0, math.exp(-1)
+    while left >= chance and count < MOST_OF_A_ROW:
+        left, count = left - chance, count + 1
+        chance /= count
+    return count
 
 
 def scores_steps(path: str) -> bool:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+LEFT = 0.5  # of its gain a curve has at most, far out, that has turned where no fit says so
+
 
 @dataclass(frozen=True)
 class Turn:
     alpha: float
     beta: float
     turns_at: float | None  # in sqrt(nats); None where it has not turned within what was seen
+    by_fit: bool  # else it is where the best point lies: no such curve fits, but what was measured has fallen
     best: int  # of the points, by what was measured
 
 
@@ -31,7 +34,11 @@ def turning_point(distances: Sequence[float], rewards: Sequence[float]) -> Turn 
     (alpha, minus_beta), *_ = np.linalg.lstsq(np.stack([d, d * d], 1), r, rcond=None)
     beta = -float(minus_beta)
     at = float(alpha) / (2 * beta) if beta > 0 and alpha > 0 else math.inf
-    return Turn(float(alpha), beta, at if at < d.max() else None, best)
+    if at < d.max():
+        return Turn(float(alpha), beta, at, True, best)
+    farthest, highest = r[d.argmax()], r.max()  # gains over the first point
+    fallen = farthest < LEFT * highest
+    return Turn(float(alpha), beta, float(distances[best]) if fallen else None, False, best)
 
 
 def draw_over_optimization(image: Path, points: Sequence[dict[str, float]], turn: Turn | None) -> None:

@@ -1,6 +1,6 @@
 """Monte-Carlo labels of steps: how often does an answer come out right when a model goes on from there?
 
-    prefuse label --label_form steps --model_name_or_path sft --dataset_name solutions.jsonl \\
+    prefuse label --label_form steps --model_name_or_path sft --dataset_name solutions.jsonl \
         --scorer number=solution --num_generations 8 --output_file steps.jsonl
 
 From the end of each step num_generations rollouts are sampled, and each whole answer is judged by an outcome scorer. A
@@ -98,10 +98,7 @@ def shares_of(
     asked = [place for place in places if place[1] + 1 < len(solved[place[0]].steps)]
     names = [f"{solved[p].row}, step {s + 1}" for p, s in places]
     starts = [Prompt(solved[p].ids[s], "", f"{solved[p].row}, step {s + 1}", solved[p].prompt) for p, s in asked]
-    check_prompts(sampler.lm, [start.ids for start in starts], [start.row for start in starts], config.max_new_tokens)
-    seed = seed_of(config.seed, "steps")
-    said = texts_of(sampler.sample(starts, config.num_generations, seed, "rollouts")) if starts else []
-    goes_on = dict(zip(asked, said, strict=True))
+    goes_on = dict(zip(asked, _rollouts(starts, sampler, config), strict=True))
     answers = []
     for p, s in places:
         before = solved[p].text(s + 1, separator)
@@ -117,6 +114,13 @@ def shares_of(
         lost += len(texts) - len(known)
         shares[p].append(sum(known) / len(known) if known else math.nan)
     return shares, lost
+
+
+def _rollouts(starts: list[Prompt], sampler: Sampler, config: Config) -> list[list[str]]:
+    if not starts:  # answers of one step alone
+        return []
+    check_prompts(sampler.lm, [start.ids for start in starts], [start.row for start in starts], config.max_new_tokens)
+    return texts_of(sampler.sample(starts, config.num_generations, seed_of(config.seed, "steps"), "rollouts"))
 
 
 # ---- rows ----------------------------------------------------------------------------------------

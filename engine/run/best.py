@@ -10,7 +10,9 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
-SMALLER_IS_BETTER = ("loss", "kl_to_ref", "perplexity", "kl")  # where greater_is_better is not given
+SMALLER_IS_BETTER = (
+    "loss", "kl_to_ref", "perplexity", "kl", "kl_per_token", "sqrt_kl", "refusals", "self_similarity", "cut_answers",
+)  # fmt: skip  # where greater_is_better is not given
 
 
 class Best:

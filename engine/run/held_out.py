@@ -62,6 +62,7 @@ class HeldOut:
     mismatches: Examples | None = None  # KTO
     mismatch_ref_logps: list[Tensor] | None = None
     kl_samples: dict[int, KLSample] | None = None  # by batch
+    look: Callable[[LanguageModel, Ranks], dict[str, float]] | None = None  # at the policy's own answers
     scores_file: Path | None = None  # of a reward model: where the scores of the last evaluation are written
 
     @property
@@ -145,7 +146,8 @@ def evaluate(
         sample = None if held.kl_samples is None else held.kl_samples[number]
         metrics = _measure_unmoved(batch, loss, z0, sample) if unmoved else _measure(lm, batch, loss, z0, sample)
         add_metrics(totals, {name: value if counts else 0 * value for name, value in metrics.items()})
-    return prefuse.reduce_metrics(totals, ranks.group)
+    means = prefuse.reduce_metrics(totals, ranks.group)
+    return means if held.look is None else means | held.look(lm, ranks)
 
 
 def pair_ties(loss: Loss, rewards: Tensor) -> dict[str, Tensor]:

@@ -42,15 +42,16 @@ def evaluate_scores(
     ranked = isinstance(examples, Rankings)
     steps = isinstance(examples, Solutions)
     starts = examples.offsets if ranked or steps else np.arange(0, len(examples) + 1) * examples.sides
-    scores = torch.zeros(int(starts[-1]), dtype=torch.float64)
+    heads = torch.zeros(int(starts[-1]), 1 if steps else lm.heads, dtype=torch.float64)
     for number, counts in ranks.in_step(range(len(held.batches))[ranks.rank :: ranks.size], 0, always=True):
         between()
         indices = held.batches[number]
         found = _scores(lm, collate(examples, indices).to(lm.device)).double().cpu()
         if counts:
             own = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
-            scores[torch.from_numpy(own)] = found
-    scores = ranks.sum_(scores)
+            heads[torch.from_numpy(own)] = found
+    heads = ranks.sum_(heads)
+    scores = heads.mean(1)
     if steps:
         labels = torch.from_numpy(examples.right)
         quality = {"ece": expected_calibration_error(torch.where(labels > 0.5, scores, -scores))}
@@ -65,7 +66,10 @@ def evaluate_scores(
         write_scores(held.scores_file, examples.rows, scores.tolist(), examples.completions.lengths.tolist(), starts)
     pairs = pairs_by_rank(cu_groups, places)
     quality = score_quality(scores[pairs], lengths[pairs])
-    return _means(out) | quality | {"std_reward": scores.std(correction=0).item()}
+    quality["std_reward"] = scores.std(correction=0).item()
+    if heads.shape[1] > 1:
+        quality["head_spread"] = heads.std(1, correction=0).mean().item()
+    return _means(out) | quality
 
 
 def _means(out: RewardOutput) -> dict[str, float]:
@@ -80,8 +84,9 @@ def pairs_by_rank(cu_groups: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
 
 
 @where_weights_are
-def _scores(lm: LanguageModel, batch) -> torch.Tensor:  # (S,)
-    return lm.scores_of_states(completion_states(lm, batch))
+def _scores(lm: LanguageModel, batch) -> torch.Tensor:  # (S, k)
+    states = completion_states(lm, batch)
+    return lm.heads_of_states(states) if lm.heads > 1 else lm.scores_of_states(states)[:, None]
 
 
 def write_scores(path: Path, rows: list[str], scores: list[float], lengths: list[int], starts) -> None:

@@ -28,7 +28,7 @@ from prefuse.engine.model.reward_model import heads_of
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
 from prefuse.engine.score.cache import Cache, json_digest
-from prefuse.engine.score.contract import Columns, NoScore, Scores, Text, by_answer
+from prefuse.engine.score.contract import Columns, NoScore, Scores, Text, by_answer, shaped
 from prefuse.models.flat import check_packing
 from prefuse.models.score import check_score, sequence_heads
 from prefuse.models.trunk import UnsupportedModel
@@ -45,6 +45,7 @@ class Classifier:
     batch_size: int = 8
     cache: Cache | None = None
     shares: bool = False  # a prompt runs once for all its answers
+    heads: int = 1
     columns: tuple[str, ...] = field(default=(), init=False)
 
     def score(
@@ -52,13 +53,20 @@ class Classifier:
     ) -> Scores:
         return by_answer(self._flat, prompts, answers, None)
 
+    def score_heads(self, prompts: Sequence[Text], answers: Sequence[Sequence[str]]) -> list[Scores]:
+        """The scores of each head: an ensemble in one folder has several."""
+        asked = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
+        found = self.numbers(asked, [answer for own in answers for answer in own])
+        heads = ([own if isinstance(own, NoScore) else own[head] for own in found] for head in range(self.heads))
+        return [shaped(own, answers) for own in heads]
+
     def _flat(self, prompts: list[Text], answers: list[str], columns: dict[str, list]) -> list[float | NoScore]:
         found = self.numbers(prompts, answers)
         return [own if isinstance(own, NoScore) else self._one_of(own) for own in found]
 
     def _one_of(self, numbers: list[float]) -> float:
         """The score, of the numbers that the model has for an answer."""
-        return numbers[0]
+        return sum(numbers) / len(numbers)
 
     def numbers(self, prompts: list[Text], answers: list[str]) -> list[list[float] | NoScore]:
         """What the model says of each answer; what it has said before is in the cache."""
@@ -201,7 +209,9 @@ def load_classifier(
     own_rows = config.is_file() and is_of_a_run(config)
     key = f"classifier {digest_of(Path(path), model)} {own_rows}"
     cache = Cache(cache_folder, key) if cache_folder is not None else None
-    return Classifier(path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model))
+    return Classifier(
+        path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model), model.config.num_labels
+    )
 
 
 def tokenizer_of(path: str, trust_remote_code: bool) -> Any:

@@ -123,8 +123,9 @@ def shaped(found: Sequence[float | NoScore], answers: Sequence[Sequence[str]]) -
         row: list[NoScore | None] = []
         for k in range(len(own)):
             outcome = next(outcomes)
-            if not isinstance(outcome, NoScore) and math.isnan(outcome):
-                outcome = NoScore("NaN", "the scorer gave no number")
+            if not isinstance(outcome, NoScore) and not math.isfinite(outcome):
+                kind = "NaN" if math.isnan(outcome) else "infinite"  # means and differences of which are NaN
+                outcome = NoScore(kind, "the scorer gave no number" if kind == "NaN" else str(float(outcome)))
             row.append(outcome if isinstance(outcome, NoScore) else None)
             values[p, k] = math.nan if isinstance(outcome, NoScore) else float(outcome)
         reasons.append(row + [NoScore(NO_ANSWER)] * (width - len(own)))

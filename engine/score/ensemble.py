@@ -1,5 +1,7 @@
 """Several scorers as one: the mean, the minimum, or the mean minus a multiple of the spread (arXiv 2310.02743).
 
+A reward model with several heads (`prefuse reward --reward_heads`) counts as so many members.
+
 The scores of members that differ in scale should be brought to one before they are combined; members of one kind (the
 seeds of a reward model) have one.
 """
@@ -36,19 +38,28 @@ class Ensemble:
         self, prompts: Sequence[Text], answers: Sequence[Sequence[str]], columns: Columns | None = None
     ) -> Scores:
         """An answer that one member has no score for has none: the others would be another ensemble."""
-        found = [member.score(prompts, answers, columns) for member in self.members]
-        values = combined(torch.stack([scores.values for scores in found]), self.how, self.spread_weight)
+        found = [
+            (member.name, scores)
+            for member in self.members
+            for scores in (
+                member.score_heads(prompts, answers)
+                if getattr(member, "heads", 1) > 1
+                else [member.score(prompts, answers, columns)]
+            )
+        ]
+        values = combined(torch.stack([scores.values for _, scores in found]), self.how, self.spread_weight)
         reasons = [
-            [self._first([scores.reasons[p][k] for scores in found]) for k in range(values.shape[1])]
+            [_first([(name, scores.reasons[p][k]) for name, scores in found]) for k in range(values.shape[1])]
             for p in range(len(prompts))
         ]
         return Scores(values, reasons)
 
-    def _first(self, reasons: list[NoScore | None]) -> NoScore | None:
-        for member, reason in zip(self.members, reasons, strict=True):
-            if reason is not None:
-                return NoScore(reason.kind, f"{member.name}{f', {reason.detail}' if reason.detail else ''}")
-        return None
+
+def _first(reasons: list[tuple[str, NoScore | None]]) -> NoScore | None:
+    for name, reason in reasons:
+        if reason is not None:
+            return NoScore(reason.kind, f"{name}{f', {reason.detail}' if reason.detail else ''}")
+    return None
 
 
 def combined(values: Tensor, how: str, spread_weight: float) -> Tensor:  # (M, P, K) -> (P, K)

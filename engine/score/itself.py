@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefuse.engine.run.files import sha256_of
+from prefuse.engine.score.answers import file_name
 from prefuse.engine.score.contract import Scorer
 
 
@@ -15,6 +16,15 @@ def is_judge_of(scorer: Scorer | None, path: str) -> bool:
         return False
     served = getattr(backend, "model", None)  # of a server: the name alone is known
     return served in (path, Path(path).name) if served is not None else _same_weights(path, backend.name)
+
+
+def wrote_the_answers(scorer: Scorer | None, generator: str) -> bool:
+    """The same of answer files, which say who wrote them by name alone."""
+    backend = getattr(scorer, "backend", None)
+    if backend is None:
+        return False
+    own = getattr(backend, "model", None) or backend.name
+    return generator in (own, Path(own).name, file_name(own))
 
 
 def _same_weights(path: str, other: str) -> bool:

@@ -26,7 +26,7 @@ from prefuse.engine.score.rules import RULES, TextRule
 def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Scorer:
     """The scorer that the setting names: one, or an ensemble of all."""
     members = tuple(_one(spec, config, device) for spec in specs)
-    if len(members) == 1:
+    if len(members) == 1 and getattr(members[0], "heads", 1) == 1:
         return members[0]
     judges = [member.name for member in members if hasattr(member, "compare")]
     if judges:

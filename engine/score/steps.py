@@ -115,5 +115,5 @@ def load_step_classifier(
     cache = Cache(cache_folder, key) if cache_folder is not None else None
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     return StepClassifier(
-        path, model, tokenizer, f"{key} {how}", False, batch_size, cache, can_share(model), how, separator, template
+        path, model, tokenizer, f"{key} {how}", False, batch_size, cache, can_share(model), 1, how, separator, template
     )

@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 
+from prefuse.engine import cli
 from prefuse.engine import train as story
 from prefuse.engine.errors import UserError
+from prefuse.engine.rounds.look import ScoredRows
 from prefuse.engine.run.best import Best
 from prefuse.engine.run.proof import checkpoints
 from prefuse.engine.run.signals import Stopped
@@ -135,3 +137,41 @@ def test_what_counts_as_better():
     for changes in {"eval_strategy": "no"}, {"eval_fraction": 0.0}:
         with pytest.raises(UserError, match="goes by"):
             best(load_best_model_at_end=True, **changes)
+
+
+GREEN = "regex=green|blue"
+
+
+def test_a_reward_of_sampled_answers_decides(files, tmp_path, capsys):
+    """What `prefuse eval --checkpoints` says of each checkpoint is what the run has gone by."""
+    options = {"scorer": [GREEN], "gold_scorer": ["length"], "num_prompts": 3, "max_new_tokens": 6}
+    run = run_of(files, tmp_path / "run", metric_for_best_model="gold_score", load_best_model_at_end=True, **options)
+    run = dataclasses.replace(run, max_steps=4, save_steps=1, save_total_limit=0)
+    train(run, "train", ScoredRows())
+    log = {row["step"]: row for row in read_log(tmp_path / "run") if "eval_gold_score" in row}
+    assert list(log) == [0, 1, 2, 3, 4]
+    assert log[0]["eval_kl"] == pytest.approx(0, abs=1e-9)
+    assert all(log[step]["eval_kl"] > 0 for step in range(1, 5))
+    best = max(range(1, 5), key=lambda step: (log[step]["eval_gold_score"], -step))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "run" / f"checkpoint-{best}"))
+    words = ["eval", "--checkpoints", str(tmp_path / "run"), "--eval_dataset", files["eval_dataset"], "--scorer", GREEN,
+             "--gold_scorer", "length", "--temperature", "1", "--max_new_tokens", "6", "--num_prompts", "3", "--device",
+             "cpu", "--max_length", "64", "--output_file", str(tmp_path / "watch.json")]  # fmt: skip
+    assert cli.main(words) == 0
+    points = {point["step"]: point for point in json.loads((tmp_path / "watch.json").read_text())["checkpoints"]}
+    for step in range(1, 5):
+        for name in ("score", "gold_score", "kl", "length", "distinct_1"):
+            assert log[step][f"eval_{name}"] == pytest.approx(points[step][name], rel=1e-4), (step, name)
+
+
+def test_a_scorer_leaves_the_training_as_it_is(files, tmp_path):
+    scored = run_of(files, tmp_path / "scored", scorer=["length"], num_prompts=2, max_new_tokens=3)
+    train(scored, "train", ScoredRows())
+    train(run_of(files, tmp_path / "plain"), "train")
+    assert same(weights(tmp_path / "scored"), weights(tmp_path / "plain"))
+    with pytest.raises(UserError, match="compares: give a scorer"):
+        train(run_of(files, tmp_path / "j", scorer=[f"judge={files['model_name_or_path']}"]), "train", ScoredRows())
+    changed = {**files, "eval_dataset": None}
+    config = settings(**changed, output_dir=str(tmp_path / "k"), scorer=["length"], max_steps=1)
+    with pytest.raises(UserError, match="held-out prompts"):
+        train(config, "train", ScoredRows())

@@ -133,6 +133,10 @@ def test_a_model_does_not_judge_itself(made, tmp_path, capsys):
         assert "would judge its own answers" in refused(capsys, *words, "--scorer", f"judge={judge}")
     served = f"judge=http://127.0.0.1:9/v1#{made['model']}"
     assert "would judge its own answers" in refused(capsys, *words, "--scorer", served)
+    written = tmp_path / "own.json"
+    files.write_alpaca(written, files.file_name(made["model"]), ["Hello?"], ["Yes."])
+    both = ["--model_answers", str(written), "--ref_answers", str(written)]
+    assert "would judge its own answers" in refused(capsys, *both, "--scorer", f"judge={made['model']}")
     found = evaluated(made, tmp_path, "--scorer", f"judge={made['model']}", "--allow_self_judge", "true",
                       "--score_cache", "none", "--columns", "unused=solution")  # fmt: skip
     assert found["without_verdict"] + found["comparisons"] == len(PAIRS)

@@ -45,10 +45,10 @@ def test_saved_settings_read_back_the_same(tmp_path):
 
 
 def test_a_run_keeps_the_settings_of_its_command_alone(tmp_path):
-    write_yaml(Config(num_prompts=3), tmp_path / "config.yaml", "sft")
+    write_yaml(Config(history="h"), tmp_path / "config.yaml", "sft")
     text = (tmp_path / "config.yaml").read_text()
     assert "learning_rate: null" in text
-    assert "num_prompts" not in text
+    assert "history" not in text
     assert "loss_type" not in text
 
 
@@ -66,10 +66,12 @@ def test_every_field_is_declared_once_with_its_help():
 def test_settings_by_command():
     shown = {command: {name for names in settings_of(command).values() for name in names} for command in LOADING}
     assert shown["train"] >= {"beta", "learning_rate", "output_dir", "resume", "nproc", "z0_scope"}
-    assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "temperature"})
+    assert shown["sft"].isdisjoint({"beta", "loss_type", "ref_model_name_or_path", "num_generations"})
     assert shown["eval"].isdisjoint({"learning_rate", "output_dir", "nproc"})
     assert shown["generate"].isdisjoint({"beta", "learning_rate", "output_dir", "nproc", "impl"})
     assert "temperature" in shown["generate"]
+    trained = validate(Config(model_name_or_path="m", dataset_name="d", output_dir="o"), "train")
+    assert (trained.temperature, trained.num_prompts) == (None, None)  # `prefuse eval --config` has its own
     merged = {"model_name_or_path", "base_model_name_or_path", "dtype", "trust_remote_code", "output_dir"}
     assert shown["merge"] == merged
 
@@ -88,10 +90,12 @@ def test_what_a_resumed_run_may_differ_in():
         "beta_dpo_baseline", "beta_dpo_level", "use_weighting", "sync_ref_model", "ref_model_mixup_alpha",
         "ref_model_sync_steps", "control_good", "control_bad", "padding_free",
         "output_router_logits", "router_aux_loss_coef",
-        "max_tokens_per_batch", "learning_rate", "reward_loss", "center_rewards_coefficient", "step_separator",
+        "max_tokens_per_batch", "learning_rate", "reward_loss", "reward_heads",
+            "head_bootstrap", "center_rewards_coefficient", "step_separator",
         "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_grad_norm",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "use_peft", "lora_r", "lora_alpha",
-        "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
+        "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+            "lora_dropout", "lora_target_modules", "lora_modules_to_save", "torch_compile", "torch_compile_backend",
         "use_liger_kernel", "chat_template", "chat_template_kwargs", "system_prompt", "eos_token", "template_date",
         "sft_turns", "multi_turn", "learn_after_stop", "truncation_mode", "long_completions",
         "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience",
@@ -100,7 +104,8 @@ def test_what_a_resumed_run_may_differ_in():
         "steps_per_generation", "num_iterations", "scale_rewards", "grpo_loss_type", "importance_sampling_level",
         "epsilon", "epsilon_high", "delta", "kl_estimator", "entropy_coef", "mask_truncated_completions",
         "missing_eos_penalty", "gamma", "lam", "value_learning_rate", "cliprange_value", "kl_target", "beta_horizon",
-        "scorer", "scorer_steps", "scorer_combine", "scorer_spread_weight", "judge_rubric", "judge_mode",
+        "num_prompts", "max_new_tokens", "scorer_columns", "text_dataset",
+            "scorer", "scorer_steps", "scorer_combine", "scorer_spread_weight", "judge_rubric", "judge_mode",
         "judge_max_tokens",
     }  # fmt: skip
 

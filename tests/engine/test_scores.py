@@ -125,15 +125,15 @@ def f(prompts, completions):
     for text in completions:
         if text == "raise": raise KeyError("here")
         if text == "exit": raise SystemExit(3)
-        out.append({"nan": float("nan"), "none": None, "text": "x"}.get(text, 1.0))
+        out.append({"nan": float("nan"), "inf": float("-inf"), "none": None, "text": "x"}.get(text, 1.0))
     return out[1:] if "short" in completions else out
 """
 
 
 def test_what_a_function_does_wrong_costs_the_row_alone(tmp_path):
-    texts = ["fine", "raise", "nan", "none", "text", "short", "exit", "fine"]
-    scores = load_function(file_of(tmp_path, BAD), 5).score(["q"] * 8, [[text] for text in texts])
-    named = [None, "raised", "NaN", "none given", "no number", "wrong length", "raised", None]
+    texts = ["fine", "raise", "nan", "none", "text", "short", "exit", "fine", "inf"]
+    scores = load_function(file_of(tmp_path, BAD), 5).score(["q"] * 9, [[text] for text in texts])
+    named = [None, "raised", "NaN", "none given", "no number", "wrong length", "raised", None, "infinite"]
     assert kinds(scores) == [[kind] for kind in named]
     assert "KeyError: 'here'" in str(scores.reasons[1][0])
     assert scores.values[[0, 7]].tolist() == [[1], [1]]

@@ -202,6 +202,8 @@ def test_hard_labels_and_rows_whose_rollouts_have_no_score(tmp_path, capsys):
     assert "2 rows are left out" in said
     assert "rows.jsonl:2 (a step has no rollout with a score)" in said
     assert "no score for" in said
+    alone = write_rows(tmp_path / "alone.jsonl", [{"prompt": "one ", "completions": ["b"], "want": "b"}])
+    assert cli.main([*words, "--dataset_name", alone, "--output_file", str(tmp_path / "alone.out.jsonl")]) == 0
     for more, why in (["--temperature", "0"], "all the same"), (["--scorer", f"judge={model}"], "compares"):
         assert cli.main([*words, "--output_file", str(tmp_path / "no.jsonl"), *more]) == 2
         assert why in capsys.readouterr().err

@@ -12,9 +12,9 @@ from prefuse.engine.data.table import Demonstration
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.model.sampling import Answer
 from prefuse.engine.report.over_optimization import turning_point
+from prefuse.engine.rounds.look import divergence, perplexity
 from prefuse.engine.score.signs import distinct, is_refusal, self_similarity
 from prefuse.engine.train import train
-from prefuse.engine.watch import divergence, perplexity
 from tiny_run import PAIRS, save_model, settings, write_rows
 
 
@@ -82,6 +82,8 @@ def test_a_turn_is_found_where_it_is():
     assert turn.best in (2, 3)
     assert turning_point(distances, [1 + 2 * d for d in distances]).turns_at is None
     assert turning_point([0, 1], [0, 1]) is None
+    fallen = turning_point([0, 1, 4, 5, 6, 7], [0.5, 0.86, 0.1, 0, 0, 0])  # sooner than any such curve
+    assert (fallen.by_fit, fallen.turns_at, fallen.best) == (False, 1, 1)
     assert turning_point([0, 1, 2, 3], [0, math.nan, 2, 1]).best == 2
 
 
