@@ -27,7 +27,7 @@ from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary
 from prefuse.engine.model.forward import LanguageModel, completion_states, token_logps
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
-from prefuse.engine.model.sampling import Answer, sample, shape_of
+from prefuse.engine.model.sampling import Answer, sample_for
 from prefuse.engine.report.log import say, table
 from prefuse.engine.report.over_optimization import draw, turning_point
 from prefuse.engine.run.files import json_text, write_whole
@@ -89,7 +89,7 @@ def look(
     size = config.num_generations
     check_prompts(lm, [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts], config.max_new_tokens)
     ids = [prompt.ids for prompt in prompts for _ in range(size)]
-    said = sample(lm, tokenizer, ids, shape_of(config), config.per_device_eval_batch_size, config.seed)
+    said = sample_for(config, lm, tokenizer, ids)
     answers = [[a.text for a in said[i : i + size]] for i in range(0, len(said), size)]
     raw = [prompt.raw for prompt in prompts]
     metrics = {}

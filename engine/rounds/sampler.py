@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,25 +16,43 @@ from prefuse.engine.model.sampling import Answer, Shape, sample
 from prefuse.engine.score.contract import Scorer, say_reasons
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Samples answers of a model and scores them with something that knows nothing of it."""
+class Source(Protocol):
+    """Where answers come from: the model in this process, or a server (served.py)."""
 
+    tokenizer: Any
+
+    def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
+        """(P, count)"""
+
+
+@dataclass(frozen=True)
+class OwnModel:
     lm: LanguageModel
     tokenizer: Any
-    scorer: Scorer
     shape: Shape
     batch_size: int
-    columns: dict[str, list[Any]]  # of all prompts, for the scorer
     synced: bool = False
+    continuous: bool = False
+
+    def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
+        ids = [prompt.ids for prompt in prompts for _ in range(count)]
+        answers = sample(
+            self.lm, self.tokenizer, ids, self.shape, self.batch_size, partial(seed_of, seed), synced=self.synced,
+            continuous=self.continuous, what=what,
+        )  # fmt: skip
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Answers from a source, and what something that knows nothing of it says they are worth."""
+
+    source: Source
+    scorer: Scorer
+    columns: dict[str, list[Any]]  # of all prompts, for the scorer
 
     def sample(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:  # (P, K)
-        ids = [prompt.ids for prompt in prompts for _ in range(count)]
-        seeds = partial(seed_of, seed)
-        answers = sample(
-            self.lm, self.tokenizer, ids, self.shape, self.batch_size, seeds, synced=self.synced, what=what
-        )
-        return [answers[start : start + count] for start in range(0, len(answers), count)]
+        return self.source.answers(prompts, count, seed, what)
 
     def score(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Tensor:
         """(P, K); `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""

@@ -37,9 +37,12 @@ class Round:
     ids: list[list[list[int]]]  # (P, K) token ids, the token that ended each included
     texts: list[list[str]]  # (P, K)
     stopped: list[list[bool]]  # (P, K) False: cut off
+    round_trip: list[list[bool]]  # (P, K) False: the ids are not those that a server sampled
     scores: Tensor  # (P, K) float64, NaN: no score
+    weights: int = 0  # optimizer steps that the weights had that sampled; a server may lag behind
     old_logps: Tensor | None = None  # (N,) of all answers end to end, at the sampling temperature
     ref_logps: Tensor | None = None  # (N,)
+    sampler_logps: Tensor | None = None  # (N,) as a server gave them, NaN where it did not
     old_values: Tensor | None = None  # (N,) ppo
     example_ref_logps: Tensor | None = None  # iterative_dpo: of the pairs made of it, by the policy that sampled
 
@@ -55,7 +58,7 @@ class Round:
         return list(x.split(self.lengths))
 
 
-TENSORS = ("old_logps", "ref_logps", "old_values", "example_ref_logps")
+TENSORS = ("old_logps", "ref_logps", "sampler_logps", "old_values", "example_ref_logps")
 
 
 def path_of(folder: Path, number: int, ranks: Ranks) -> Path:
@@ -75,11 +78,13 @@ def save_round(folder: Path, made: Round, ranks: Ranks) -> None:
         aside = aside_of(final)
         save_file(tensors, aside)
         aside.replace(final)
-    head = {"round": made.number, "step": made.step, "seed": made.seed, "tensors": sorted(tensors)}
+    head = {"round": made.number, "step": made.step, "weights": made.weights, "seed": made.seed}
+    head |= {"tensors": sorted(tensors)}
     lines = [head] + [
         {
             "row": made.rows[p], "prompt": made.prompts[p], "answers": made.texts[p], "stopped": made.stopped[p],
-            "scores": [None if x != x else x for x in made.scores[p].tolist()], "ids": made.ids[p],
+            "round_trip": made.round_trip[p], "scores": [None if x != x else x for x in made.scores[p].tolist()],
+            "ids": made.ids[p],
         }
         for p in range(len(made.prompts))
     ]  # fmt: skip
@@ -100,8 +105,8 @@ def load_round(folder: Path, number: int, step: int, seed: int, prompts: Sequenc
         scores = [[float("nan") if x is None else x for x in row["scores"]] for row in rows]
         made = Round(
             number, step, seed, list(prompts), [row["row"] for row in rows], [row["ids"] for row in rows],
-            [row["answers"] for row in rows], [row["stopped"] for row in rows],
-            torch.tensor(scores, dtype=torch.float64),
+            [row["answers"] for row in rows], [row["stopped"] for row in rows], [row["round_trip"] for row in rows],
+            torch.tensor(scores, dtype=torch.float64), head["weights"],
         )  # fmt: skip
         return replace(made, **{name: tensors[name] for name in head["tensors"]})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):

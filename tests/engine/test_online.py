@@ -187,7 +187,8 @@ def a_round(scores, lengths=None, stopped=True):
     kept = [[stopped] * len(group) for group in scores]
     names = [f"row{p}" for p in range(len(scores))]
     texts = [["x"] * len(group) for group in scores]
-    return samples.Round(0, 0, 1, list(range(len(scores))), names, groups, texts, kept, torch.tensor(scores).double())
+    scores, whole = torch.tensor(scores).double(), [[True] * len(group) for group in scores]
+    return samples.Round(0, 0, 1, list(range(len(scores))), names, groups, texts, kept, whole, scores)
 
 
 PROMPT_IDS = [[1, 2, 3], [4, 2], [9]]
