@@ -21,6 +21,7 @@ VERBS = {
     "policy": "The policy losses beside TRL's own on the same numbers: values, gradients, metrics.",
     "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",
     "reward": "Pairs per second of a reward model's training beside TRL's, and tokens of scoring several answers.",
+    "sampling": "CPU seconds of sampling beside transformers' own batched generate, and of continuous batching.",
     "seam": "Time and memory of a DPO step of TRL's trainer, with its own head and with prefuse's.",
     "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
     "templates": "Every chat template of trl and axolotl through the reader of rows, checked against transformers.",

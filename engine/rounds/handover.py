@@ -162,11 +162,11 @@ def _success(reply: Any) -> NoScore | None:
 
 
 def _is_up(url: str) -> bool:
-    """Whether anything answers there, be it that it wants a key."""
+    """Whether anything answers there, be it with a status of its own."""
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
     except urllib.error.HTTPError as error:
-        return error.code < 500
+        return error.code not in (502, 503, 504)  # a proxy, behind which nobody is yet
     except OSError:
         return False
