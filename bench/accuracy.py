@@ -19,7 +19,7 @@ from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import prefuse
-from prefuse.bench.record import FIGURES, RESULTS, environment, markdown, write_json
+from prefuse.bench.record import FIGURES, RESULTS, environment, markdown, write_result
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TOKENS, DIM, VOCAB = LENGTHS[-1], 512, 32000
@@ -188,7 +188,7 @@ def main() -> None:
     settings = {"N": TOKENS, "D": DIM, "V": VOCAB, "seeds": seeds, "device": "cpu", "dtype": "bfloat16", "unit": "nats"}
     with torch.no_grad():
         result = {"environment": environment(), "settings": settings, **measure(seeds)}
-    write_json(RESULTS / "logratio_error.json", result)
+    write_result(RESULTS / "accuracy.json", "accuracy", result)
     draw(result)
     print("\n|error| in nats: mean (max)\n")
     print(table(result))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from datasets.utils.logging import disable_progress_bar
 from torch.autograd.profiler import profile
 
 import prefuse.engine.evaluate as engine
-from prefuse.bench.record import RESULTS, environment
+from prefuse.bench.record import RESULTS, environment, write_result
 from prefuse.bench.rows import CHAT, LONG, SEED, add_model_arguments, drawn_case, save_model
 from prefuse.engine.config import Config, validate
 from prefuse.engine.data.dataset import read_evaluation_data
@@ -70,9 +69,10 @@ def main() -> None:
         print(f"{name:8} {peak / 2**20:8.1f} MiB beyond the models")
     print(f"prefuse / TRL {trl.__version__}: {seconds['prefuse'] / seconds['trl']:.2f} of the CPU seconds")
     if arguments.save is not None:
-        found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics, "arguments": sys.argv[1:]}
+        found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics}
         path = RESULTS / f"evaluation-{arguments.save}-{torch.get_num_threads()}threads.json"
-        path.write_text(json.dumps(environment() | found, indent=1) + "\n")
+        settings = vars(arguments) | {"threads": torch.get_num_threads()}
+        write_result(path, "evaluation", {"environment": environment(), "settings": settings, **found})
         print(f"wrote {path}")
 
 

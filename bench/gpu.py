@@ -43,7 +43,7 @@ import triton
 import prefuse
 from prefuse.bench import cases, peers, record
 from prefuse.bench.cases import MODELS, TOKENS, Model
-from prefuse.bench.record import RESULTS, environment, markdown, slug, write_json, write_text
+from prefuse.bench.record import RESULTS, environment, markdown, slug, write_result, write_text
 from prefuse.bench.truth.head_cases import NEEDS, check_head, random_inputs
 from prefuse.kernels.tiles import tune
 from prefuse.kernels.tiles.table import allow_descriptors, capability, choose
@@ -83,7 +83,8 @@ class Suite:
         self.start = self.deadline = time.monotonic()
         self.deadline += self.seconds
         self.result: dict[str, Any] = {
-            "environment": {},
+            "environment": environment(),
+            "settings": {"minutes": minutes, "device": "interpreter" if machine.dry else "cuda"},
             "sections": [],
             "checks": [],
             "sanitizer": "not run",
@@ -113,7 +114,7 @@ class Suite:
         return self.deadline - time.monotonic()
 
     def save(self) -> None:
-        write_json(self.path, self.result)
+        write_result(self.path, "gpu", self.result)
         write_text(self.path.with_suffix(".md"), report(self.result))
 
 
@@ -453,7 +454,7 @@ def tune_one(suite: Suite, kernel: str, model: Model, pool: Any, seconds: float,
     return {
         "timed": sum(bool(x.ms) for x in tuned.entrants),
         "winner": "no time" if row is None else str(row.config),
-        "table": tune.describe(tuned),
+        "table": tune.entrants_table(tuned),
     }
 
 

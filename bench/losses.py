@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from prefuse.bench import record
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 
 SHAPE = (4, 512, 512, 32000)  # pairs, positions, hidden size, vocabulary
 LOSSES = ("DPO", "KTO", "ORPO", "SimPO", "CPO")
@@ -113,7 +113,7 @@ def main() -> None:
         seconds = [f"{statistics.median(times[variant]):.2f}" for variant in VARIANTS]
         beyond = [f"{(peaks[variant] - gradients) / 2**20:.0f}" for variant in VARIANTS]
         rows.append([name, *seconds, f"{ratio:.2f}", *beyond])
-        write_json(path, result)
+        write_result(path, "losses", result)
     names = [*VARIANTS]
     header = ["loss", *(f"{x}, s" for x in names), "Liger / prefuse", *(f"{x}, MiB" for x in names)]
     title = (

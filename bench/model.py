@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefuse.bench import record
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.transformers import fuse_loss, sequence_logps
 
 VOCABULARY, ROWS, TOKENS = 32000, 4, 256
@@ -115,7 +115,7 @@ def main() -> None:
     name = f"model_loss-{slug(cpu_model())}-{arguments.threads}threads-torch{torch.__version__.split('+')[0]}"
     rows = [[name, f"{statistics.median(seconds[name]):.2f}", f"{memory[name] / 2**20:.0f}"] for name in VARIANTS]
     text = markdown(["forward and backward", f"s ({arguments.clock} time)", "peak MiB"], rows) + "\n"
-    write_json(RESULTS / f"{name}.json", result)
+    write_result(RESULTS / f"{name}.json", "model", result)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

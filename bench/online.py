@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 
 GROUPS, ANSWERS, PROMPT, ANSWER = 2, 8, 128, 128  # prompts, answers to each, tokens of each
 MODEL = {
@@ -202,7 +202,9 @@ def main() -> None:
     found = measure(args.rounds)
     shape = {"groups": GROUPS, "answers": ANSWERS, "prompt": PROMPT, "answer": [ANSWER // 2, ANSWER], **MODEL}
     path = RESULTS / f"online-{slug(cpu_model())}-1threads-torch{torch.__version__.split('+')[0]}.json"
-    write_json(path, {"environment": environment(), "trl": trl.__version__, "settings": shape, **found})
+    write_result(
+        path, "online", {"environment": environment(), "settings": shape | {"rounds": args.rounds}, **found}, seed=1
+    )
     rows = [
         [
             name, f"{statistics.median(found['seconds'][name]):.3f}", str(found["tokens"][name]),

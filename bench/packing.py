@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefuse
 from prefuse.attention import check_packing
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.engine.data import Pair
 from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data.order import plan_epoch
-from prefuse.engine.model.forward import LanguageModel, fused_loss, token_logps
+from prefuse.engine.model.forward import LanguageModel, completion_logps, fused_loss
 from prefuse.transformers import head_of
 
 VOCABULARY = 8192
@@ -68,7 +68,7 @@ def batches_of(lm: LanguageModel, examples: Examples, budget: int | None) -> lis
     bins = None if budget is None else flat.bins(budget)
     (microbatches,) = plan_epoch(flat.lengths, MICROBATCH, len(flat) // MICROBATCH, 0, 0, bins)
     batches = [collate(flat, indices) for indices in microbatches]
-    return [dataclasses.replace(batch, ref_logps=token_logps(lm, batch)) for batch in batches]
+    return [dataclasses.replace(batch, ref_logps=completion_logps(lm, batch)) for batch in batches]
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     ]
     text = markdown(["batches", "passes", "tokens run", "s per step", "pairs/s"], rows)
     text += f"\nSpeed-up {speedup:.2f} (median of rounds); tokens run {result['ideal']:.2f} times fewer.\n"
-    write_json(RESULTS / f"{name}.json", result)
+    write_result(RESULTS / f"{name}.json", "packing", result)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

@@ -31,7 +31,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; transformers reads 
 
 import torch
 
-from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_json, write_text
+from prefuse.bench.record import (
+    RESULTS,
+    again,
+    cpu_model,
+    environment,
+    markdown,
+    read_result,
+    slug,
+    write_result,
+    write_text,
+)
 
 SEED = 0
 TOLERANCE = 2**-9
@@ -218,9 +228,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     file = RESULTS / f"real-{slug(name)}-{arguments.train}-{slug(cpu_model())}-{arguments.threads}threads.json"
     result = {"environment": environment(), "settings": settings, "variants": {}}
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    if before.get("settings") == settings:  # other variants, or more rounds, of the same comparison
-        result["variants"] = before["variants"]
+    before = read_result(file) if file.is_file() else None
+    if before is not None and before.settings == settings:  # other variants, or more rounds, of the same comparison
+        result["variants"] = before.details["variants"]
     given = [word for word in sys.argv[1:] if word not in ("--variants", *VARIANTS)]
     for number in range(arguments.rounds):
         for variant in arguments.variants[:: 1 if number % 2 == 0 else -1]:
@@ -230,7 +240,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             pairs = arguments.steps * arguments.batch_size
             print(f"{name}, {arguments.train}, round {number + 1}, {variant}: {found['seconds']:.1f} CPU s, "
                   f"{pairs / found['seconds']:.3f} pairs/s, {found['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
-            write_json(file, result)
+            write_result(file, "real", result)
             write_text(file.with_suffix(".md"), report(result))
     return result
 

@@ -35,7 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 import prefuse.engine.run.setup
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.bench.rows import LONG, SEED, Case, add_model_arguments, drawn_case, save_model
 from prefuse.bench.train import SIDES, Prepared, RunOutcome, SameRows, Stopwatch, quiet
 from prefuse.engine.config.settings import Config, validate
@@ -231,7 +231,7 @@ def main() -> None:
                       arguments.vocab_size)  # fmt: skip
     result = {"environment": environment(), "settings": vars(arguments), **compare(case, arguments)}
     name = f"reward-{slug(cpu_model())}-{arguments.threads}threads-torch{torch.__version__.split('+')[0]}"
-    write_json(RESULTS / f"{name}.json", result)
+    write_result(RESULTS / f"{name}.json", "reward", result)
     (RESULTS / f"{name}.md").write_text(f"## {cpu_model()}, {arguments.threads} threads\n{tables(result)}")
     print(tables(result))
 

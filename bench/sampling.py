@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from prefuse.bench.online import MODEL, make_model
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 
 PROMPTS, AT_ONCE, PROMPT, ANSWER = 64, 16, (32, 128), 128  # prompts, beside each other, tokens of each, most of answers
 ENDS = 400  # tokens of the vocabulary that end an answer: one in 41
@@ -101,7 +101,8 @@ def main() -> None:
     found = measure(args.rounds)
     shape = {"prompts": PROMPTS, "at_once": AT_ONCE, "prompt": PROMPT, "answer": ANSWER, "ends": ENDS, **MODEL}
     path = RESULTS / f"sampling-{slug(cpu_model())}-1threads-torch{torch.__version__.split('+')[0]}.json"
-    write_json(path, {"environment": environment(), "settings": shape, **found})
+    settings = shape | {"rounds": args.rounds}
+    write_result(path, "sampling", {"environment": environment(), "settings": settings, **found}, seed=1)
     rows = [
         [
             name, f"{statistics.median(found['seconds'][name]):.2f}", f"{statistics.median(found['tokens'][name]):.0f}",

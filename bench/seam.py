@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from prefuse.bench import record
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 1  # steps
@@ -228,10 +228,8 @@ def main() -> None:
     )
     text = f"# DPO, {shape}, float32, {where}, {settings.clock} time\n\n{table}\n"
     name = f"trl_seam-{slug(cpu_model())}-{settings.threads}threads-torch{torch.__version__.split('+')[0]}"
-    write_json(
-        RESULTS / f"{name}.json",
-        {"environment": environment(), "settings": vars(settings), "rows": rows, "rounds": results},
-    )
+    found = {"environment": environment(), "settings": vars(settings), "rows": rows, "rounds": results}
+    write_result(RESULTS / f"{name}.json", "seam", found)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.kernels import record_skipped_mass
 
 Gradients = tuple[Tensor, Tensor | None]  # dhidden (N, D), dweight (V, D)
@@ -248,7 +248,7 @@ def main() -> None:
     result["times"] = measure_times(x, args.tolerance, args.rounds, args.trl)
     result["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     path = RESULTS / f"sparse-{slug(name)}-{slug(cpu_model())}-{args.threads}threads.json"
-    write_json(path, result)
+    write_result(path, "sparse", result)
     path.with_suffix(".md").write_text(report(result) + "\n")
     print(report(result))
 

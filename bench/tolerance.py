@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import prefuse.engine.report.log
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json, write_text
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result, write_text
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.run.setup import prepare
 from prefuse.engine.run.signals import StopSignals
@@ -150,7 +150,7 @@ def main() -> None:
     del settings["model_name_or_path"]
     result = {"environment": environment(), "settings": settings, "variants": compare(arguments)}
     path = RESULTS / f"tolerance-{slug(name)}-{arguments.train}-{slug(cpu_model())}.json"
-    write_json(path, result)
+    write_result(path, "tolerance", result)
     write_text(path.with_suffix(".md"), report(result))
     print(report(result))
 

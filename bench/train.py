@@ -48,7 +48,7 @@ import prefuse.engine.report.log
 import prefuse.engine.run.plan
 import prefuse.engine.run.setup
 from prefuse.attention import packed_hidden
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.bench.rows import CHAT, LONG, SEED, Case, add_model_arguments, drawn_case, read_case, save_model
 from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.data import Pair, load_examples
@@ -389,7 +389,7 @@ def main() -> None:
     name = f"trainers-{slug(device)}-{arguments.threads}threads-torch{torch.__version__.split('+')[0]}"
     for case in cases:
         result["cases"][case.name] = compare(case, arguments)
-        write_json(RESULTS / f"{name}.json", result)
+        write_result(RESULTS / f"{name}.json", "train", result)
         (RESULTS / f"{name}.md").write_text(f"## {device}, {arguments.threads} threads\n" + tables(result))
     print(tables(result))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.gradients import Gradients
-from prefuse.kernels.logprobs.call import HeadCall, prepare
+from prefuse.kernels.logprobs.call import HeadCall, prepare_call
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 from prefuse.loss_inputs import check_devices, check_packed
 from prefuse.losses.policy import GRPO
@@ -136,7 +136,7 @@ def linear_policy_loss(
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     needs = needs_of_policy(loss)
     outputs = ("entropy",) if report_entropy or "entropy" in needs else ()
-    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    call = prepare_call(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
     check_packed(call.targets, cu_seqlens)
     given = PolicyInputs(old_logps, advantages, ref_logps, kl, importance_sampling_ratio)
     given = per_token(given, call.targets, cu_seqlens, needs)

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefuse.grouped import WithGradients, gradients_in_forward, split_in_groups
 from prefuse.kernels import HeadOptions, checks
 from prefuse.kernels.gradients import Gradients
-from prefuse.kernels.logprobs.call import HeadCall, prepare
+from prefuse.kernels.logprobs.call import HeadCall, prepare_call
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 from prefuse.kernels.preference.tail import METRICS, preference_tail
 from prefuse.loss_inputs import (
@@ -143,7 +143,7 @@ def linear_preference_loss(
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
     given = LossInputs(labels, z0, weights, margins, scores)
-    call = prepare(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
+    call = prepare_call(hidden, weight, targets, bias, options, (), impl, vocab_group, gradient_tolerance)
     workspace = WORKSPACE if workspace is None else workspace
     out, gradients = _linear_preference_loss(call, cu_seqlens, ref_logps, loss, given, num_items, workspace, impl)
     if gradients is None:

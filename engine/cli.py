@@ -7,20 +7,25 @@ codes: 0 done; 2 something the user can fix, and one line says what; 128 + n sto
 another rank is gone; anything else is a bug and shows its traceback.
 """
 
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from prefuse.engine.config.flags import given_settings, help_of
+from prefuse.engine.config.flags import given_settings
+from prefuse.engine.config.help import help_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.run.launch import launch, what_is_there
 from prefuse.engine.run.ranks import launched, leave
 from prefuse.engine.run.signals import Stopped
+
+if TYPE_CHECKING:
+    import argparse
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ COMMANDS = {
     "generate": Command("Answer the prompts of a data set with one model, or with two side by side.", _generate),
     "merge": Command("Put the adapters of a run with use_peft into their base model, as one whole model.", _merge),
 }
-ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists the settings."
+ABOUT = "Preference optimization, fused before the logits exist. `prefuse COMMAND --help` lists its settings."
 
 
 @dataclass(frozen=True)
@@ -115,52 +120,47 @@ class Tool:
     """A command with flags of its own, none of them settings of a run."""
 
     about: str
-    run: Callable[[Sequence[str]], int]
-
-
-def _data(words: Sequence[str]) -> int:
-    from prefuse.engine.curate import main
-
-    return main(words)
-
-
-def _plot(words: Sequence[str]) -> int:
-    from prefuse.engine.plot import main
-
-    return main(words)
-
-
-def _report(words: Sequence[str]) -> int:
-    from prefuse.engine.show import report
-
-    return report(words)
-
-
-def _doctor(words: Sequence[str]) -> int:
-    from prefuse.engine.doctor import doctor
-
-    return doctor(words)
-
-
-def _bench(words: Sequence[str]) -> int:
-    from prefuse.bench.cli import main
-
-    return main(words)
+    story: str  # the module, imported when the command is asked for
+    run: str  # its function: words -> exit code
+    parser: str  # its function: () -> argparse's parser, by which the shell completes
 
 
 TOOLS = {
     "data": Tool(
-        "Look at rows, convert, filter and split them: inspect, convert, filter, split; `prefuse data VERB --help`.",
-        _data,
+        "Look at rows, convert, filter and split them: `prefuse data inspect ROWS`.",
+        "prefuse.engine.curate", "main", "parser",
     ),
-    "plot": Tool("Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`.", _plot),
-    "report": Tool("Write one HTML page about one run or several: `prefuse report RUN [RUN ...]`.", _report),
+    "show-tokens": Tool(
+        "Print rows as the tokens that training sees, each with its part: `prefuse show-tokens --row 17 ...`.",
+        "prefuse.engine.show", "show_tokens", "tokens_parser",
+    ),
+    "plot": Tool(
+        "Draw losses over the log-ratio, or the curves of a run: `prefuse plot --help`.",
+        "prefuse.engine.plot", "main", "parser",
+    ),
+    "report": Tool(
+        "Write one HTML page about one run or several: `prefuse report RUN [RUN ...]`.",
+        "prefuse.engine.show", "report", "report_parser",
+    ),
     "doctor": Tool(
-        "Check versions, devices and kernels, and what a run needs: `prefuse doctor --config FILE`.", _doctor
+        "Check versions, devices and kernels, and what a run needs: `prefuse doctor --config FILE`.",
+        "prefuse.engine.doctor", "doctor", "parser",
     ),
     "bench": Tool(
-        "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs.", _bench
+        "Measure the head, the losses and whole runs beside peers: `prefuse bench --help` lists the verbs.",
+        "prefuse.bench.cli", "main", "parser",
     ),
+    "completion": Tool(
+        "Print what makes a shell complete commands and flags: `prefuse completion bash`.",
+        "prefuse.engine.completion", "main", "parser",
+    ),
+}  # fmt: skip
+GROUPS = {  # in the overview
+    "Before a run": ("doctor", "data", "show-tokens"),
+    "Training": ("sft", "train", "reward", "online"),
+    "Afterwards": ("report", "eval", "generate", "plot", "merge"),
+    "Rows by judges": ("label", "revise"),
+    "Other": ("bench", "completion"),
 }
 OTHER_NAMES = {
     "benchmark": "bench",
@@ -170,6 +170,11 @@ OTHER_NAMES = {
     "align": "train",
     "rm": "reward",
     "sample": "generate",
+    "inspect": "data inspect",
+    "convert": "data convert",
+    "tokens": "show-tokens",
+    "completions": "completion",
+    "check": "doctor",
 }
 
 
@@ -179,14 +184,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = 0
     command = None
     try:
-        if argv and argv[0] in ("-h", "--help", "--version"):
-            print(_version() if argv[0] == "--version" else overview())
+        if argv[:1] == ["help"]:  # `prefuse help train loss` is `prefuse train --help loss`
+            argv = [*argv[1:2], "--help", *argv[2:]]
+        if argv and argv[0] in ("-h", "--help", "--version", "-V", "version"):
+            print(overview() if argv[0] in ("-h", "--help") else _version())
             return 0
         if argv and argv[0] in TOOLS:
-            return TOOLS[argv[0]].run(argv[1:])
+            return _tool(argv[0], argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
-            print(help_of(command, COMMANDS[command].about))
+            print(help_of(command, COMMANDS[command].about, *_after_help(words)))
             return 0
         config = validate(settings(command, words), command)
         if command in TRAINING_COMMANDS:
@@ -254,14 +261,36 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
             return name, argv[size:]
     first = argv[0] if argv else ""
     if not argv or first.startswith("-"):
-        raise UserError(f"expected a command first: prefuse {' | '.join(COMMANDS)}")
+        raise UserError(
+            f"expected a command first: prefuse {' | '.join([*COMMANDS, *TOOLS])}; `prefuse --help` says what"
+        )
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
-    hint = (
-        did_you_mean(first, [*COMMANDS, "data", "plot", "report", "bench"], OTHER_NAMES)
-        or f": expected {', '.join(COMMANDS)}"
-    )
+    hint = did_you_mean(first, [*COMMANDS, *TOOLS], OTHER_NAMES) or f": expected {', '.join([*COMMANDS, *TOOLS])}"
     raise UserError(f"unknown command {first!r}{hint}")
+
+
+def _after_help(words: Sequence[str]) -> list[str]:
+    """The topic or setting that is asked about: the word behind --help."""
+    place = next(place for place, word in enumerate(words) if word in ("-h", "--help"))
+    return list(words[place + 1 : place + 2])
+
+
+def _tool(name: str, words: Sequence[str]) -> int:
+    tool = TOOLS[name]
+    run = getattr(importlib.import_module(tool.story), tool.run)
+    try:
+        return run(words, *_tables()) if name == "completion" else run(words)
+    except SystemExit as end:  # of argparse, which has shown its help
+        return int(end.code or 0)
+
+
+def _tables() -> tuple[dict[str, str], dict[str, tuple[str, "argparse.ArgumentParser"]]]:
+    """Every command, and every tool with its parser."""
+    parsers = {
+        name: (tool.about, getattr(importlib.import_module(tool.story), tool.parser)()) for name, tool in TOOLS.items()
+    }
+    return {name: command.about for name, command in COMMANDS.items()}, parsers
 
 
 def run(command: str, config: Config) -> None:
@@ -275,7 +304,11 @@ def run(command: str, config: Config) -> None:
 def overview() -> str:
     abouts = {name: command.about for name, command in [*COMMANDS.items(), *TOOLS.items()]}
     width = max(map(len, abouts))
-    lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
+    lines = [
+        line
+        for group, names in GROUPS.items()
+        for line in [group, *(f"  {name:{width}}  {abouts[name]}" for name in names)]
+    ]
     return "\n".join(["usage: prefuse COMMAND [--SETTING VALUE ...]", "", ABOUT, "", *lines])
 
 

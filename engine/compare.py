@@ -19,7 +19,7 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample_for
-from prefuse.engine.report.log import say, table
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.served import server_of
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
@@ -33,7 +33,7 @@ from prefuse.engine.score.winrate import best_of_n, cohen_kappa, lengths, win_ra
 
 
 @dataclass
-class Answered:
+class ModelAnswers:
     """P prompts with N answers of the model, and as many of its reference if there is one."""
 
     rows: list[str]
@@ -55,7 +55,7 @@ def compare_answers(config: Config) -> dict[str, float]:
     if hasattr(scorer, "compare") and not (config.ref_model_name_or_path or config.ref_answers):
         raise UserError(f"{scorer.name} compares two answers: give --ref_model_name_or_path too")
     needed = dict.fromkeys([*scorer.columns, *(gold.columns if gold else ()), *(config.scorer_columns or ())])
-    answered = read_answered(config) if config.model_answers else sampled(config, device, list(needed))
+    answered = read_answered(config) if config.model_answers else sample_models(config, device, list(needed))
     metrics: dict[str, float] = {"prompts": len(answered.rows), "length": lengths(answered.answers)}
     metrics |= {} if answered.cut is None else {"cut_answers": answered.cut}
     verdict = verdict_of(answered, scorer)
@@ -80,10 +80,10 @@ def compare_answers(config: Config) -> dict[str, float]:
         write_whole(Path(config.output_file), json_text(content, indent=1) + "\n")
     against = f" against {answered.names[1]}" if answered.baseline is not None else ""
     title = f"{answered.names[0]}{against}, {len(answered.rows)} prompts, by {scorer.name}"
-    table(title, ["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
+    print_table(title, ["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
     if curve:
         rows = [[f"{point[name]:.4g}" for name in ("n", "kl", "proxy", "gold")] for point in curve]
-        table("best of n by the scorer", ["n", "KL at most, nats", "score", "gold score"], rows)
+        print_table("best of n by the scorer", ["n", "KL at most, nats", "score", "gold score"], rows)
     return metrics
 
 
@@ -96,7 +96,7 @@ class Verdict:
     ref: Scores | None = None
 
 
-def verdict_of(answered: Answered, scorer: Scorer) -> Verdict:
+def verdict_of(answered: ModelAnswers, scorer: Scorer) -> Verdict:
     """Both sides of a prompt are scored at once. Says who got no score, and why."""
     size = len(answered.answers[0])
     if hasattr(scorer, "compare"):
@@ -115,7 +115,7 @@ def verdict_of(answered: Answered, scorer: Scorer) -> Verdict:
     return Verdict(None, own) if answered.baseline is None else Verdict(preferences_of(own, ref), own, ref)
 
 
-def won(answered: Answered, verdict: Verdict, trusted: Verdict | None, config: Config) -> dict[str, float]:
+def won(answered: ModelAnswers, verdict: Verdict, trusted: Verdict | None, config: Config) -> dict[str, float]:
     """What the comparisons come to."""
     found, size = verdict.found, len(answered.answers[0])
     metrics = win_rate(found.values.view(-1, size), config.seed)
@@ -147,7 +147,7 @@ def _mean(scores: Scores) -> float:
     return float(scores.values.nanmean()) if scores.values.numel() else math.nan
 
 
-def sampled(config: Config, device: torch.device, columns: list[str]) -> Answered:
+def sample_models(config: Config, device: torch.device, columns: list[str]) -> ModelAnswers:
     """The prompts of the data set, and what model and reference say to them."""
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)
@@ -166,7 +166,7 @@ def sampled(config: Config, device: torch.device, columns: list[str]) -> Answere
         if path == config.model_name_or_path:
             cut = sum(not answer.stopped for answer in answers) / len(answers)
         said[path] = [[a.text for a in answers[i : i + size]] for i in range(0, len(answers), size)]
-    return Answered(
+    return ModelAnswers(
         [prompt.row for prompt in prompts],
         [prompt.raw for prompt in prompts],
         columns_of_rows(config, prompts, columns),
@@ -177,17 +177,17 @@ def sampled(config: Config, device: torch.device, columns: list[str]) -> Answere
     )
 
 
-def read_answered(config: Config) -> Answered:
+def read_answered(config: Config) -> ModelAnswers:
     """What stands in two answer files."""
     first = files.read_answers(config.model_answers, config.questions)
     second = files.read_answers(config.ref_answers, config.questions)
     both = files.common(first, second)
     prompts, names = [first.prompts[own] for own in both], (first.model, second.model)
     answers, baseline = ([[one.answers[own]] for own in both] for one in (first, second))
-    return Answered([own[:40] for own in both], prompts, {}, names, list(answers), list(baseline))
+    return ModelAnswers([own[:40] for own in both], prompts, {}, names, list(answers), list(baseline))
 
 
-def write_answers(answered: Answered, scorer: Scorer, found: Preferences | None, folder: Path) -> None:
+def write_answers(answered: ModelAnswers, scorer: Scorer, found: Preferences | None, folder: Path) -> None:
     """The first answer of each: what the judges of AlpacaEval, MT-Bench and Arena-Hard read."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [shown(prompt) for prompt in answered.prompts]

@@ -16,18 +16,19 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import known
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.config.values import from_words, literals
 from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read_records
 from prefuse.engine.data.forms.read import Reading
 from prefuse.engine.data.records import DataError
 from prefuse.engine.data.sources import open_source
-from prefuse.engine.data.stats import Stats, characters, digest, identity_of, measure, verdict_of
-from prefuse.engine.data.table import place_of
-from prefuse.engine.data.write import TARGETS, check_output, rows_of, with_turns, write_rows
+from prefuse.engine.data.stats import Stats, characters, identity_of, judgement_of, measure_rows, short_digest
+from prefuse.engine.data.table import source_row
+from prefuse.engine.data.write import TARGETS, check_output, with_turns, write_rows, written_rows
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
@@ -40,7 +41,7 @@ KINDS = ("auto", "pair", "labelled", "scored", "sft", "prompt")
 
 
 def main(words: Sequence[str]) -> int:
-    args = _parser().parse_args(list(words))
+    args = parser().parse_args(list(words))
     args.options = _options(args)
     args.run(args)
     return 0
@@ -55,7 +56,7 @@ def inspect(args: argparse.Namespace) -> None:
     from prefuse.engine.report.data_page import plot_stats, show_stats
 
     reading, kind = _read(args.source, args)
-    stats = measure(reading.outcomes, characters)
+    stats = measure_rows(reading.outcomes, characters)
     unit = "characters"
     _say_form(args.source, reading, kind)
     if args.tokenizer:
@@ -144,13 +145,13 @@ def _converted(reading: Reading, args: argparse.Namespace, skipped: Counter[str]
     written: set[bytes] = set()
     for record in _records(reading, skipped):
         try:
-            rows = list(rows_of(with_turns(record) if args.as_turns else record, args.to))
+            rows = list(written_rows(with_turns(record) if args.as_turns else record, args.to))
         except BadRow as problem:
             skipped[str(problem)] += 1
             continue
         for row in rows:
             if args.to == "scored":  # an answer stands in several pairs
-                identity = digest(row)
+                identity = short_digest(row)
                 if identity in written:
                     continue
                 written.add(identity)
@@ -179,10 +180,10 @@ def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any]
         if reason is None and args.drop_duplicates and identity in seen:
             reason = "an earlier row equals it"
         seen.add(identity)
-        if reason is not None and place_of(record.row) not in failed:
+        if reason is not None and source_row(record.row) not in failed:
             dropped[reason] += 1
-            failed.add(place_of(record.row))
-        kept.add(place_of(record.row))
+            failed.add(source_row(record.row))
+        kept.add(source_row(record.row))
     return kept - failed
 
 
@@ -203,9 +204,9 @@ def _fails(record: Record, args: argparse.Namespace, verdicts: dict[bytes, Any])
             return "it has no two scores"
         if scores["chosen"] - scores["rejected"] < args.min_score_gap:
             return f"the scores differ by less than {args.min_score_gap:g}"
-    if len(record.sides) == 2 and len(set(map(digest, record.sides.values()))) == 1:
+    if len(record.sides) == 2 and len(set(map(short_digest, record.sides.values()))) == 1:
         return "both sides are equal"
-    if verdicts.get(verdict_of(record)[0], 0) is None:
+    if verdicts.get(judgement_of(record)[0], 0) is None:
         return "another row says the opposite"
     return None
 
@@ -214,7 +215,7 @@ def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
     """{what is judged: the judgement, or None where two rows differ}."""
     found: dict[bytes, Any] = {}
     for record in _records(_read(args.source, args)[0], Counter()):
-        case, verdict = verdict_of(record)
+        case, verdict = judgement_of(record)
         if verdict is not None:
             found[case] = verdict if found.get(case, verdict) == verdict else None
     return found
@@ -222,7 +223,7 @@ def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
 
 def _sides(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> dict[str, str]:
     """{row: "train" or "test"}, by the digest of its prompt and the seed."""
-    prompts = {place_of(record.row): digest(record.prompt) for record in _records(reading, skipped)}
+    prompts = {source_row(record.row): short_digest(record.prompt) for record in _records(reading, skipped)}
     distinct = sorted(set(prompts.values()), key=lambda prompt: hashlib.sha256(b"%d " % args.seed + prompt).digest())
     held = max(1, round(args.eval_fraction * len(distinct)))
     if held >= len(distinct):
@@ -278,28 +279,23 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
 # Flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('prefuse ')}: {message}")
-
-
 ROW_FIELDS = [field for field in dataclasses.fields(RowSettings) if field.name not in ("datasets", "max_skipped")]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance", allow_abbrev=False)
+def parser() -> ToolParser:
+    parser = ToolParser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance")
     one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
     one.add_argument("--max_length", type=int, default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
     one.set_defaults(run=inspect)
-    two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft", allow_abbrev=False)
+    two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft")
     two.add_argument("--to", choices=tuple(TARGETS), required=True, help="what the rows become")
     two.add_argument("--as_turns", action="store_true", help="strings, transcripts among them, become turns")
     two.set_defaults(run=convert)
-    three = verbs.add_parser("filter", help="rows that pass rules", allow_abbrev=False)
+    three = verbs.add_parser("filter", help="rows that pass rules")
     three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     three.add_argument("--min_score_gap", type=float, help="least difference of the scores of chosen and rejected")
     three.add_argument("--min_characters", type=int, help="of each answer")
@@ -309,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--drop_duplicates", action="store_true", help="keep the first of equal rows")
     three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
     three.set_defaults(run=filter_rows)
-    four = verbs.add_parser("split", help="train and test files, by prompt", allow_abbrev=False)
+    four = verbs.add_parser("split", help="train and test files, by prompt")
     four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     four.add_argument("--eval_fraction", type=float, default=0.1, help="share of the prompts to test on (0.1)")
     four.add_argument("--seed", type=int, default=42, help="decides which (42)")

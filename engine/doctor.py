@@ -7,7 +7,6 @@ Versions, devices, which kernels run and why, a self-test of the head against it
 config what the run needs of memory, disk and time. Exit code 0, or 2 where a check says "wrong".
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import os
@@ -15,12 +14,11 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from prefuse.engine.errors import UserError
-from prefuse.engine.report.log import duration, table
+from prefuse.engine.config.tools import ToolParser
+from prefuse.engine.report.log import duration, print_table
 
 GIB = 2**30
 OPTIONAL = ("triton", "trl", "liger-kernel", "flash-attn", "bitsandbytes", "math-verify")
@@ -35,22 +33,23 @@ class Check:
     said: str
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `prefuse doctor --help` shows two examples")
+def parser() -> ToolParser:
+    parser = ToolParser(prog="prefuse doctor", description=__doc__)
+    parser.add_argument("--config", type=Path, default=None, help="settings of a run: what it needs is estimated")
+    parser.add_argument("--command", default="train", choices=("sft", "train"), help="the command the config is for")
+    return parser
 
 
 def doctor(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="prefuse doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=None, help="settings of a run: what it needs is estimated")
-    parser.add_argument("--command", default="train", choices=("sft", "train"), help="the command the config is for")
-    given = parser.parse_args(argv)
+    given = parser().parse_args(argv)
     checks = [*versions(), *devices(), *kernels(), self_test(torch.float32)]
     if torch.cuda.is_available():
         checks.append(self_test(torch.bfloat16))
     if given.config is not None:
         checks += needs_of_run(given.config, given.command)
-    table("prefuse doctor", ["", "state", ""], [[check.name, check.state, check.said] for check in checks], lines=False)
+    print_table(
+        "prefuse doctor", ["", "state", ""], [[check.name, check.state, check.said] for check in checks], lines=False
+    )
     return 2 if any(check.state == "wrong" for check in checks) else 0
 
 

@@ -20,15 +20,15 @@ from torch import Tensor
 import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate
-from prefuse.engine.data.dataset import read_evaluation_data, settled
+from prefuse.engine.data.dataset import read_evaluation_data, with_label_weights
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary, token_metrics
 from prefuse.engine.model.forward import (
     LanguageModel,
+    completion_logps,
     completion_states,
     count_items,
     logps_of_states,
     loss_of_states,
-    token_logps,
 )
 from prefuse.engine.model.load import (
     check_model,
@@ -37,7 +37,7 @@ from prefuse.engine.model.load import (
     load_tokenizer,
     without_padding,
 )
-from prefuse.engine.report.log import add_metrics, progress, say, table
+from prefuse.engine.report.log import add_metrics, print_table, progress, say
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches, held_out_mismatches, pair_ties
 from prefuse.losses.contract import Loss, is_batchwise, needs_of
@@ -49,7 +49,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     examples, counted = read_evaluation_data(config, config.loss(), tokenizer)
-    loss = settled(config.loss(), config, counted)
+    loss = with_label_weights(config.loss(), config, counted)
     lm, ref = load_model(config.model_name_or_path, config, device), None
     check_model(lm, examples)
     title = f"{config.model_name_or_path}, {len(examples)} examples"
@@ -62,7 +62,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     metrics = compare(lm, ref, examples, config, loss)
     if config.output_file is not None:  # before it is shown: a screen may be gone
         write_whole(Path(config.output_file), json_text(metrics, indent=1) + "\n")
-    table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
+    print_table(title, ["metric", "mean"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
     if "rewards/ties" in metrics and metrics["rewards/ties"] > 0:
         say("rewards/ties: pairs with equal rewards; rewards/accuracies counts them as wrong, as TRL does")
     if "kl_to_ref" in metrics:
@@ -83,12 +83,12 @@ def compare(
         z0 = _reference_point(lm, own, held_out_mismatches(examples, config), batches)
     totals: dict[str, Tensor] = {}
     for indices in progress(batches, "evaluating", len(batches)):
-        add_metrics(totals, measure(lm, ref, collate(examples, indices).to(lm.device), loss, z0))
+        add_metrics(totals, measure_batch(lm, ref, collate(examples, indices).to(lm.device), loss, z0))
     means = prefuse.reduce_metrics(totals)
     return means | ({"perplexity": math.exp(min(means["loss"], 700.0))} if loss.per == "token" else {})
 
 
-def measure(
+def measure_batch(
     lm: LanguageModel, ref: LanguageModel | None, batch: Batch, loss: Loss, z0: Tensor | None
 ) -> dict[str, Tensor]:
     """{name: (2,) [sum, count]} of one batch: one run of each trunk."""
@@ -115,8 +115,8 @@ def _reference_point(
     logps, ref_logps, counts = [], [], []
     for indices in batches:
         batch = collate(mismatches, indices).to(lm.device)
-        logps.append(token_logps(lm, batch))
-        ref_logps += [] if ref is None else [token_logps(ref, batch)]
+        logps.append(completion_logps(lm, batch))
+        ref_logps += [] if ref is None else [completion_logps(ref, batch)]
         counts.append(batch.cu_seqlens.diff())
     cu_seqlens = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)).int()
     ref_logps = None if ref is None else torch.cat(ref_logps)

@@ -13,7 +13,7 @@ from prefuse.engine.data.dataset import read_prompts
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample_for
-from prefuse.engine.report.log import say, table
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.served import server_of
 from prefuse.engine.run.files import write_whole
 
@@ -53,7 +53,7 @@ def generate(config: Config) -> list[dict[str, str]]:
         title = f"temperature {config.temperature}, at most {config.max_new_tokens} tokens"
     shown = results if config.output_file is None else results[:SHOWN_ANSWERS]
     rows = [[_end_of(result["prompt"]), *(result[role] for role in names)] for result in shown]
-    table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
+    print_table(title, ["prompt", *(f"{role}: {names[role]}" for role in names)], rows)
     if config.output_file is not None:
         say(f"wrote {len(results)} answers to {config.output_file}")
     return results

@@ -27,7 +27,7 @@ from prefuse.engine.data.dataset import columns_of_rows, read_prompts
 from prefuse.engine.data.forms import ReadOptions, Record, Skipped, read_records
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.load import device_of, load_tokenizer
-from prefuse.engine.report.log import say, table
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.learn import pairs_of
 from prefuse.engine.rounds.sampler import seed_of, texts_of
 from prefuse.engine.rounds.served import source_of
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answered:
+class Candidates:
     rows: list[str]
     prompts: list[Text]
     answers: list[list[str]]  # (P, K)
@@ -71,14 +71,14 @@ def label(config: Config) -> dict[str, float]:
     constitution = None if config.constitution is None else read_constitution(config.constitution)
     if constitution is not None and not (hasattr(scorer, "compare") and constitution.principles):
         raise UserError("a constitution is read by a judge, and needs principles: give --scorer judge=..., or drop it")
-    answered = sampled(config, device, scorer, gold) if config.model_name_or_path else given_answers(config)
-    verdicts = compare(scorer, answered, constitution, config.seed)
-    rows = rows_of(answered, verdicts, scorer, config)
+    answered = sample_candidates(config, device, scorer, gold) if config.model_name_or_path else given_answers(config)
+    verdicts = compare_candidates(scorer, answered, constitution, config.seed)
+    rows = labelled_rows(answered, verdicts, scorer, config)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(Path(config.output_file), lines.encode("utf-8", errors="backslashreplace").decode())
     metrics = {"rows": float(len(rows)), **trust(answered, verdicts, gold)}
     write_whole(Path(config.output_file).with_suffix(".trust.json"), json_text(metrics, indent=1) + "\n")
-    table(f"labels by {scorer.name}", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+    print_table(f"labels by {scorer.name}", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
     say(f"wrote {len(rows)} rows to {config.output_file}")
     return metrics
 
@@ -86,7 +86,7 @@ def label(config: Config) -> dict[str, float]:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def sampled(config: Config, device: torch.device, scorer: Scorer, gold: Scorer | None) -> Answered:
+def sample_candidates(config: Config, device: torch.device, scorer: Scorer, gold: Scorer | None) -> Candidates:
     """num_generations answers of the model to each prompt."""
     if is_judge_of(scorer, config.model_name_or_path):
         logger.warning(
@@ -100,10 +100,10 @@ def sampled(config: Config, device: torch.device, scorer: Scorer, gold: Scorer |
     source = source_of(config, tokenizer, device, prompts)
     seed = seed_of(config.seed, "label")
     texts = texts_of(source.answers(prompts, config.num_generations, seed, "sampling answers"))
-    return Answered([p.row for p in prompts], [p.raw for p in prompts], texts, config.model_name_or_path, values)
+    return Candidates([p.row for p in prompts], [p.raw for p in prompts], texts, config.model_name_or_path, values)
 
 
-def given_answers(config: Config) -> Answered:
+def given_answers(config: Config) -> Candidates:
     """The two answers of each row, in an order that the seed draws: which of them was chosen must not show."""
     reading = ReadOptions(**config.reading())
     records, _, _ = read_records(config.datasets or config.dataset_name, "pair", config.dataset_train_split, reading)
@@ -120,7 +120,7 @@ def given_answers(config: Config) -> Answered:
     sides = [[text_of(record.sides[side]) for side in ("chosen", "rejected")] for record in rows]
     answers = [own[::-1] if turn else own for own, turn in zip(sides, turned, strict=True)]
     given = torch.tensor([0.0 if turn else 1.0 for turn in turned], dtype=torch.float64)
-    return Answered([r.row for r in rows], [r.prompt for r in rows], answers, "the rows", {}, given)
+    return Candidates([r.row for r in rows], [r.prompt for r in rows], answers, "the rows", {}, given)
 
 
 def text_of(side: Text) -> str:
@@ -130,7 +130,7 @@ def text_of(side: Text) -> str:
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
-def compare(scorer: Scorer, answered: Answered, constitution: Constitution | None, seed: int) -> Verdicts:
+def compare_candidates(scorer: Scorer, answered: Candidates, constitution: Constitution | None, seed: int) -> Verdicts:
     """Every two answers to each prompt; with a constitution, each comparison by the principle that is drawn for it."""
     places = [(p, i, j) for p, own in enumerate(answered.answers) for i, j in combinations(range(len(own)), 2)]
     principles = [
@@ -168,7 +168,7 @@ def preferred(
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def rows_of(answered: Answered, verdicts: Verdicts, scorer: Scorer, config: Config) -> list[dict]:
+def labelled_rows(answered: Candidates, verdicts: Verdicts, scorer: Scorer, config: Config) -> list[dict]:
     """In the columns that `prefuse train` reads. A pair's weight is |2 p - 1|, how far its verdict is from a tie."""
     soft = dict(zip(verdicts.places, verdicts.soft.tolist(), strict=True))
     principle = dict(zip(verdicts.places, verdicts.principles, strict=True))
@@ -212,7 +212,7 @@ def spoken(prompt: Text, answer: str) -> Text:
 # ---- how far they can be trusted -----------------------------------------------------------------
 
 
-def trust(answered: Answered, verdicts: Verdicts, gold: Scorer | None) -> dict[str, float]:
+def trust(answered: Candidates, verdicts: Verdicts, gold: Scorer | None) -> dict[str, float]:
     """Bias and agreement. 0.5 is no bias; kappa is 0 for chance and 1 for full agreement."""
     values = verdicts.values
     known = ~values.isnan()

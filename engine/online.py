@@ -29,7 +29,7 @@ from prefuse.engine.data.order import generator
 from prefuse.engine.data.table import Demonstration
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off
-from prefuse.engine.model.forward import LanguageModel, token_logps, token_values
+from prefuse.engine.model.forward import LanguageModel, completion_logps, token_values
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_tokenizer, without_padding
 from prefuse.engine.report.clock import clock
@@ -262,7 +262,7 @@ class Rounds:
         if config.algorithm == "iterative_dpo" and self.ref is self.lm:
             material = self.material(made)
             if material is not None:
-                made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, token_logps))
+                made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, completion_logps))
         compared = needs_ref or made.sampler_logps is not None
         if over_tokens and (self.steps_per_round > 1 or compared or config.algorithm == "ppo"):
             made = replace(made, old_logps=self.logps_of(made, self.lm))
@@ -276,7 +276,7 @@ class Rounds:
 
     def logps_of(self, made: Round, model: LanguageModel) -> Tensor:  # (N,)
         """Of all answers, in the batches that the policy will meet."""
-        logps = partial(token_logps, temperature=self.config.temperature)
+        logps = partial(completion_logps, temperature=self.config.temperature)
         return self.of_tokens(self.answers(made), made, model, logps)
 
     def answers(self, made: Round) -> Material:
@@ -365,7 +365,7 @@ class Rounds:
             return [collate(material.examples, indices, logps.split(counts.tolist())) for indices in parts]
         with self.as_reference():
             found = [collate(material.examples, indices).to(self.lm.device) for indices in parts]
-            return [replace(batch, ref_logps=token_logps(self.ref, batch)) for batch in found]
+            return [replace(batch, ref_logps=completion_logps(self.ref, batch)) for batch in found]
 
     def summary(self, made: Round, step: int, resumed: bool) -> dict[str, Tensor]:
         """The round in TRL's names, shown to the guards."""

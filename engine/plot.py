@@ -7,19 +7,14 @@ prefuse plot run runs/dpo --image curves.png
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `prefuse plot --help` shows two examples")
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="prefuse plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> ToolParser:
+    parser = ToolParser(prog="prefuse plot", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     losses = verbs.add_parser("losses", help="value and slope of losses over the log-ratio")
     losses.add_argument("losses", nargs="+", help="names as in loss_type")
@@ -28,16 +23,20 @@ def main(argv: Sequence[str]) -> int:
     run = verbs.add_parser("run", help="the curves of a run, from its metrics.jsonl")
     run.add_argument("folder", type=Path)
     run.add_argument("--image", type=Path, default=None, help="default: curves.png in the folder")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    given = parser().parse_args(argv)
     (plot_losses if given.verb == "losses" else plot_run)(given)
     return 0
 
 
 def plot_losses(given: argparse.Namespace) -> None:
-    from prefuse.engine.report.loss_curves import draw
+    from prefuse.engine.report.loss_curves import draw_losses
 
     try:
-        draw(given.image, given.losses, given.beta)
+        draw_losses(given.image, given.losses, given.beta)
     except (ValueError, TypeError) as error:  # a name that is no loss, a beta that it cannot have
         raise UserError(str(error)) from None
     say(f"{', '.join(given.losses)} are in {given.image}")

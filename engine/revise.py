@@ -20,7 +20,7 @@ from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import position_limit
 from prefuse.engine.model.load import device_of, load_tokenizer
-from prefuse.engine.report.log import say, table
+from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.sampler import OwnModel, Sampler, seed_of
 from prefuse.engine.rounds.served import source_of
 from prefuse.engine.run.files import write_whole
@@ -59,7 +59,7 @@ def revise(config: Config) -> dict[str, float]:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(Path(config.output_file), lines.encode("utf-8", errors="backslashreplace").decode())
     metrics = summary(writer, drafts)
-    table("answers and revisions", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+    print_table("answers and revisions", ["", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
     say(f"wrote {len(rows)} rows to {config.output_file}")
     return metrics
 

@@ -24,12 +24,12 @@ from prefuse.engine.data.plain import plain_blocks
 from prefuse.engine.data.table import Demonstration
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary
-from prefuse.engine.model.forward import LanguageModel, completion_states, token_logps
+from prefuse.engine.model.forward import LanguageModel, completion_logps, completion_states
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
 from prefuse.engine.model.sampling import Answer, sample_for
-from prefuse.engine.report.log import say, table
-from prefuse.engine.report.over_optimization import draw, turning_point
+from prefuse.engine.report.log import print_table, say
+from prefuse.engine.report.over_optimization import draw_over_optimization, turning_point
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.run.held_out import evaluation_batches
 from prefuse.engine.run.proof import checkpoints
@@ -134,7 +134,7 @@ def perplexity(lm: LanguageModel, blocks: list[Demonstration], config: Config) -
     examples = without_padding(examples_of(blocks), (lm,), config)
     total, count = 0.0, 0
     for indices in evaluation_batches(examples, config):
-        logps = token_logps(lm, collate(examples, indices).to(lm.device))
+        logps = completion_logps(lm, collate(examples, indices).to(lm.device))
         total, count = total - float(logps.double().sum()), count + len(logps)
     return math.exp(min(total / count, 700.0))
 
@@ -148,9 +148,9 @@ def conclude(points: list[dict[str, float]], folder: Path, config: Config) -> No
         image = Path(config.output_file).with_suffix(".png")
         about = None if turn is None else dataclasses.asdict(turn) | {"best_step": points[turn.best]["step"]}
         write_whole(Path(config.output_file), json_text({"checkpoints": points, "turn": about}, indent=1) + "\n")
-    draw(image, points, turn)
+    draw_over_optimization(image, points, turn)
     names = [name for name in SHOWN if name in points[0]]
-    table(str(folder), names, [[f"{point[name]:.4g}" for name in names] for point in points], lines=False)
+    print_table(str(folder), names, [[f"{point[name]:.4g}" for name in names] for point in points], lines=False)
     say(f"the curve over sqrt(KL) is in {image}")
     if turn is None:
         say("fewer than three points: no turning point is looked for")

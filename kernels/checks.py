@@ -20,7 +20,7 @@ from prefuse.kernels.vocab import Whole
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor) -> None:
+def check_head_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor) -> None:
     """TypeError or ValueError unless hidden (N, D), weight (V, D) and bias (V,) fit; `others` share hidden's device."""
     tensors = {"hidden": hidden, "weight": weight, **others, "bias": bias}
     for name, x in tensors.items():
@@ -58,7 +58,7 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "hidden") 
         raise TypeError(f"{name} is on {x.device} but {like_name} is on {like.device}; move one of them")
 
 
-def check_rows(name: str, x: Tensor, hidden: Tensor) -> None:
+def check_one_per_row(name: str, x: Tensor, hidden: Tensor) -> None:
     """`x` has one element for each row of hidden."""
     if x.shape != hidden.shape[:1]:
         raise ValueError(f"expected {name} ({hidden.shape[0]},), one per row of hidden, got {tuple(x.shape)}")

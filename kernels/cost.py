@@ -42,7 +42,7 @@ def count_cost() -> Iterator[Cost]:
         _watchers.remove(cost)
 
 
-def report(kind: str, flops: int, read: int, written: int) -> None:
+def report_cost(kind: str, flops: int, read: int, written: int) -> None:
     for cost in _watchers:
         cost.flops += flops
         cost.read += read

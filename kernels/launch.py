@@ -121,7 +121,7 @@ def loadable(x: Tensor, rows: int, columns: int, config: Tile) -> Tensor | Tenso
     return TensorDescriptor.from_tensor(x, [rows, columns]) if config.descriptors else x
 
 
-def row_of(width: int) -> int:
+def stored_width(width: int) -> int:
     """Numbers in a stored row of `width`: a multiple of 16 bytes, for descriptors."""
     return triton.cdiv(width, 8) * 8
 
@@ -145,7 +145,7 @@ def backward_slices(
     dweight, dbias = Sums.empty(weight, bias, needs)
     width = min(SLICE, v)
     together = max(1, min(n, BUFFER_BYTES // (width * hidden.element_size())))
-    buffer = hidden.new_empty(together, row_of(width))
+    buffer = hidden.new_empty(together, stored_width(width))
     for first in range(0, v, width):
         part = slice_of(first, min(first + width, v))
         w = part[0]

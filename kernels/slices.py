@@ -103,12 +103,12 @@ def row_tile(hidden: Tensor) -> int:
 def row_tiles(hidden: Tensor, rows: int) -> list[Tensor]:
     """(N, D) -> tiles (rows, D) in the type this device multiplies, the last one padded with zero rows."""
     # The bits of a product may depend on alignment and layout: a view that differs in them is copied once.
-    tiles = [operand(x, hidden.dtype) for x in settled(hidden).split(rows)]
+    tiles = [operand(x, hidden.dtype) for x in aligned(hidden).split(rows)]
     tiles[-1] = pad(tiles[-1], (0, 0, 0, rows - len(tiles[-1])))
     return tiles
 
 
-def settled(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """`x`, copied unless contiguous and aligned: a BLAS may give equal operands other bits where these differ."""
     return x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
 

@@ -92,7 +92,7 @@ def shard_of(place: Tensor | None, group: str) -> Whole:
 
 
 @torch.library.custom_op("prefuse::vocabulary_place", mutates_args=())
-def place_of(weight: Tensor, group: str) -> Tensor:
+def shard_place(weight: Tensor, group: str) -> Tensor:
     """(2,) int64: the first column of this rank's `weight (V_r, D)`, and the size of the vocabulary."""
     rows = torch.tensor([len(weight)], device=weight.device)
     sizes = [torch.empty_like(rows) for _ in range(_groups[group].size())]
@@ -101,6 +101,6 @@ def place_of(weight: Tensor, group: str) -> Tensor:
     return torch.stack([sizes[: _groups[group].rank()].sum(), sizes.sum()])
 
 
-@place_of.register_fake
+@shard_place.register_fake
 def _(weight, group):
     return weight.new_empty(2, dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
-from prefuse.liger.rows import KeptRows, keep_rows, logit_sums, reference_logps, rows_of
+from prefuse.liger.rows import KeptRows, keep_rows, kept_reference_logps, logit_sums, take_rows
 from prefuse.losses.contract import Defaults, Loss, Need, Sequences, is_batchwise, needs_of
 from prefuse.losses.likelihood import CPO, ORPO, ChosenNLL, Mixture, SimPO
 from prefuse.losses.names import fields_of, loss_named
@@ -99,7 +99,7 @@ def _paired(
     """The loss, and what Liger returns beside it for every paired loss."""
     packed = keep_rows(_input, target, ignore_index, paired=True)
     pairs = max(len(target) // 2, 1)
-    ref_logps = reference_logps(packed, target, **reference) if "reference" in needs_of(loss) else None
+    ref_logps = kept_reference_logps(packed, target, **reference) if "reference" in needs_of(loss) else None
     loss = _Averaged(loss) if average else loss
 
     # The mean over the chosen tokens of the batch: its divisor is known before any log-probability.
@@ -108,7 +108,7 @@ def _paired(
         loss = Mixture((loss, ChosenNLL(tokens.clamp_min(1).double() / pairs)), (1.0, alpha))
     arguments = (packed.targets, packed.cu_seqlens, ref_logps, loss)
     if alpha is None or nll_target is None:
-        out = linear_preference_loss(rows_of(_input, packed.rows), weight, *arguments, bias=bias, workspace=workspace)
+        out = linear_preference_loss(take_rows(_input, packed.rows), weight, *arguments, bias=bias, workspace=workspace)
         total, nll = out.loss, -out.logps[0::2].sum() / tokens.clamp_min(1)
     else:
         out, nll = _with_other_nll(
@@ -141,7 +141,7 @@ def _with_other_nll(
     rows = torch.cat([packed.rows, more])
     targets = torch.cat([packed.targets, nll_target.flatten()[more]])
     workspace = WORKSPACE if workspace is None else workspace
-    logps = logprobs_within(workspace, rows_of(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
+    logps = logprobs_within(workspace, take_rows(_input, rows), weight, targets, bias, HeadOptions(), (), "auto")
     own, others = logps.split([len(packed.rows), len(more)])
     out = preference_loss(own, ref_logps, packed.cu_seqlens, loss)
     twice = torch.where(shared.flatten()[packed.rows], own, 0.0)
@@ -315,13 +315,13 @@ def liger_fused_linear_kto(
     if preference_labels is None:
         raise ValueError("expected preference_labels (B,) bool, true for the desirable rows, got None")
     packed = keep_rows(_input, target, ignore_index, paired=False)
-    ref = reference_logps(packed, target, use_ref_model, ref_input, ref_weight, ref_bias, ref_logps)
+    ref = kept_reference_logps(packed, target, use_ref_model, ref_input, ref_weight, ref_bias, ref_logps)
     z0, by_row = _reference_point(kl, target)
     loss = KTO(beta)
     if by_row is not None or average_log_prob:
         loss = _RowwiseKTO(beta, kl=by_row, average=average_log_prob)
     out = linear_preference_loss(
-        rows_of(_input, packed.rows), weight, packed.targets, packed.cu_seqlens, ref, loss, preference_labels, z0,
+        take_rows(_input, packed.rows), weight, packed.targets, packed.cu_seqlens, ref, loss, preference_labels, z0,
         bias=bias, workspace=workspace,
     )  # fmt: skip
     logps = out.logps / packed.counts.clamp_min(1) if average_log_prob else out.logps

@@ -43,11 +43,11 @@ def keep_rows(_input: Tensor, target: Tensor, ignore_index: int, paired: bool) -
     return KeptRows(rows, tokens.targets, tokens.lengths, tokens.cu_seqlens, order)
 
 
-def rows_of(x: Tensor, rows: Tensor) -> Tensor:  # (B, T, H), (N,) -> (N, H)
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:  # (B, T, H), (N,) -> (N, H)
     return x.flatten(0, 1).index_select(0, rows)
 
 
-def reference_logps(
+def kept_reference_logps(
     packed: KeptRows,
     target: Tensor,  # (B, T)
     use_ref_model: bool,
@@ -80,7 +80,7 @@ def reference_logps(
     if ref_input.shape[:-1] != target.shape:
         raise ValueError(f"expected ref_input {(*target.shape, '...')}, got {tuple(ref_input.shape)}")
     with torch.no_grad():
-        return linear_logprobs(rows_of(ref_input, packed.rows), ref_weight, packed.targets, bias=ref_bias)
+        return linear_logprobs(take_rows(ref_input, packed.rows), ref_weight, packed.targets, bias=ref_bias)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prefuse.models.flat import alone
 from prefuse.models.head import Head, columns_of, is_lora, transform_of
-from prefuse.models.probes import States, check_causal, check_logits, check_loss, loud_logits, probe_ids, quietly
+from prefuse.models.probes import States, check_causal, check_causal_loss, check_logits, loud_logits, probe_ids, quietly
 from prefuse.models.trunk import UnsupportedModel, class_of
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _try_forward(
                 used = Head(run.logits, **transform).after(columns_of(causal, run.logits))
                 check_logits(causal, _logits(output, own_loss), used, transform)
                 if own_loss:
-                    check_loss(causal, _loss(output), used, ids, router_loss(causal, output))
+                    check_causal_loss(causal, _loss(output), used, ids, own_router_loss(causal, output))
                 check_causal(causal, states)
                 passed.add(key)
             for name in checks.keys() - passed:
@@ -193,7 +193,7 @@ def _loss(output: object) -> object:
     return getattr(output, "loss", output[0] if isinstance(output, tuple) else None)
 
 
-def router_loss(causal: nn.Module, output: object) -> Tensor | float:
+def own_router_loss(causal: nn.Module, output: object) -> Tensor | float:
     """What a mixture of experts adds to its loss, of its own forward's output; 0 where it was not asked for it."""
     balance = getattr(output, "aux_loss", None)
     if balance is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from prefuse.kernels.attention.shared_prefix import compute_dtype
+from prefuse.kernels.attention.shared_prefix import attention_dtype
 from prefuse.models.trunk import UnsupportedModel, class_of, trunk_hidden
 from prefuse.packing import pad
 
@@ -49,7 +49,7 @@ def probe_ids(causal: nn.Module, count: int = TOKENS) -> Tensor:  # (count,)
 
 def bound_of(states: Tensor, causal: nn.Module) -> float:
     """How far rounding may move a hidden state, of its size. What a model does wrong moves it by some tenth."""
-    dtype = compute_dtype(torch.empty(0, device=states.device), next(causal.parameters()))
+    dtype = attention_dtype(torch.empty(0, device=states.device), next(causal.parameters()))
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
@@ -142,7 +142,7 @@ def check_logits(causal: nn.Module, got: object, expected: Tensor, about: dict) 
         )
 
 
-def check_loss(causal: nn.Module, got: object, logits: Tensor, labels: Tensor, extra: Tensor | float) -> None:
+def check_causal_loss(causal: nn.Module, got: object, logits: Tensor, labels: Tensor, extra: Tensor | float) -> None:
     """Refuse the model if its loss is not the cross-entropy of the next token, plus `extra`."""
     expected = nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:]) + float(extra)
     if isinstance(got, Tensor) and got.numel() == 1 and abs(got.item() - expected.item()) <= 1e-3 * abs(expected):

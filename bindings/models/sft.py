@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import prefuse
 from prefuse.kernels.checks import check_tolerance
 from prefuse.models.head import head_layer, product_of, transform_of
-from prefuse.models.inside import in_place_of_head, is_running, router_loss
+from prefuse.models.inside import in_place_of_head, is_running, own_router_loss
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
 from prefuse.tokens import IGNORE_INDEX, keep_tokens
 
@@ -65,7 +65,7 @@ def fuse_loss(
 
         made, output = in_place_of_head(self, layer, loss, run, args, kwargs, own_loss=True)
         # (no view, for the hooks of fully_shard)
-        return _with_loss(output, made[0, 0, 0].clone() + router_loss(self, output))
+        return _with_loss(output, made[0, 0, 0].clone() + own_router_loss(self, output))
 
     _install(causal, forward)
     return model

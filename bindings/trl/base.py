@@ -62,7 +62,7 @@ def loss_of_config(name: str, config: Any) -> Loss:
     return prefuse.SFT() if name == "sft" else loss_from(config, name)
 
 
-def check_loss(loss: Any, per: str, brings: set[str], trainer: str) -> None:
+def check_trainer_loss(loss: Any, per: str, brings: set[str], trainer: str) -> None:
     """Raises unless it is a loss over what the trainer's rows are, and needs nothing but what they bring."""
     needs = needs_of(loss)
     if loss.per != per:

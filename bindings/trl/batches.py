@@ -126,29 +126,6 @@ def _prompts_together(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# KTO's mismatches
-
-
-def mismatches(prompts: Sequence[Sequence[int]]) -> list[int | None]:
-    """For each row another row with another prompt, whose completion KTO's z0 reads after this one's prompt.
-
-    A permutation, as KTO's authors advise (the mismatched completions of a step are its own), where no prompt has more
-    than half of the rows. Else the rest is used several times; None where all rows have one prompt.
-    """
-    groups = sorted(group_prompts(prompts), key=len, reverse=True)
-    order = [i for group in groups for i in group]
-    size, largest = len(order), len(groups[0]) if groups else 0
-    others = size - largest
-    partners: list[int | None] = [None] * size
-    for place, row in enumerate(order):
-        if others >= largest:  # each prompt's rows are end to end: a shift by the most that one has leaves them
-            partners[row] = order[(place + largest) % size]
-        elif others:
-            partners[row] = order[largest + place % others if place < largest else place - largest]
-    return partners
-
-
-# ---------------------------------------------------------------------------------------------------------
 # The reference's log-probabilities
 
 

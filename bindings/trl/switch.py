@@ -73,7 +73,7 @@ class Replacement:
         outputs: tuple[str, ...] = EXTRAS,
     ) -> PerToken:  # five of (N,)
         """`log_softmax(logits)[targets]`, and what `outputs` names. Both it and the entropy are differentiable."""
-        check_head(hidden, weight)
+        check_trl_head(hidden, weight)
         options = HeadOptions(final_logit_softcapping, float(logit_scale), float(temperature))
         names = tuple(name for name in EXTRAS if name in outputs)
         found = logprobs_within(
@@ -253,7 +253,7 @@ def _results(function: Any) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------- what is refused
 
 
-def check_head(hidden: Tensor, weight: Tensor) -> None:
+def check_trl_head(hidden: Tensor, weight: Tensor) -> None:
     """Raises where TRL hands over a head that is not a whole, plain matrix, or whose gradient would be wrong."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 

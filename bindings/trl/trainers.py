@@ -25,8 +25,9 @@ from torch import Tensor
 import prefuse
 from prefuse.losses.contract import Loss, is_batchwise, needs_of
 from prefuse.losses.names import loss_from
-from prefuse.trl.base import FusedTrainer, changed, check_loss, has_adapters, loss_of_config, trl
-from prefuse.trl.batches import Microbatch, TokenizedRow, mismatches
+from prefuse.mismatches import pair_mismatches
+from prefuse.trl.base import FusedTrainer, changed, check_trainer_loss, has_adapters, loss_of_config, trl
+from prefuse.trl.batches import Microbatch, TokenizedRow
 
 # ---------------------------------------------------------------------------------------------------------
 # DPO and its like
@@ -74,12 +75,12 @@ class DPOTrainer(FusedTrainer, trl.DPOTrainer):
         if loss is not None:
             if config.loss_type != ["sigmoid"] or _dpo_variant(config):
                 raise ValueError(f"got both loss={loss!r} and loss_type={config.loss_type}: expected one of them")
-            check_loss(loss, "pair", {"reference"}, "DPOTrainer")
+            check_trainer_loss(loss, "pair", {"reference"}, "DPOTrainer")
             return [(1.0, loss)]
         terms = [_dpo_variant(config) or loss_of_config(name, config) for name in config.loss_type]
         for term in terms:
             if term.per != "token":
-                check_loss(term, "pair", {"reference"}, "DPOTrainer")
+                check_trainer_loss(term, "pair", {"reference"}, "DPOTrainer")
         weights = config.loss_weights or [1.0] * len(terms)
         return list(zip(weights, terms, strict=True))
 
@@ -164,7 +165,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         if config.loss_type not in ("kto", "apo_zero_unpaired"):
             raise ValueError(f'loss_type must be "kto" or "apo_zero_unpaired", got {config.loss_type!r}')
         if loss is not None:
-            check_loss(loss, "sequence", {"reference", "labels", "z0"}, "KTOTrainer")
+            check_trainer_loss(loss, "sequence", {"reference", "labels", "z0"}, "KTOTrainer")
             if config.loss_type != "kto":
                 raise ValueError(f"got both loss={loss!r} and loss_type={config.loss_type!r}: expected one of them")
         self._term = loss or loss_of_config("kto", config)
@@ -201,7 +202,7 @@ class KTOTrainer(FusedTrainer, trl.KTOTrainer):
         return samples, num_items
 
     def _drawn_z0(self, rows: list[TokenizedRow], keep: bool) -> Tensor:  # ()
-        partners = mismatches([row.prompt for row in rows])
+        partners = pair_mismatches([row.prompt for row in rows])
         if None in partners and self._group is None:
             warnings.warn(
                 f"all {len(rows)} row(s) of a step have the same prompt, so there is no mismatched completion to "

@@ -1,19 +1,13 @@
-"""The flags of a command: read into settings, and listed as its help."""
+"""The flags of a command, read into settings. Its help is in help.py."""
 
 import argparse
-import dataclasses
-import shutil
-import textwrap
 from collections.abc import Iterator
 from typing import NoReturn
 
-from prefuse.engine.config.setting import known
 from prefuse.engine.config.settings import FIELDS, Config, commands_of, settings_of
-from prefuse.engine.config.values import from_words, literals, options_of, unknown_setting
+from prefuse.engine.config.values import from_words, options_of, unknown_setting
 from prefuse.engine.config.yaml_file import is_of_a_run, read_settings
 from prefuse.engine.errors import UserError
-
-CONFIG_HELP = "YAML file with settings; flags win. It may hold settings of other commands."
 
 
 def given_settings(command: str, words: list[str]) -> tuple[dict[str, object], list[str]]:
@@ -37,19 +31,6 @@ def given_settings(command: str, words: list[str]) -> tuple[dict[str, object], l
     # The file of a run is given to other commands on purpose: they take its rows and its loss.
     said = [] if not files or is_of_a_run(files[0]) else unused
     return given, [name for name in said if file[name] != getattr(Config, name)]
-
-
-def help_of(command: str, about: str) -> str:
-    """Every setting of the command under its topic."""
-    width = min(100, shutil.get_terminal_size().columns)
-    wrap = textwrap.TextWrapper(width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
-    lines = [f"usage: prefuse {command} [--SETTING VALUE ...]", "", about]
-    lines += ["", "  --config FILE", *wrap.wrap(CONFIG_HELP)]
-    for title, fields in settings_of(command).items():
-        lines += ["", title]
-        for name, field in fields.items():
-            lines += [f"  --{name} {_values(name)}".rstrip(), *wrap.wrap(known(field).about + _said_default(field))]
-    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,23 +82,5 @@ def _check_flag(command: str, word: str) -> None:
         )
 
 
-def _values(name: str) -> str:
-    options = options_of(name)
-    if bool in options:
-        return "[true|false]"
-    if literals(name):
-        return "{" + ",".join(literals(name)) + "}"
-    if _is_list(name):
-        return "TEXT ..."
-    return "TEXT" if str in options else "NUMBER"
-
-
 def _is_list(name: str) -> bool:
     return list[str] in options_of(name)
-
-
-def _said_default(field: dataclasses.Field) -> str:
-    if field.default is None or field.default == "":
-        return ""
-    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return f" (default: {value})"

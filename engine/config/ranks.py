@@ -8,7 +8,7 @@ from prefuse.engine.config.setting import TRAINING, Topic, at_least, setting
 
 @dataclass(frozen=True)
 class RankSettings(Topic):
-    title: ClassVar[str] = "Many processes (docs/scale.md)"
+    title: ClassVar[str] = "Processes (docs/scale.md)"
     commands: ClassVar[tuple[str, ...]] = TRAINING
 
     nproc: int = setting(

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from prefuse.engine.data.forms.mixture import name_of, parts_of
+from prefuse.engine.data.forms.mixture import mixture_parts, name_of
 from prefuse.engine.data.ragged import Ragged, Texts
 from prefuse.engine.data.records import Skipped
 from prefuse.engine.data.sources import open_source
@@ -100,7 +100,7 @@ def _parts(source: str | Sequence[Any], split: str, config: str | None) -> list[
     if isinstance(source, str):
         asked = [(source, split, config)]
     else:
-        asked = [(part.place, part.split or split, part.name) for part in parts_of(source)]
+        asked = [(part.place, part.split or split, part.name) for part in mixture_parts(source)]
     parts = [(path, open_source(path, *rest).files) for path, *rest in asked]
     return parts if all(files for _, files in parts) else []
 

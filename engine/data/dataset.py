@@ -26,7 +26,7 @@ from prefuse.engine.data.feed import one_of_each_prompt, scaled, span_of
 from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.forms.look import columns_by_role
-from prefuse.engine.data.forms.mixture import parts_of, sources_of
+from prefuse.engine.data.forms.mixture import mixture_parts, sources_of
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stops import describe_unstopped
@@ -178,7 +178,7 @@ def read_evaluation_data(config: Config, loss: Loss, tokenizer) -> tuple[Example
     return replace(chosen, policy_weights=config.use_weighting and loss.per == "pair"), counted
 
 
-def settled(loss: Loss, config: Config, examples: Examples) -> Loss:
+def with_label_weights(loss: Loss, config: Config, examples: Examples) -> Loss:
     """The loss with what its rows decide: KTO's weights by the numbers of labels, where `kto_weights` is auto."""
     if config.kto_weights != "auto" or examples.labels is None:
         return loss
@@ -245,7 +245,7 @@ def columns_of_rows(
     if trained:
         source, split = config.datasets or config.dataset_name, config.dataset_train_split
     one = isinstance(source, str)
-    sources = [open_source(source, split, config.dataset_config)] if one else sources_of(parts_of(source), split)
+    sources = [open_source(source, split, config.dataset_config)] if one else sources_of(mixture_parts(source), split)
     wanted, found = {prompt.row for prompt in prompts}, {}
     for name, row in (both for part in sources for both in part.rows()):
         if name in wanted and isinstance(row, dict):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 from prefuse.engine.data.cache import cached
 from prefuse.engine.data.controls import Controls, behind_control, control_ids
-from prefuse.engine.data.feed import check_numbers, numbers_of
+from prefuse.engine.data.feed import check_numbers, row_numbers
 from prefuse.engine.data.fit import Room, character_parts, count_cut, count_cut_completions
 from prefuse.engine.data.forms import (
     BadRow,
@@ -138,7 +138,7 @@ def _read_examples(
                 sides = list(outcome.sides.values())
                 examples.append(
                     outcome.row, outcome.prompt, sides, outcome.label, outcome.learned, weight=outcome.weight,
-                    thread=outcome.thread, **numbers_of(outcome, kind, options.needs),
+                    thread=outcome.thread, **row_numbers(outcome, kind, options.needs),
                 )  # fmt: skip
     require_usable(len(examples), skipped, form.tally.rows, source, max_skipped)
     table = examples.finish()

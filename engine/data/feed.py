@@ -49,7 +49,7 @@ def check_numbers(
     return each(list(records), check)
 
 
-def numbers_of(record: Record, kind: str, needs: Sequence[str]) -> dict[str, Any]:
+def row_numbers(record: Record, kind: str, needs: Sequence[str]) -> dict[str, Any]:
     """Keywords of `ExamplesBuilder.append`."""
     found = {}
     if "margins" in needs:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from prefuse import mismatches
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.errors import UserError
 
@@ -107,18 +108,13 @@ def longest_first(lengths: Sequence[int], microbatch: int) -> Bins:
     return cut
 
 
-def draw_mismatches(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
+def mismatches_of_epoch(prompts: Sequence[list[int]], seed: int, epoch: int) -> list[int]:
     """For each example i, an example j with another prompt, uniformly: KTO's z0 reads completion j after prompt i."""
     same = _same(prompts)
-    sizes = np.bincount(same)  # of the groups with one prompt
-    if len(sizes) < 2:
+    if same.max(initial=0) == 0:
         raise UserError(
             "all rows have the same prompt: KTO's reference point needs completions of another prompt, "
             "so at least two different prompts are expected; use loss_type dpo or ipo with pairs"
         )
-    # With the examples of one prompt side by side, the others are all but one range: draw, then step over it.
-    by_prompt = np.argsort(same, kind="stable")
-    uniform = torch.rand(len(prompts), dtype=torch.float64, generator=generator("mismatch", seed, epoch)).numpy()
-    start, size = (np.cumsum(sizes) - sizes)[same], sizes[same]
-    draw = (uniform * (len(prompts) - size)).astype(np.int64)
-    return by_prompt[np.where(draw < start, draw, draw + size)].tolist()
+    uniform = torch.rand(len(prompts), dtype=torch.float64, generator=generator("mismatch", seed, epoch))
+    return mismatches.draw_mismatches(torch.from_numpy(same).long(), uniform)

@@ -17,6 +17,8 @@ ROLES = {
     "chosen": "learned: made more likely",
     "rejected": "learned: made less likely",
     "ignored": "in the completion, not learned",
+    "read": "answer: read by the reward model",
+    "scored": "where its score stands",
 }
 
 
@@ -49,9 +51,15 @@ def pieces_of(tokenizer, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def sides_of(examples: Examples, index: int, tokenizer) -> list[Side]:
-    """The sequences of one example, a pair's chosen one first; of a ranking the best one."""
+def sides_of(examples: Examples, index: int, tokenizer, command: str = "train") -> list[Side]:
+    """The sequences of one example, a pair's chosen one first; of a ranking the best one.
+
+    `command`: what is done with them. `reward` reads answers and gives them scores; `online` has prompts alone.
+    """
     sequences = examples.sequences_of(index)
+    if command == "online":
+        prompt = sequences[0][0]
+        return [Side("prompt", list(prompt), pieces_of(tokenizer, prompt), ["prompt"] * len(prompt))]
     names = ["completion"]
     if examples.sides > 1:
         names = ["chosen", "rejected", *(f"rejected, {place}." for place in range(3, len(sequences) + 1))]
@@ -61,7 +69,10 @@ def sides_of(examples: Examples, index: int, tokenizer) -> list[Side]:
         learned = [True] * len(completion)
         if examples.learned is not None:
             learned = examples.learned_of(index).tolist()
-        roles = ["prompt"] * len(prompt) + [role if counts else "ignored" for counts in learned]
+        elif command == "reward":  # one score, at the end
+            learned[:-1] = [False] * len(learned[:-1])
+        yes, no = ("scored", "read") if command == "reward" else (role, "ignored")
+        roles = ["prompt"] * len(prompt) + [yes if counts else no for counts in learned]
         ids = [*prompt, *completion]
         sides.append(Side(name, ids, pieces_of(tokenizer, ids), roles))
     return sides
@@ -73,6 +84,6 @@ def _role(examples: Examples, index: int) -> str:
     return "chosen" if examples.labels[index] else "rejected"
 
 
-def plain(sides: Sequence[Side]) -> list[dict]:
+def sides_as_json(sides: Sequence[Side]) -> list[dict]:
     """For JSON."""
     return [asdict(side) for side in sides]

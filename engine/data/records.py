@@ -62,7 +62,7 @@ class Record:
     thread: str | None = None  # the conversation that it is a part of, where that is more than its row
 
 
-def describe(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What a value is, in JSON's words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

@@ -46,7 +46,7 @@ class Stats:
         return longer, len(both) - longer - shorter, shorter
 
 
-def measure(outcomes: Iterable[Record | Skipped], length: Callable[[Text], int]) -> Stats:
+def measure_rows(outcomes: Iterable[Record | Skipped], length: Callable[[Text], int]) -> Stats:
     """One pass. What was seen is kept as 16-byte digests."""
     stats, prompts, seen, verdicts, skipped = Stats(), set(), set(), {}, []
     for outcome in outcomes:
@@ -54,14 +54,14 @@ def measure(outcomes: Iterable[Record | Skipped], length: Callable[[Text], int])
             skipped.append(outcome)
             continue
         stats.records += 1
-        prompts.add(digest(outcome.prompt))
+        prompts.add(short_digest(outcome.prompt))
         identity = identity_of(outcome)
         stats.duplicates += identity in seen
         seen.add(identity)
-        case, verdict = verdict_of(outcome)
+        case, verdict = judgement_of(outcome)
         if verdict is not None:
             verdicts.setdefault(case, Counter())[verdict] += 1
-        stats.equal_sides += len(outcome.sides) == 2 and len(set(map(digest, outcome.sides.values()))) == 1
+        stats.equal_sides += len(outcome.sides) == 2 and len(set(map(short_digest, outcome.sides.values()))) == 1
         if outcome.label is not None:
             stats.labels[outcome.label] += 1
         for part, text in (("prompt", outcome.prompt), *outcome.sides.items()):
@@ -74,22 +74,22 @@ def measure(outcomes: Iterable[Record | Skipped], length: Callable[[Text], int])
     return stats
 
 
-def digest(value: Any) -> bytes:
+def short_digest(value: Any) -> bytes:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def identity_of(record: Record) -> bytes:
     """Two records with one identity are duplicates."""
-    return digest([record.prompt, list(record.sides.items()), record.label])
+    return short_digest([record.prompt, list(record.sides.items()), record.label])
 
 
-def verdict_of(record: Record) -> tuple[bytes, Any]:
+def judgement_of(record: Record) -> tuple[bytes, Any]:
     """(what is judged, the judgement): of a pair its two answers in either order, and which is the chosen one."""
-    sides = [digest(text) for text in record.sides.values()]
+    sides = [short_digest(text) for text in record.sides.values()]
     if len(sides) == 2:
-        return digest(record.prompt) + b"".join(sorted(sides)), sides[0]
-    return digest(record.prompt) + b"".join(sides), record.label
+        return short_digest(record.prompt) + b"".join(sorted(sides)), sides[0]
+    return short_digest(record.prompt) + b"".join(sides), record.label
 
 
 def characters(text: Text) -> int:

@@ -44,7 +44,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredCompletion:
     prompt: list[int]
     completion: list[int]
     score: float
@@ -61,13 +61,13 @@ class Demonstration:
     weight: float | None = None
 
 
-Example = Pair | Labelled | Scored | Demonstration
+Example = Pair | Labelled | ScoredCompletion | Demonstration
 NUMBERS = ("labels", "weights", "margins", "scores")  # of a row, beside its tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence):
-    """A sequence of `Pair`, `Labelled`, `Scored` or `Demonstration`, each made when it is asked for."""
+    """A sequence of `Pair`, `Labelled`, `ScoredCompletion` or `Demonstration`, each made when it is asked for."""
 
     prompts: Ragged  # (E,)
     completions: Ragged  # (E * sides,) a pair's stand side by side, chosen first
@@ -94,7 +94,7 @@ class Examples(Sequence):
                     builder.append(row, prompt, [chosen, rejected], weight=weight, margins=[margin])
                 case Labelled(prompt, completion, label, row, weight, margin):
                     builder.append(row, prompt, [completion], label=label, weight=weight, margins=[margin])
-                case Scored(prompt, completion, score, row, weight):
+                case ScoredCompletion(prompt, completion, score, row, weight):
                     builder.append(row, prompt, [completion], weight=weight, scores=[score])
                 case Demonstration(prompt, completion, row, learned, weight):
                     builder.append(row, prompt, [completion], learned=learned, weight=weight)
@@ -116,7 +116,7 @@ class Examples(Sequence):
         if self.labels is not None:
             return Labelled(prompt, self.completions[index], bool(self.labels[index]), row, weight, margin)
         if score is not None:
-            return Scored(prompt, self.completions[index], score, row, weight)
+            return ScoredCompletion(prompt, self.completions[index], score, row, weight)
         learned = None if self.learned is None else self.learned_of(index).tolist()
         return Demonstration(prompt, self.completions[index], row, learned, weight)
 
@@ -294,7 +294,7 @@ class ExamplesBuilder:
             self.weights.append(1.0 if weight is None else weight)
         self.margins.extend(margin for margin in margins if margin is not None)
         self.scores.extend(scores)
-        self._join(thread or place_of(row), thread is not None)
+        self._join(thread or source_row(row), thread is not None)
         self.rows.append(encode(row))
         self.prompts.append(prompt)
         for ids in sides:
@@ -330,6 +330,6 @@ class ExamplesBuilder:
         return Examples(self.prompts.finish(), self.completions.finish(), rows, self.sides, labels, learned, **of_rows)
 
 
-def place_of(row: str) -> str:
+def source_row(row: str) -> str:
     """The row that an example comes from: "rows.json:3 (0 over 2)" is of rows.json:3."""
     return row[: row.rindex(" (")] if row.endswith(")") and " (" in row else row

@@ -9,7 +9,7 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 import json
 from typing import Any
 
-from prefuse.engine.data.records import BadRow, Message, describe
+from prefuse.engine.data.records import BadRow, Message, json_kind
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -47,7 +47,7 @@ def content_text(content: Any, where: str) -> str | None:
         return content
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, dict) for part in parts):
-        raise BadRow(f"{where} is {describe(content)}, expected a string or a list of text parts")
+        raise BadRow(f"{where} is {json_kind(content)}, expected a string or a list of text parts")
     return "".join(_part_text(part, where) for part in parts)
 
 
@@ -71,14 +71,14 @@ def tool_calls_of(turn: Message, where: str) -> list[Message] | None:
     if isinstance(calls, dict):
         calls = [calls]
     if calls is not None and not isinstance(calls, list):
-        raise BadRow(f"tool_calls of {where} is {describe(calls)}, expected a list")
+        raise BadRow(f"tool_calls of {where} is {json_kind(calls)}, expected a list")
     return [_call(call, where) for call in calls] if calls else None
 
 
 def _call(call: Any, where: str) -> Message:
     call = parsed(call, f"a tool call of {where}")
     if not isinstance(call, dict):
-        raise BadRow(f"a tool call of {where} is {describe(call)}, expected an object")
+        raise BadRow(f"a tool call of {where} is {json_kind(call)}, expected an object")
     function = call.get("function") or call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"a tool call of {where} has no name: expected {{function: {{name, arguments}}}}")
@@ -95,7 +95,7 @@ def read_tools(value: Any) -> list[Message] | None:
     if isinstance(tools, dict):
         tools = [tools]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict | str) for tool in tools)):
-        raise BadRow(f'"tools" is {describe(tools)}, expected a list of objects')
+        raise BadRow(f'"tools" is {json_kind(tools)}, expected a list of objects')
     return [without_nulls(parsed(tool, 'a tool of "tools"')) for tool in tools] if tools else None
 
 

@@ -18,7 +18,7 @@ TARGETS = {"pairs": "pair", "labelled": "labelled", "scored": "scored", "sft": "
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
-def rows_of(record: Record, target: str) -> Iterator[Row]:
+def written_rows(record: Record, target: str) -> Iterator[Row]:
     """The rows that a record becomes: one, or two where a pair is taken apart."""
     extras = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
     extras = {name: value for name, value in extras.items() if value}

@@ -109,13 +109,13 @@ def loss_of_states(
             num_items=num_items,
             impl=lm.impl,
             gradient_tolerance=lm.gradient_tolerance,
-            **numbers_of(lm, hidden, batch),
+            **loss_numbers(lm, hidden, batch),
             **lm.head.options(),
         )
 
 
 @torch.no_grad()
-def numbers_of(lm: LanguageModel, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+def loss_numbers(lm: LanguageModel, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
     """What the loss takes of the rows; with `policy_weights` the weights of WPO too (Zhou et al. 2024)."""
     if not batch.policy_weights:
         return batch.numbers
@@ -172,7 +172,7 @@ def with_balance(
 
 @torch.no_grad()
 @where_weights_are
-def token_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
+def completion_logps(lm: LanguageModel, batch: Batch, temperature: float = 1.0) -> Tensor:  # (N,) float32
     return logps_of_states(lm, completion_states(lm, batch), batch, temperature)
 
 
@@ -189,9 +189,9 @@ def reference_point(
 ) -> Tensor:  # () >= 0
     """KTO's z0 over the mismatched completions of all `batches`, of all ranks; `spare` see `Ranks.in_step`."""
     none = torch.empty(0, device=lm.device)
-    logps = torch.cat([none, *(token_logps(lm, batch) for batch in batches)])
+    logps = torch.cat([none, *(completion_logps(lm, batch) for batch in batches)])
     for batch in spare:
-        token_logps(lm, batch)
+        completion_logps(lm, batch)
     known = all(batch.ref_logps is not None for batch in (*batches, *spare))
     ref_logps = torch.cat([none, *(batch.ref_logps for batch in batches)]) if known else None
     counts = torch.cat([none.int(), *(batch.cu_seqlens.diff() for batch in batches)])

@@ -21,7 +21,7 @@ from prefuse.engine.model.adapters import add_adapters, base_of, go_on_with, loa
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
-from prefuse.engine.model.router import router_loss
+from prefuse.engine.model.router import router_and_weight
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
 from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
@@ -125,7 +125,7 @@ def load_model(
             model.generation_config = _generation_config(folder)
     elif trains and config.use_peft:
         adapters = add_adapters(model, config)
-    router, coefficient = router_loss(model, config, trains)
+    router, coefficient = router_and_weight(model, config, trains)
     if trains:
         prepare_layers(model, config, device)
     model = model.eval() if ranks.sharded else model.to(device).eval()

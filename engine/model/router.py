@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def router_loss(model: "PreTrainedModel", config: Config, trains: bool) -> tuple[Router | None, float]:
+def router_and_weight(model: "PreTrainedModel", config: Config, trains: bool) -> tuple[Router | None, float]:
     """The router whose balance loss is to be added, and its weight. It is said where a mixture trains without.
 
     The model's own forward never adds it: the loss here is not that forward's.

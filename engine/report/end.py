@@ -4,14 +4,14 @@ import shlex
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.report.clock import PARTS
-from prefuse.engine.report.log import duration, table
+from prefuse.engine.report.log import duration, print_table
 
 
 def say_time(shares: list[tuple[str, float, float]]) -> None:
     """Where the time of a run went, from `Clock.shares`."""
     total = sum(seconds for _, seconds, _ in shares)
     rows = [[name, f"{seconds:.1f}", f"{share:.1%}", PARTS[name]] for name, seconds, share in shares]
-    table(f"where {duration(total)} went", ["part", "seconds", "share", ""], rows, lines=False)
+    print_table(f"where {duration(total)} went", ["part", "seconds", "share", ""], rows, lines=False)
 
 
 def next_commands(config: Config, command: str, holds_out: bool) -> str:

@@ -204,7 +204,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def table(title: str, header: list[str], rows: list[list[str]], lines: bool = True) -> None:
+def print_table(title: str, header: list[str], rows: list[list[str]], lines: bool = True) -> None:
     grid = Table(*header, title=title, show_lines=lines)
     for row in rows:
         grid.add_row(*(Text(printable(cell)) for cell in row))

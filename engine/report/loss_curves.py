@@ -64,7 +64,7 @@ def _curve(loss: Loss, label: str, good: bool | None, points: int) -> Curve:
     return Curve(label, ratios.detach(), out.losses.double(), slopes)
 
 
-def draw(path: Path, losses: Sequence[str], betas: Sequence[float]) -> None:
+def draw_losses(path: Path, losses: Sequence[str], betas: Sequence[float]) -> None:
     """Writes a picture, of the kind that the ending names: a row for each loss of `prefuse.loss_named`, its value on
     the left and its slope on the right, a line for each beta.
 

@@ -34,7 +34,7 @@ def turning_point(distances: Sequence[float], rewards: Sequence[float]) -> Turn 
     return Turn(float(alpha), beta, at if at < d.max() else None, best)
 
 
-def draw(image: Path, points: Sequence[dict[str, float]], turn: Turn | None) -> None:
+def draw_over_optimization(image: Path, points: Sequence[dict[str, float]], turn: Turn | None) -> None:
     """`points`: {step, sqrt_kl, score, gold_score} of each checkpoint."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return HIDDEN.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def visible(piece: str) -> str:
+    """The text of a token, with blanks and ends of lines that can be seen."""
+    return printable(piece.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t")) or "\u00b7"
+
+
 class Screen(io.TextIOBase):
     """The stdout of the moment, which may have been closed."""
 

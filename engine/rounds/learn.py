@@ -19,7 +19,7 @@ import prefuse
 from prefuse.engine.config.online import OVER_TOKENS, PAIRED
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.order import draw_mismatches
+from prefuse.engine.data.order import mismatches_of_epoch
 from prefuse.engine.data.table import Demonstration, Example, Labelled, Pair
 from prefuse.engine.model.policy import SampledTokens
 from prefuse.engine.rounds.sampler import seed_of
@@ -224,7 +224,7 @@ def batch_of(
 
 def mismatches_of(material: Material, config: Config, number: int) -> Examples:
     """KTO: each prompt with a completion of another prompt of the round."""
-    draw = draw_mismatches(material.examples.prompts, config.seed, number)
+    draw = mismatches_of_epoch(material.examples.prompts, config.seed, number)
     return mismatched(material.examples, draw, config.max_length)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from prefuse.engine.data.pieces import plain, sides_of
+from prefuse.engine.data.pieces import sides_as_json, sides_of
 from prefuse.engine.data.stats import quantiles
 from prefuse.engine.data.table import Examples
 from prefuse.engine.run.files import json_text, write_whole
@@ -19,7 +19,9 @@ ABOUT = "about.json"
 MOST_TOKENS = 600  # of the shown example
 
 
-def write_about(folder: Path, tokenizer, examples: Examples, held: Examples | None, device: torch.device) -> None:
+def write_about(
+    folder: Path, command: str, tokenizer, examples: Examples, held: Examples | None, device: torch.device
+) -> None:
     shown = _shown(examples)
     about = {
         "rows": {"train": len(examples), "held_out": 0 if held is None else len(held)},
@@ -28,7 +30,10 @@ def write_about(folder: Path, tokenizer, examples: Examples, held: Examples | No
             "completion": [float(value) for value in quantiles(examples.completions.lengths.tolist())],
         },
         "chat_template": getattr(tokenizer, "chat_template", None),
-        "example": {"row": examples.rows[shown], "sides": plain(sides_of(examples, shown, tokenizer))},
+        "example": {
+            "row": examples.rows[shown],
+            "sides": sides_as_json(sides_of(examples, shown, tokenizer, command)),
+        },
         "environment": environment(device),
     }
     write_whole(folder / ABOUT, json_text(about, indent=1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prefuse.engine.data.batches import Batch
-from prefuse.engine.model.forward import LanguageModel, token_logps
+from prefuse.engine.model.forward import LanguageModel, completion_logps
 from prefuse.engine.run.ranks import Ranks, fill_, whole
 from prefuse.following import FollowingReference
 
@@ -30,7 +30,7 @@ class Following:
 
     def ask(self, batch: Batch) -> Batch:
         """The batch, with what the reference says of it now."""
-        return dataclasses.replace(batch, ref_logps=token_logps(self.lm, batch).float())
+        return dataclasses.replace(batch, ref_logps=completion_logps(self.lm, batch).float())
 
     def after(self, step: int, policy: LanguageModel) -> None:
         """After optimizer step number `step`, counted from 1."""

@@ -20,7 +20,7 @@ import prefuse
 from prefuse import PreferenceOutput
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.order import draw_mismatches, plan_evaluation
+from prefuse.engine.data.order import mismatches_of_epoch, plan_evaluation
 from prefuse.engine.model.forward import (
     LanguageModel,
     completion_states,
@@ -80,7 +80,7 @@ def evaluation_batches(examples: Examples, config: Config, batchwise: bool = Fal
 
 def held_out_mismatches(examples: Examples, config: Config) -> Examples:
     """KTO: each held-out prompt with a completion of another."""
-    return mismatched(examples, draw_mismatches(examples.prompts, config.seed, -1), config.max_length)
+    return mismatched(examples, mismatches_of_epoch(examples.prompts, config.seed, -1), config.max_length)
 
 
 def hold(examples: Examples, ref: LanguageModel | None, loss: Loss, config: Config, ranks: Ranks = ALONE) -> HeldOut:

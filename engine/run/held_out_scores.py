@@ -63,7 +63,7 @@ def evaluate_scores(
     out = reward_loss(scores, loss, cu_groups=cu_groups, ranks=places if ranked else None, **given)
     if held.scores_file is not None and ranks.main:
         write_scores(held.scores_file, examples.rows, scores.tolist(), examples.completions.lengths.tolist(), starts)
-    pairs = pairs_of(cu_groups, places)
+    pairs = pairs_by_rank(cu_groups, places)
     quality = score_quality(scores[pairs], lengths[pairs])
     return _means(out) | quality | {"std_reward": scores.std(correction=0).item()}
 
@@ -72,7 +72,7 @@ def _means(out: RewardOutput) -> dict[str, float]:
     return {"loss": out.loss.item()} | {name: (x[0] / x[1]).item() for name, x in out.metrics.items() if x[1]}
 
 
-def pairs_of(cu_groups: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:  # (E + 1,), (A,) -> (2 P,)
+def pairs_by_rank(cu_groups: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:  # (E + 1,), (A,) -> (2 P,)
     """The answers of each better one with each worse one of its row, adjacent."""
     better = Scored(torch.zeros(len(ranks), dtype=torch.float64), cu_groups, ranks.double()).by_group().better
     groups, first, second = better.nonzero(as_tuple=True)

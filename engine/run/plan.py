@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
-from prefuse.engine.data.order import Epoch, draw_mismatches, plan_epoch
+from prefuse.engine.data.order import Epoch, mismatches_of_epoch, plan_epoch
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import check_model, check_same_vocabulary, load_model, without_padding
 from prefuse.engine.report.log import say
@@ -139,7 +139,7 @@ def meet_reference(
     steps = Steps(examples, config, ranks, is_batchwise(loss))
     mismatches = None
     if "z0" in needs:
-        draws = [draw_mismatches(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
+        draws = [mismatches_of_epoch(examples.prompts, config.seed, epoch) for epoch in range(steps.epochs)]
         mismatches = [mismatched(examples, draw, config.max_length) for draw in draws]
     logps = mismatch_logps = following = None
     if has_reference and config.sync_ref_model:

@@ -27,7 +27,7 @@ from prefuse.engine.data.batches import Examples, collate
 from prefuse.engine.data.ragged import ranges
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
-from prefuse.engine.model.forward import LanguageModel, token_logps
+from prefuse.engine.model.forward import LanguageModel, completion_logps
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import aside_of, clear_dead, file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
@@ -137,7 +137,7 @@ def _compute(
 
 
 def _logps_of(lm: LanguageModel, examples: Examples, indices: Sequence[int]) -> Sequence[Tensor]:
-    packed = token_logps(lm, collate(examples, indices).to(lm.device)).float().cpu()
+    packed = completion_logps(lm, collate(examples, indices).to(lm.device)).float().cpu()
     return packed.split(examples.counts[indices].tolist())
 
 

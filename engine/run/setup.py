@@ -16,8 +16,9 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.config.yaml_file import write_yaml
 from prefuse.engine.data.batches import Examples
-from prefuse.engine.data.dataset import read_training_data, settled, write_skipped
+from prefuse.engine.data.dataset import read_training_data, with_label_weights, write_skipped
 from prefuse.engine.data.ranked import rankings_of
+from prefuse.engine.data.records import Skipped
 from prefuse.engine.data.steps import read_steps
 from prefuse.engine.data.stops import stop_tokens
 from prefuse.engine.errors import UserError
@@ -157,7 +158,7 @@ def prepare(
     device = device_of(config)
     _warn_of_coarse_weights(config)
     tokenizer, examples, held_examples = rows.read(config, loss, home, ranks)
-    loss = settled(loss, config, examples)
+    loss = with_label_weights(loss, config, examples)
     torch.manual_seed(config.seed + ranks.rank)
     lm = _loader(loss)(config.model_name_or_path, config, device, ranks, trains=True)
     if lm.scores and (said := pad_apart(lm.model, tokenizer, filter(None, (examples, held_examples)))):
@@ -191,7 +192,7 @@ def prepare(
         _look_for_space(config, lm, data, home)
         write_yaml(dataclasses.replace(config, resume=False), home.path / "config.yaml", command)
         about = {"command": command, "settings": identity.settings, "libraries": identity.libraries}
-        write_about(home.path, tokenizer, examples, held_examples, device)
+        write_about(home.path, command, tokenizer, examples, held_examples, device)
         home.write_mark(state="training", total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch, **about)
 
     ranks.from_main(begin)
@@ -270,21 +271,22 @@ def _space_needed(config: Config, lm: LanguageModel, data: TrainingSet, home: Ru
     return model_bytes(lm) + max(0, count - len(checkpoints(home.path))) * each
 
 
+def read_rows(config: Config, loss: Loss) -> tuple[object, Examples, Examples | None, list[Skipped]]:
+    """The tokenizer, the rows to train on, those held out, and those that are skipped."""
+    tokenizer = load_tokenizer(config.model_name_or_path, config)
+    if reads_scores(loss) and loss.per == "token":
+        return tokenizer, *read_steps(config, tokenizer)
+    if loss.per != "group":
+        return tokenizer, *read_training_data(config, loss, tokenizer)
+    all_pairs = dataclasses.replace(config, pairs="all")
+    examples, held, skipped = read_training_data(all_pairs, loss, tokenizer)
+    return tokenizer, rankings_of(examples), held and rankings_of(held), skipped
+
+
 def _read_rows(config: Config, loss: Loss, home: RunFolder, ranks: Ranks) -> tuple[object, Examples, Examples | None]:
-    """The tokenizer, the rows to train on and the rows held out; the skipped ones are named in the run folder."""
-
-    def read() -> tuple:
-        tokenizer = load_tokenizer(config.model_name_or_path, config)
-        if reads_scores(loss) and loss.per == "token":
-            return tokenizer, *read_steps(config, tokenizer)
-        if loss.per != "group":
-            return tokenizer, *read_training_data(config, loss, tokenizer)
-        all_pairs = dataclasses.replace(config, pairs="all")
-        examples, held, skipped = read_training_data(all_pairs, loss, tokenizer)
-        return tokenizer, rankings_of(examples), held and rankings_of(held), skipped
-
+    """The same for all ranks; the skipped rows are named in the run folder."""
     with clock.part("data"):
-        tokenizer, examples, held_examples, skipped = ranks.together(read)
+        tokenizer, examples, held_examples, skipped = ranks.together(lambda: read_rows(config, loss))
     _check_same_rows(examples, held_examples, ranks)
     ranks.from_main(lambda: write_skipped(skipped, home.path / "skipped.jsonl"))
     return tokenizer, examples, held_examples

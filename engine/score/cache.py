@@ -26,7 +26,7 @@ def cache_folder(setting: str) -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefuse" / "scores"
 
 
-def digest(*parts: Any) -> str:
+def json_digest(*parts: Any) -> str:
     """Of anything that JSON can say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -42,7 +42,7 @@ class Cache:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / f"{digest(about)[:32]}.jsonl"
+            self._path = folder / f"{json_digest(about)[:32]}.jsonl"
             content = self._path.read_bytes() if self._path.exists() else b""
             damaged = self._read(content)
             self._append(b"" if content.endswith(b"\n") or not content else b"\n")

@@ -26,7 +26,7 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import base_of, quiet
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
-from prefuse.engine.score.cache import Cache, digest
+from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.contract import Columns, NoScore, Scores, Text, by_answer
 from prefuse.models.flat import check_packing
 from prefuse.models.score import check_score, sequence_scores
@@ -52,7 +52,7 @@ class Classifier:
         return by_answer(self._flat, prompts, answers, None)
 
     def _flat(self, prompts: list[Text], answers: list[str], columns: dict[str, list]) -> list[float | NoScore]:
-        keys = [digest(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        keys = [json_digest(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         known = [None if self.cache is None else self.cache.get(key) for key in keys]
         found: list[float | NoScore] = [float("nan")] * len(answers)
         ids: dict[int, list[int]] = {}
@@ -64,7 +64,7 @@ class Classifier:
                 ids[i] = self._read(outcome)
             else:
                 found[i] = fault
-        batches = self._batches(ids, [digest(prompt) for prompt in prompts])
+        batches = self._batches(ids, [json_digest(prompt) for prompt in prompts])
         for part in progress(batches, f"scoring by {self.name}", len(batches)):
             groups = [[ids[i] for i in own] for own in part]
             run = self.shared(groups) if self.shares else self.logits([one for own in groups for one in own])
@@ -253,7 +253,7 @@ def _digest_of(folder: Path, model: Any) -> str:
         files = [file for file in sorted(folder.iterdir()) if file.suffix in kinds]
         base = base_of(folder)
         below = "" if base is None or not Path(base).is_dir() else _digest_of(Path(base), model)
-        return digest([[file.name, sha256_of(file)] for file in files], below)
+        return json_digest([[file.name, sha256_of(file)] for file in files], below)
     content = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         content.update(name.encode())

@@ -67,7 +67,7 @@ class Function:
             [{"role": "assistant", "content": answers[i]}] if isinstance(prompts[i], list) else answers[i] for i in part
         ]
         given = {name: [values[i] for i in part] for name, values in columns.items() if self._takes(name)}
-        result = within(self.timeout, lambda: self.call(prompts=own, completions=said, **given))
+        result = within_seconds(self.timeout, lambda: self.call(prompts=own, completions=said, **given))
         if isinstance(result, NoScore):
             return result
         try:
@@ -92,7 +92,7 @@ def _number(value: Any) -> float | NoScore:
         return NoScore("no number", f"{value!r:.60}")
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
+def within_seconds(seconds: float, call: Callable[[], Any]) -> Any:
     """What the call returns, or why it did not. A call that is late goes on in a thread that nobody waits for."""
     box: list[Any] = []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefuse.engine.errors import UserError
 from prefuse.engine.run.files import json_text
-from prefuse.engine.score.cache import digest
+from prefuse.engine.score.cache import json_digest
 from prefuse.engine.score.contract import Text
 
 
@@ -18,7 +18,7 @@ def record(
 
     `changed_answers`: the share of answers that are other texts. NAME_change: of each metric that both have.
     """
-    probes = digest(list(prompts))
+    probes = json_digest(list(prompts))
     before = [line for line in _lines(path) if line.get("model") == model and line.get("probes") == probes]
     now = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

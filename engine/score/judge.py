@@ -18,7 +18,7 @@ import torch
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
-from prefuse.engine.score.cache import Cache, cache_folder, digest
+from prefuse.engine.score.cache import Cache, cache_folder, json_digest
 from prefuse.engine.score.contract import (
     NO_ANSWER,
     Columns,
@@ -64,7 +64,7 @@ class Judge:
 
     @property
     def key(self) -> str:
-        return f"judge {self.backend.key} {digest(self.rubric.text, self.rubric.mode)}"
+        return f"judge {self.backend.key} {json_digest(self.rubric.text, self.rubric.mode)}"
 
     def compare(self, prompts: Sequence[Text], first: Sequence[str], second: Sequence[str]) -> Preferences:
         questions = [
@@ -80,7 +80,7 @@ class Judge:
                 values, soft, reasons = [*values, 0.5], [*soft, 0.5], [*reasons, None]
                 outcomes["tie, equal answers"] += 1
                 continue
-            orders = [self.verdict(replies[digest(questions[2 * p + order])]) for order in (0, 1)]
+            orders = [self.verdict(replies[json_digest(questions[2 * p + order])]) for order in (0, 1)]
             verdicts += [share for share in orders if not isinstance(share, NoScore)]
             fault = next((share for share in orders if isinstance(share, NoScore)), None)
             value, graded, outcome = (math.nan, math.nan, fault.kind) if fault else both_orders(*orders)
@@ -136,8 +136,8 @@ class Judge:
 
     def _replies(self, questions: Sequence[list[dict]]) -> dict[str, Reply | NoScore]:
         """{digest of the question: reply}, each question asked once."""
-        own = {digest(question): question for question in questions}
-        keys = {name: digest(self.key, name) for name in own}
+        own = {json_digest(question): question for question in questions}
+        keys = {name: json_digest(self.key, name) for name in own}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         replies: dict[str, Reply | NoScore] = {
             name: Reply(kept["text"], kept["letters"], tuple(kept["tokens"])) for name, kept in known.items() if kept

@@ -13,7 +13,7 @@ from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.model.sampling import Shape, pad_left, sample
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
-from prefuse.engine.score.cache import Cache, digest
+from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.contract import NoScore
 from prefuse.engine.score.judge import Reply
 from prefuse.engine.score.rubric import LETTERS, Rubric
@@ -95,6 +95,6 @@ def local_of(path: str, config: Config, device: torch.device, rubric: Rubric) ->
     lm = load_model(path, config, device)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     files = [f for f in sorted(Path(path).glob("*")) if f.suffix in (".safetensors", ".json", ".jinja", ".model")]
-    key = digest([[f.name, sha256_of(f)] for f in files] or path, str(lm.compute_dtype), config.judge_max_tokens)
+    key = json_digest([[f.name, sha256_of(f)] for f in files] or path, str(lm.compute_dtype), config.judge_max_tokens)
     most = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     return Local(path, key, lm, tokenizer, rubric, config, most)

@@ -25,7 +25,7 @@ RULES = (*CHECKED, "regex", "format", "length")
 
 
 @dataclass(frozen=True)
-class Rule:
+class TextRule:
     kind: str
     argument: str = ""
 

@@ -20,7 +20,7 @@ from prefuse.engine.score.cache import cache_folder
 from prefuse.engine.score.contract import Scorer
 from prefuse.engine.score.ensemble import Ensemble
 from prefuse.engine.score.function import load_function
-from prefuse.engine.score.rules import RULES, Rule
+from prefuse.engine.score.rules import RULES, TextRule
 
 
 def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Scorer:
@@ -41,7 +41,7 @@ def _one(spec: str, config: Config, device: torch.device) -> Scorer:
 
         return judge_of(argument, config, device)
     if kind in RULES and (equals or not Path(spec).exists()):
-        return Rule(kind, argument)
+        return TextRule(kind, argument)
     if re.search(r"\.py:\w+$", spec):
         return load_function(spec, config.scorer_timeout)
     if Path(spec).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):

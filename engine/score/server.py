@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import progress, say
-from prefuse.engine.score.cache import Cache, digest
+from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.client import Client, Refused, checked_url
 from prefuse.engine.score.contract import NoScore
 from prefuse.engine.score.judge import Reply
@@ -50,7 +50,7 @@ class Server:
 
     @property
     def key(self) -> str:
-        return digest("server", self.url, self.model, self.max_tokens)
+        return json_digest("server", self.url, self.model, self.max_tokens)
 
     @property
     def requests(self) -> int:

@@ -50,7 +50,7 @@ def shared_prefix_attention(
     """
     _check_shapes(query, key, value, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = compute_dtype(query, value)
+    dtype = attention_dtype(query, value)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     name = _choose(query, value, softcap) if backend == "auto" else backend
     problem = _why_not(name, query, value, softcap)
@@ -67,7 +67,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, segments: Segments)
         raise ValueError(f"expected keys and values for each token, with heads that divide the query's, got {shapes}")
 
 
-def compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
+def attention_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     """Autocast's where it is on, as for torch's own attention; rotary embeddings leave queries in float32 there."""
     if torch.is_autocast_enabled(query.device.type) and value.dtype != torch.float64:
         return torch.get_autocast_dtype(query.device.type)

@@ -17,7 +17,7 @@ from torch import Tensor
 from prefuse.kernels import cost, launch
 from prefuse.kernels.gradients import Gradients, Needs
 from prefuse.kernels.kl import device
-from prefuse.kernels.kl.portable import KLForward, Side
+from prefuse.kernels.kl.portable import KLForward, KLSide
 from prefuse.kernels.launch import Operands, backward_slices, loadable, on_its_device, tile_args
 from prefuse.kernels.tiles.table import INTERPRETER, Tile, segments
 
@@ -30,7 +30,7 @@ def launch_args(config: Tile) -> dict:
 class Heads:
     """Both models' tensors and constants as the kernels want them."""
 
-    def __init__(self, policy: Side, reference: Side, mask: Tensor | None):
+    def __init__(self, policy: KLSide, reference: KLSide, mask: Tensor | None):
         hidden = policy.hidden
         # Every kept row has the target 0, which nothing reads.
         targets = hidden.new_zeros(len(hidden), dtype=torch.int64)
@@ -79,7 +79,7 @@ class Heads:
         """Both products of n rows with these weights."""
         flops = sum(2 * n * w.numel() for w, _ in weights)
         read = sum(n * side.hidden.shape[1] * side.hidden.element_size() for side in self.sides)
-        cost.report(kind, flops, read + cost.size(*(w for w, _ in weights)), cost.size(result))
+        cost.report_cost(kind, flops, read + cost.size(*(w for w, _ in weights)), cost.size(result))
 
     def group(self) -> int:
         """Segments at once: all, or as many as the cast of a weight of another dtype may hold."""
@@ -89,7 +89,7 @@ class Heads:
 
 
 @on_its_device
-def forward(policy: Side, reference: Side, mask: Tensor | None) -> KLForward:
+def forward(policy: KLSide, reference: KLSide, mask: Tensor | None) -> KLForward:
     """One pass over the vocabulary. Rows that are not kept are 0, with lse = inf."""
     heads, n, v = Heads(policy, reference, mask), len(policy.hidden), len(policy.weight)
     config, tiles = heads.config, heads.tiles
@@ -114,8 +114,8 @@ def forward(policy: Side, reference: Side, mask: Tensor | None) -> KLForward:
 @on_its_device
 def backward(
     grad: Tensor,  # (N,) dL/dKL
-    policy: Side,
-    reference: Side,
+    policy: KLSide,
+    reference: KLSide,
     mask: Tensor | None,  # (N,)
     saved: KLForward,
     needs: Needs,  # of the policy's tensors

@@ -17,7 +17,7 @@ from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Needs, empty_gradients
 from prefuse.kernels.kl import portable
-from prefuse.kernels.kl.portable import KLForward, Side
+from prefuse.kernels.kl.portable import KLForward, KLSide
 from prefuse.kernels.options import HeadOptions
 
 REF_OPTIONS = ("softcap", "logit_scale", "temperature")
@@ -78,8 +78,8 @@ def linear_kl(
     options = HeadOptions(softcap, float(logit_scale), float(temperature))
     checks.check_options(options)
     checks.check_impl(impl)
-    checks.check_head(hidden, weight, bias)
-    _of_reference(checks.check_head, ref_hidden, ref_weight, ref_bias)
+    checks.check_head_tensors(hidden, weight, bias)
+    _of_reference(checks.check_head_tensors, ref_hidden, ref_weight, ref_bias)
     _check_both(hidden, weight, ref_hidden, ref_weight, mask)
     ref_options = _reference_options(options, ref_options)
     impl = checks.resolve(impl, hidden)
@@ -120,8 +120,8 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(hidden) == 0:
         return tuple(portable.empty_forward(hidden))
-    policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
-    other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
+    policy = KLSide(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
+    other = KLSide(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
     return tuple(_module(impl).forward(policy, other, mask))
 
 
@@ -157,8 +157,8 @@ def _backward_op(
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     if len(hidden) == 0:
         return tuple(x.zero_() for x in empty_gradients(hidden, weight, bias, needs))
-    policy = Side(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
-    other = Side(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
+    policy = KLSide(hidden, weight, bias, HeadOptions(softcap, logit_scale, temperature))
+    other = KLSide(ref_hidden, ref_weight, ref_bias, HeadOptions(ref_softcap, ref_logit_scale, ref_temperature))
     saved = KLForward(grad, lse, anchor, mean)  # (the first field, the KL itself, is not read)
     grads = _module(impl).backward(grad, policy, other, mask, saved, needs)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
@@ -236,7 +236,7 @@ def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: 
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True for the rows to keep, got {got}")
-    checks.check_rows("mask", mask, hidden)
+    checks.check_one_per_row("mask", mask, hidden)
     checks.check_device("mask", mask, hidden)
 
 

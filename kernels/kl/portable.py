@@ -30,7 +30,7 @@ from torch import Tensor
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Gradients, Needs, zero_gradients
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.slices import SlicedHead, backward_slices, kept_rows, row_tiles, settled
+from prefuse.kernels.slices import SlicedHead, aligned, backward_slices, kept_rows, row_tiles
 
 # Stands for -inf where a difference of two of them must not be NaN.
 LOWEST = -1e30
@@ -38,7 +38,7 @@ LOWEST = -1e30
 FAR = 40.0
 
 
-class Side(NamedTuple):
+class KLSide(NamedTuple):
     """One of the two models."""
 
     hidden: Tensor  # (N, D)
@@ -46,7 +46,7 @@ class Side(NamedTuple):
     bias: Tensor | None  # (V,)
     options: HeadOptions
 
-    def rows(self, index: Tensor) -> Side:
+    def rows(self, index: Tensor) -> KLSide:
         return self._replace(hidden=self.hidden[index])
 
     def head(self) -> SlicedHead:
@@ -74,7 +74,7 @@ class ColumnSums(NamedTuple):
     mean: Tensor
 
 
-def forward(policy: Side, reference: Side, mask: Tensor | None) -> KLForward:  # mask (N,) bool: the kept rows
+def forward(policy: KLSide, reference: KLSide, mask: Tensor | None) -> KLForward:  # mask (N,) bool: the kept rows
     """One pass over the vocabulary. Other rows are 0 everywhere."""
     rows = kept_rows(mask)
     if rows is None:
@@ -91,7 +91,7 @@ def empty_forward(hidden: Tensor) -> KLForward:
     return KLForward(*(hidden.new_zeros(len(hidden), dtype=accumulator_dtype(hidden.dtype)) for _ in range(4)))
 
 
-def _forward_kept(policy: Side, reference: Side) -> KLForward:
+def _forward_kept(policy: KLSide, reference: KLSide) -> KLForward:
     head, ref_head = policy.head(), reference.head()
     # Products of one shape, whatever N is: a BLAS may give a row other bits when the number of rows changes.
     tiles = row_tiles(policy.hidden, head.rows)
@@ -165,8 +165,8 @@ def _finish(fold: ColumnSums) -> KLForward:
 
 def backward(
     grad: Tensor,  # (N,) dL/dKL
-    policy: Side,
-    reference: Side,
+    policy: KLSide,
+    reference: KLSide,
     mask: Tensor | None,  # (N,)
     saved: KLForward,
     needs: Needs,  # of the policy's tensors
@@ -185,7 +185,7 @@ def backward(
     return grads
 
 
-def _backward_kept(grad: Tensor, policy: Side, reference: Side, saved: KLForward, needs: Needs) -> Gradients:
+def _backward_kept(grad: Tensor, policy: KLSide, reference: KLSide, saved: KLForward, needs: Needs) -> Gradients:
     head, ref_head, n = policy.head(), reference.head(), len(policy.hidden)
     # The forward's tiles, so that d has the same bits as in the forward, where the anchor was taken from it.
     tiles = row_tiles(policy.hidden, head.rows)
@@ -227,7 +227,7 @@ def _dlogits_(
 def _slices(head: SlicedHead, ref_head: SlicedHead) -> Iterator[tuple]:
     """Yields (first column, weight and bias of the policy, weight and bias of the reference)."""
     for (first, w, b), (_, ref_w, ref_b) in zip(head.slices(), ref_head.slices(), strict=True):
-        yield first, settled(w), b, settled(ref_w), ref_b
+        yield first, aligned(w), b, aligned(ref_w), ref_b
 
 
 def _or_one(total: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ refuse_double_backward = checks.refuse_double_backward("linear_logprobs", instea
 
 
 class HeadCall(NamedTuple):
-    """The arguments of one call, checked: what `prepare` returns and everything behind the door takes."""
+    """The arguments of one call, checked: what `prepare_call` returns and everything behind the door takes."""
 
     hidden: Tensor  # (N, D) in the dtype to compute in
     weight: Tensor  # (V, D)
@@ -38,14 +38,14 @@ class HeadCall(NamedTuple):
         return Needs.of(self.hidden, self.weight, self.bias)
 
 
-def prepare(
+def prepare_call(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions,
     outputs: tuple[str, ...], impl: str, vocab_group: dist.ProcessGroup | None = None, gradient_tolerance: float = 0.0,
 ) -> HeadCall:  # fmt: skip
     """Checks every argument, once per call; TypeError, ValueError or RuntimeError names the first that is wrong."""
-    checks.check_head(hidden, weight, bias, targets=targets)
+    checks.check_head_tensors(hidden, weight, bias, targets=targets)
     checks.check_token_ids(targets)
-    checks.check_rows("targets", targets, hidden)
+    checks.check_one_per_row("targets", targets, hidden)
     targets = targets.long()  # before any comparison: -100 wraps around in a uint8 tensor
     checks.check_options(options, outputs)
     checks.check_impl(impl)

@@ -285,7 +285,7 @@ def _dlogits(
     h, (n, c) = op.hidden[rows], dz.shape
     config = op.config("dlogits", w, h)
     has_entropy = entropy_grad is not None
-    cost.report("dlogits", 2 * h.numel() * c, cost.size(h, w), cost.size(dz))
+    cost.report_cost("dlogits", 2 * h.numel() * c, cost.size(h, w), cost.size(dz))
     device.dlogits_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(c, config.block_v),)](
         loadable(h, config.block_n, config.block_d, config), loadable(w, config.block_v, config.block_d, config),
         b, op.y[rows], row.lse[rows], grad[rows], entropy_grad[rows] if has_entropy else grad,

@@ -19,7 +19,7 @@ from prefuse.kernels.launch import (
     OUTSIDE,
     Operands,
     loadable,
-    row_of,
+    stored_width,
     tile_args,
 )
 from prefuse.kernels.logprobs import device
@@ -83,7 +83,7 @@ class FoldLaunches:
         pulled = self._new(n, d).zero_() if stash is None and statistic is None else None
         width = slice_width(v, self.config)
         rows = min(n, launch.BUFFER_BYTES // (width * self.op.hidden.element_size())) if stash is None else n
-        buffer = self.op.hidden.new_empty(rows, row_of(width)) if stash is None else None
+        buffer = self.op.hidden.new_empty(rows, stored_width(width)) if stash is None else None
         self.parts.zero_()
         self.parts[BEFORE:] = -math.inf
         for first in range(0, v, width):
@@ -133,7 +133,7 @@ class FoldLaunches:
         op, config = self.op, self.config
         h, parts = op.hidden[rows], parts[..., rows]
         if not RESCUE:  # whose programs mostly return at once
-            cost.report("fold", 2 * h.numel() * len(w), cost.size(h, w), cost.size(parts, pulls))
+            cost.report_cost("fold", 2 * h.numel() * len(w), cost.size(h, w), cost.size(parts, pulls))
         stride_pn = 0 if pulls is None else pulls.stride(0)
         pulls = self.parts if pulls is None else loadable(pulls, config.block_n, config.block_v, config)
         device.fold_kernel[(triton.cdiv(len(h), config.block_n) * count,)](
@@ -159,7 +159,7 @@ def slice_width(v: int, config: Tile) -> int:
 
 def stashed(stash: Tensor, first: int, width: int, n: int) -> Tensor:
     """The stash's (N, C) block of the slice that begins at `first`: slices lie one after the other."""
-    return stash[first * n : first * n + n * row_of(width)].view(n, row_of(width))[:, :width]
+    return stash[first * n : first * n + n * stored_width(width)].view(n, stored_width(width))[:, :width]
 
 
 def _segment_groups(op: Operands, config: Tile, count: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:

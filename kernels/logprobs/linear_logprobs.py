@@ -15,11 +15,18 @@ from torch import Tensor
 from prefuse.kernels import checks, reference
 from prefuse.kernels.gemm import accumulator_dtype
 from prefuse.kernels.gradients import Needs, empty_gradients
-from prefuse.kernels.logprobs.call import HeadCall, fits, implementation, prepare, refuse_double_backward, stash_dtype
+from prefuse.kernels.logprobs.call import (
+    HeadCall,
+    fits,
+    implementation,
+    prepare_call,
+    refuse_double_backward,
+    stash_dtype,
+)
 from prefuse.kernels.logprobs.portable import RowGrads, empty_forward
 from prefuse.kernels.logprobs.sparse_autograd import sparse_logprobs
 from prefuse.kernels.options import HeadOptions
-from prefuse.kernels.vocab import Whole, place_of, remember, shard_of
+from prefuse.kernels.vocab import Whole, remember, shard_of, shard_place
 
 
 def linear_logprobs(
@@ -77,7 +84,7 @@ def linear_logprobs(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature), int(ignore_index))
-    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    call = prepare_call(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
     return logprobs_of(call, outputs=outputs)
 
 
@@ -96,7 +103,7 @@ def logprobs_within(
     meter: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprobs` that may keep `workspace` bytes; `guess` and `meter` as in `logprobs_of`."""
-    call = prepare(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
+    call = prepare_call(hidden, weight, targets, bias, options, outputs, impl, vocab_group, gradient_tolerance)
     return logprobs_of(call, workspace, outputs, guess, meter)
 
 
@@ -119,7 +126,7 @@ def logprobs_of(
         return (logps, {name: extra[name] for name in outputs}) if outputs else logps
 
     group = remember(vocab_group)
-    place = place_of(weight.detach(), group) if group else None
+    place = shard_place(weight.detach(), group) if group else None
     logps, _, _, extra, *_ = _forward_op(
         hidden, weight, bias, targets, place, o.softcap, o.logit_scale, o.temperature, o.ignore_index, group,
         ",".join(outputs), _mode(call, workspace), impl,
@@ -153,7 +160,7 @@ def _forward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    place: Tensor | None,  # (2,) of this rank's shard of the head, see `vocab.place_of`
+    place: Tensor | None,  # (2,) of this rank's shard of the head, see `vocab.shard_place`
     softcap: float | None,
     logit_scale: float,
     temperature: float,

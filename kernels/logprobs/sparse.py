@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefuse.kernels.cost import report, size
+from prefuse.kernels.cost import report_cost, size
 from prefuse.kernels.gemm import accumulator_dtype, addmm_, operand
 from prefuse.kernels.gradients import Gradients, Needs, Sums
 from prefuse.kernels.logprobs.portable import RowGrads
@@ -57,7 +57,7 @@ class ColumnStatistic:
         """The columns from `first` on of these rows of one block: e = exp(z - z_y) (R, C), and its sum so far (R,)."""
         # p_y = 1 / (1 + total) once the total is whole: until then an upper bound.
         w = torch.minimum(self.guess[rows], 1.0 / (1.0 + total))
-        report("statistic", 2 * e.numel(), size(e), size(e[0]))
+        report_cost("statistic", 2 * e.numel(), size(e), size(e[0]))
         self.sums[rows.start // self.rows, first : first + e.shape[1]] += e.T.to(w.dtype) @ w
 
 

@@ -111,7 +111,7 @@ def find(kernel: str, chip: Chip, dtype: torch.dtype, descriptors: bool, d: int,
     if isinstance(chip, int) and INTERPRETER < chip < 80:
         raise RuntimeError(f"the Triton kernels need compute capability 8.0, this device has {chip / 10}")
     names = (kernel, STAND_INS.get(kernel))
-    rows = [row for row in (*_tried, *table()) if row.kernel in names and _holds(row, chip, DTYPES[dtype], d, v)]
+    rows = [row for row in (*_tried, *tile_rows()) if row.kernel in names and _holds(row, chip, DTYPES[dtype], d, v)]
     by_descriptor = [row for row in rows if row.config.descriptors]
     rows = by_descriptor if descriptors and by_descriptor else [row for row in rows if not row.config.descriptors]
     if not rows and chip != INTERPRETER:
@@ -137,7 +137,7 @@ def _holds(row: TileRow, chip: Chip, dtype: str, d: int, v: int) -> bool:
 def reaches(device: torch.device) -> bool:
     """Whether there are tiles for this device at all."""
     chip = capability(device)
-    return any(_holds(row, chip, row.dtype, row.min_d, row.min_v) for row in table())
+    return any(_holds(row, chip, row.dtype, row.min_d, row.min_v) for row in tile_rows())
 
 
 def fold_row_name(outputs: bool, pull: bool, softcap: bool) -> str:
@@ -165,7 +165,7 @@ def allow_descriptors(*operands: Tensor) -> bool:
 
 
 @functools.cache
-def table() -> tuple[TileRow, ...]:
+def tile_rows() -> tuple[TileRow, ...]:
     """The rows of this package and of PREFUSE_TILES, read once."""
     own = os.environ.get(VARIABLE)
     if own and not Path(own).is_file():
@@ -175,10 +175,10 @@ def table() -> tuple[TileRow, ...]:
 
 def read(path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
     """The rows of one file; ValueError names the file and the row that is wrong."""
-    return rows_of(path.read_text(encoding="utf-8"), path, layer)
+    return parse_rows(path.read_text(encoding="utf-8"), path, layer)
 
 
-def rows_of(text: str, path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
+def parse_rows(text: str, path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -188,7 +188,7 @@ def rows_of(text: str, path: Path, layer: int = OWN) -> tuple[TileRow, ...]:
     rows: dict[tuple, TileRow] = {}
     for number, columns in enumerate(content["rows"], 1):
         try:
-            row = parse(columns, layer)
+            row = parse_row(columns, layer)
             if row.key in rows:
                 raise ValueError("an earlier row holds for the same; keep one of the two")
         except ValueError as error:
@@ -206,7 +206,7 @@ REQUIRED = ("chip", "dtype", "operands", "kernel", "tile", "warps", "stages", "s
 OPTIONAL = ("min_d", "min_v", "halves")
 
 
-def parse(columns: dict[str, object], layer: int) -> TileRow:
+def parse_row(columns: dict[str, object], layer: int) -> TileRow:
     """One row from its columns."""
     if not isinstance(columns, dict):
         raise ValueError(f"expected {{ chip = ..., ... }}, got {columns!r}")

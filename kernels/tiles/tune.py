@@ -337,7 +337,7 @@ def measured(tuned: Tuned, any_size: bool, where: str) -> TileRow | None:
     return replace(row, source=source, **({"min_d": 0, "min_v": 0} if any_size else {}))
 
 
-def describe(tuned: Tuned) -> str:
+def entrants_table(tuned: Tuned) -> str:
     """A table of those that ran, the fastest first."""
     present = tuned.entrants[0]
     timed = sorted((x for x in tuned.entrants if x.ms), key=lambda x: statistics.median(x.ms))
@@ -403,7 +403,7 @@ def tune(head: RaceInputs, args: argparse.Namespace, where: str, pool: Executor 
     for i, kernel in enumerate(kernels):
         seconds = (end - time.monotonic()) / (len(kernels) - i)
         tuned = tune_kernel(kernel, head, timer=timer, pool=pool, time_left=_clock(seconds))
-        print(describe(tuned), flush=True)
+        print(entrants_table(tuned), flush=True)
         row = measured(tuned, args.any_size, where)
         if row is None:
             unmeasured.append(kernel)

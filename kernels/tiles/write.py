@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from prefuse.kernels.tiles.table import OPERANDS, OWN, VARIABLE, TileRow, chip_name, parse, rows_of
+from prefuse.kernels.tiles.table import OPERANDS, OWN, VARIABLE, TileRow, chip_name, parse_row, parse_rows
 
 HEADER = f"""# Tiles measured by `python -m prefuse.kernels.tiles.tune`; {VARIABLE} names this file to programs.
 # The columns are those of prefuse/kernels/tiles/tiles.toml.
@@ -33,7 +33,7 @@ def line_of(row: TileRow) -> str:
 def write(path: Path, rows: Iterable[TileRow]) -> None:
     """Puts rows into a table file: in place of those of the same key, else beside their like. Comments stay."""
     text = path.read_text(encoding="utf-8") if path.exists() else HEADER
-    expected = {row.key: row for row in rows_of(text, path)}
+    expected = {row.key: row for row in parse_rows(text, path)}
     lines = text.splitlines()
     for row in rows:
         expected[row.key] = replace(row, layer=OWN)
@@ -52,7 +52,7 @@ def write(path: Path, rows: Iterable[TileRow]) -> None:
 
 def _holds_exactly(text: str, expected: dict[tuple, TileRow], path: Path) -> bool:
     try:
-        return {row.key: row for row in rows_of(text, path)} == expected
+        return {row.key: row for row in parse_rows(text, path)} == expected
     except ValueError:
         return False
 
@@ -60,7 +60,7 @@ def _holds_exactly(text: str, expected: dict[tuple, TileRow], path: Path) -> boo
 def _key(line: str) -> tuple | None:
     line = line.strip().removesuffix(",")
     try:
-        return parse(tomllib.loads(f"row = {line}")["row"], OWN).key if line.startswith("{") else None
+        return parse_row(tomllib.loads(f"row = {line}")["row"], OWN).key if line.startswith("{") else None
     except ValueError:  # a part of a row
         return None
 

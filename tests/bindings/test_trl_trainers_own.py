@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import prefuse
 import trainer_runs
 from prefuse.kernels.cost import count_cost
-from prefuse.trl.batches import mismatches
+from prefuse.mismatches import pair_mismatches
 from prefuse.trl.trainers import DPOTrainer, KTOTrainer
 from trainer_runs import AGAIN, LABELLED, ROWS, assert_same_log, assert_same_weights, build, log_of, weights_of
 from trl_trainer_cases import LORA, Likelihood, _quiet, compare  # noqa: F401
@@ -168,7 +168,7 @@ def test_label_smoothing_is_cdpo(models, tmp_path):
 @given(st.lists(st.integers(0, 4), max_size=12))
 def test_mismatches_are_of_other_prompts_and_each_completion_once_where_that_can_be(prompts):
     prompts = [[prompt] for prompt in prompts]
-    partners = mismatches(prompts)
+    partners = pair_mismatches(prompts)
     assert len(partners) == len(prompts)
     counts = [prompts.count(prompt) for prompt in prompts]
     for prompt, other in zip(prompts, partners, strict=True):
@@ -211,7 +211,7 @@ def test_a_step_has_one_z0_from_completions_of_other_prompts(models, tmp_path, m
         for batches, line in zip(steps, log_of(trainer), strict=False):
             rows = [row for batch in batches for row in batch.rows]
             assert len(rows) == 8
-            partners = mismatches([row.prompt for row in rows])
+            partners = pair_mismatches([row.prompt for row in rows])
             ratios = []
             for row, other in zip(rows, partners, strict=True):
                 completion = rows[other].completions[0]

@@ -8,7 +8,7 @@ import pytest
 from prefuse.engine.cli import main
 from prefuse.engine.data.forms import read_records
 from prefuse.engine.data.sources import open_source
-from prefuse.engine.data.stats import characters, measure
+from prefuse.engine.data.stats import characters, measure_rows
 from prefuse.engine.report.data_page import bars, histogram
 from rows import write_lines
 from tiny_run import save_model
@@ -34,7 +34,7 @@ def rows_of(path):
 
 
 def stats_of(tmp_path, rows, kind):
-    return measure(read_records(write_lines(tmp_path / "rows.jsonl", rows), kind).outcomes, characters)
+    return measure_rows(read_records(write_lines(tmp_path / "rows.jsonl", rows), kind).outcomes, characters)
 
 
 def test_duplicates_and_contradictions_of_pairs(tmp_path):

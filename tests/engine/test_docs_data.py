@@ -37,7 +37,7 @@ def test_the_table_is_there():
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_have_the_flags_shown(words):
     if words[1] == "data":
-        curate._parser().parse_args(words[2:])
+        curate.parser().parse_args(words[2:])
     else:
         parse(words[1:])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prefuse.engine.data import Labelled, Pair
 from prefuse.engine.data.batches import collate, examples_of, mismatched, padded_tokens
-from prefuse.engine.data.order import draw_mismatches, hold_out, plan_epoch, plan_evaluation
+from prefuse.engine.data.order import hold_out, mismatches_of_epoch, plan_epoch, plan_evaluation
 from prefuse.engine.errors import UserError
 from prefuse.packing import pad
 
@@ -92,19 +92,19 @@ def test_hold_out_depends_on_the_prompts_and_the_seed_alone():
 def test_a_mismatch_never_has_the_same_prompt(prompts, seed, epoch):
     if len({tuple(prompt) for prompt in prompts}) == 1:
         with pytest.raises(UserError, match=r"all rows have the same prompt: .* use loss_type dpo or ipo"):
-            draw_mismatches(prompts, seed, epoch)
+            mismatches_of_epoch(prompts, seed, epoch)
         return
-    draws = draw_mismatches(prompts, seed, epoch)
+    draws = mismatches_of_epoch(prompts, seed, epoch)
     assert all(prompts[i] != prompts[j] for i, j in enumerate(draws))
-    assert draws == draw_mismatches(prompts, seed, epoch)
+    assert draws == mismatches_of_epoch(prompts, seed, epoch)
 
 
 def test_mismatches_are_drawn_evenly_and_anew_each_epoch():
     prompts = [[i // 2] for i in range(10)]  # pairs of rows share a prompt: 8 others for each
-    counts = Counter(j for epoch in range(400) for i, j in enumerate(draw_mismatches(prompts, 0, epoch)) if i == 4)
+    counts = Counter(j for epoch in range(400) for i, j in enumerate(mismatches_of_epoch(prompts, 0, epoch)) if i == 4)
     assert set(counts) == set(range(10)) - {4, 5}
     assert all(25 <= count <= 75 for count in counts.values())  # 50 expected, with a standard deviation of 6.6
-    assert draw_mismatches(prompts, 0, 0) != draw_mismatches(prompts, 0, 1)
+    assert mismatches_of_epoch(prompts, 0, 0) != mismatches_of_epoch(prompts, 0, 1)
 
 
 def test_mismatched_prompts_lose_their_start_where_the_completion_needs_room():

@@ -1,5 +1,6 @@
 """The command line: what works end to end, and one line for everything a user can get wrong."""
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefuse.engine import cli, generate
+from prefuse.engine.config.help import topic_name
 from prefuse.engine.config.settings import FIELDS, TOPICS, commands_of, settings_of
 from prefuse.engine.config.values import literals, options_of
 from prefuse.engine.errors import UserError
@@ -42,12 +44,92 @@ def test_help_in_a_fresh_process_is_quick_to_import_and_exits_0():
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_command_lists_what_has_a_meaning_for_it_by_topic(command, capsys):
-    assert prefuse(command, "--help") == 0
+    assert prefuse(command, "--help", "all") == 0
     shown = capsys.readouterr().out
     flags = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
     assert flags == ["config", *(name for name in FIELDS if command in commands_of(name))]
     titles = re.findall(r"\n\n(\w[^\n]*)\n  --", shown)
     assert titles == [topic.title for topic in TOPICS if topic.title in settings_of(command)]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_is_one_screen_of_names_and_each_topic_says_the_rest(command, capsys):
+    assert prefuse(command, "--help") == 0
+    shown = capsys.readouterr().out
+    own = [name for name in FIELDS if command in commands_of(name)]
+    assert set(re.findall(r"--(\w+)", shown)) >= {"config", *own}
+    assert shown.count("\n") < 75
+    explained = []
+    for title in settings_of(command):
+        assert prefuse("help", command, topic_name(title)) == 0
+        explained += re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert explained == own
+
+
+@pytest.mark.parametrize("asked", [["--help", "beta"], ["--help", "--beta"], ["--beta", "--help", "beta"]])
+def test_help_of_one_setting(asked, capsys):
+    assert prefuse("train", *asked) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^  --(\w+)", shown, re.MULTILINE) == ["beta"]
+
+
+def test_help_by_another_name_and_help_of_what_is_not_there(capsys):
+    assert prefuse("train", "--help", "lr") == 0
+    assert "--learning_rate" in capsys.readouterr().out
+    assert prefuse("train", "--help", "optimisation") == 2
+    assert "did you mean optimization" in capsys.readouterr().err
+    assert prefuse("sft", "--help", "beta") == 2  # sft has none
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command(words, capsys):
+    assert prefuse(*words) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", shown, re.MULTILINE) for name in (*cli.COMMANDS, *cli.TOOLS))
+    assert max(map(len, shown.splitlines())) <= 120
+    assert shown.count("\n") <= 26
+    assert sorted(name for group in cli.GROUPS.values() for name in group) == sorted([*cli.COMMANDS, *cli.TOOLS])
+
+
+@pytest.mark.parametrize("tool", cli.TOOLS)
+def test_every_tool_has_a_help_of_one_screen(tool, capsys):
+    assert prefuse(tool, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"prefuse {tool}" in shown
+    assert shown.count("\n") <= 50
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_the_version_is_the_packages(word, capsys):
+    assert prefuse(word) == 0
+    assert capsys.readouterr().out == f"prefuse {importlib.metadata.version('prefuse')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trian"], "train"),
+        (["repot"], "report"),
+        (["docter"], "doctor"),
+        (["show_tokens"], "show-tokens"),
+        (["finetune"], "sft"),
+        (["inspect", "rows.jsonl"], "data inspect"),
+        (["dpo"], "prefuse train --loss_type dpo"),
+        (["train", "--learning_rat", "1"], "learning_rate"),
+        (["train", "--lr", "1"], "learning_rate"),
+        (["train", "--loss_type", "dop"], "dpo"),
+        (["data", "inspec"], "inspect"),
+        (["data", "inspect", "rows.jsonl", "--pictre", "a.png"], "--picture"),
+        (["report", "runs/dpo", "--output", "a.html"], "--output_file"),
+        (["doctor", "--confg", "a"], "--config"),
+        (["bench", "hed"], "head"),
+    ],
+)
+def test_a_word_that_is_nearly_right_is_one_line_with_what_was_meant(words, meant, capsys):
+    assert prefuse(*words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert meant in said[said.index("error") :].replace(f"'{words[-1]}'", "")
 
 
 def test_train_eval_and_generate_work_together(files, tmp_path, capsys):
@@ -106,7 +188,7 @@ def test_generation_does_not_depend_on_what_shares_a_batch_and_sampling_on_the_s
 
 def test_the_screen_shows_some_answers_and_the_file_has_all(files, tmp_path, monkeypatch):
     tables = []
-    monkeypatch.setattr(generate, "table", lambda title, header, rows: tables.append(rows))
+    monkeypatch.setattr(generate, "print_table", lambda title, header, rows: tables.append(rows))
     monkeypatch.setattr(generate, "SHOWN_ANSWERS", 2)
     command = ["generate", "--model_name_or_path", files["model"], "--dataset_name", files["pairs"]]
     command += ["--max_new_tokens", "2", "--num_prompts", "0"]

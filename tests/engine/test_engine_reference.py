@@ -56,8 +56,8 @@ def test_values_go_to_their_rows_whatever_the_batches(setup):
 @pytest.fixture
 def passes(monkeypatch):
     """The batches that the reference was asked about."""
-    seen, real = [], reference.token_logps
-    monkeypatch.setattr(reference, "token_logps", lambda lm, batch: seen.append(batch.rows) or real(lm, batch))
+    seen, real = [], reference.completion_logps
+    monkeypatch.setattr(reference, "completion_logps", lambda lm, batch: seen.append(batch.rows) or real(lm, batch))
     return seen
 
 

@@ -14,7 +14,7 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of, mismatched
 from prefuse.engine.data.dataset import kind_of
-from prefuse.engine.data.order import draw_mismatches
+from prefuse.engine.data.order import mismatches_of_epoch
 from prefuse.engine.errors import UserError
 from prefuse.engine.evaluate import compare, evaluate_command
 from prefuse.engine.model.forward import LanguageModel, fused_loss, reference_point
@@ -90,7 +90,7 @@ def test_the_engines_loss_and_gradient_equal_the_naive_ones(name, padding_free, 
     config = settings(model_name_or_path=model, dataset_name=pairs, output_dir="x")
     rows = load_examples(pairs, kind_of(loss), tokenizer, 64).examples[:6]
     lm, ref = (double(load_model(path, config, torch.device("cpu"))) for path in (model, other_model))
-    others = draw_mismatches([row.prompt for row in rows], seed=0, epoch=0)
+    others = mismatches_of_epoch([row.prompt for row in rows], seed=0, epoch=0)
 
     wanted = naive_loss(name, lm.model, ref.model, rows, others)
     wanted.backward()

@@ -16,7 +16,7 @@ from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.errors import UserError
 from prefuse.engine.model import layers
-from prefuse.engine.model.forward import fused_loss, token_logps
+from prefuse.engine.model.forward import completion_logps, fused_loss
 from prefuse.engine.model.layers import decoder_layers, use_liger
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.train import train
@@ -86,7 +86,7 @@ def test_checkpointed_gradients_are_the_same_bits(changes, padding_free, model, 
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
     assert all(value.abs().max() > 0 for value in got.values())
-    assert torch.equal(token_logps(plain, batch), token_logps(again, batch))
+    assert torch.equal(completion_logps(plain, batch), completion_logps(again, batch))
 
 
 def test_a_layer_runs_twice_where_a_gradient_is_taken_and_once_elsewhere(model, pairs):
@@ -98,7 +98,7 @@ def test_a_layer_runs_twice_where_a_gradient_is_taken_and_once_elsewhere(model, 
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # a layer is left when all is there again
     gradients(lm, batch)
     assert len(calls) == 2 * 2
-    token_logps(lm, batch)
+    completion_logps(lm, batch)
     assert len(calls) == 2 * 2 + 2
 
 

@@ -18,7 +18,7 @@ from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapter_state, adapters_off, base_state
-from prefuse.engine.model.forward import fused_loss, token_logps
+from prefuse.engine.model.forward import completion_logps, fused_loss
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.run.reference_logps import reference_logps
 from prefuse.engine.train import train
@@ -107,12 +107,12 @@ def test_with_adapters_off_it_is_the_base_model_to_the_bit(model, pairs):
     lm = loaded(model, lora_modules_to_save=["norm", "lm_head"])
     shake(lm)
     batch = collate(examples_at(pairs, model), range(6))
-    wanted = token_logps(plain, batch)
+    wanted = completion_logps(plain, batch)
     trainable = [p.requires_grad for p in lm.model.parameters()]
     with adapters_off(lm.model):
-        assert torch.equal(token_logps(lm, batch), wanted)
+        assert torch.equal(completion_logps(lm, batch), wanted)
         assert [p.requires_grad for p in lm.model.parameters()] == trainable
-    assert not torch.allclose(token_logps(lm, batch), wanted, atol=1e-2)
+    assert not torch.allclose(completion_logps(lm, batch), wanted, atol=1e-2)
     own = plain.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in base_state(lm.model).items())
     assert base_state(lm.model).keys() == own.keys()
@@ -124,7 +124,7 @@ def test_a_frozen_head_costs_two_passes(changes, passes, model, pairs):
     examples = examples_at(pairs, model)
     batch = collate(examples, range(6), reference_logps(lm, examples, [range(6)]))
     with count_cost() as one:
-        token_logps(lm, batch)
+        completion_logps(lm, batch)
     with count_cost() as cost:
         fused_loss(lm, batch, prefuse.DPO()).loss.backward()
     assert cost.launches["product"] == passes
@@ -137,7 +137,7 @@ def test_dropout_is_drawn_where_gradients_are_taken_and_nowhere_else(model, pair
     examples = examples_at(pairs, model)
     ref_logps = reference_logps(lm, examples, [range(6)])
     batch = collate(examples, range(6), ref_logps)
-    assert torch.equal(token_logps(lm, batch), token_logps(lm, batch))
+    assert torch.equal(completion_logps(lm, batch), completion_logps(lm, batch))
     losses = [fused_loss(lm, batch, prefuse.DPO()).loss.item() for _ in range(2)]
     assert losses[0] != losses[1]
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prefuse
-from prefuse.engine.report.loss_curves import curves_of, draw
+from prefuse.engine.report.loss_curves import curves_of, draw_losses
 from prefuse.losses.names import LOSSES
 
 
@@ -36,10 +36,10 @@ def test_every_loss_can_be_drawn_and_its_slope_is_that_of_its_values(name):
 
 
 def test_a_picture_is_written(tmp_path):
-    draw(tmp_path / "losses.png", ["dpo", "kto", "slic"], [0.1, 0.5])
+    draw_losses(tmp_path / "losses.png", ["dpo", "kto", "slic"], [0.1, 0.5])
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="unknown loss 'dpoo'; did you mean dpo"):
-        draw(tmp_path / "losses.png", ["dpoo"], [0.1])
+        draw_losses(tmp_path / "losses.png", ["dpoo"], [0.1])
     for losses, betas in ((["dpo"], []), ([], [0.1])):
         with pytest.raises(ValueError, match=r"expected losses .* and betas, got"):
-            draw(tmp_path / "losses.png", losses, betas)
+            draw_losses(tmp_path / "losses.png", losses, betas)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import prefuse
-from prefuse.engine.data.order import draw_mismatches, hold_out, plan_epoch
+from prefuse.engine.data.order import hold_out, mismatches_of_epoch, plan_epoch
 from prefuse.engine.data.ragged import Ragged, Texts
 from prefuse.engine.data.table import Examples
 from prefuse.engine.run import plan, reference_logps
@@ -119,7 +119,7 @@ def test_splitting_many_microbatches_for_many_ranks_is_quick():
 
 def test_numbers_for_rows_that_repeat(many):
     assert len(hold_out(many.prompts, 0.05, 3)[1]) == 2 * round(0.05 * MANY / 2)
-    draws = np.asarray(draw_mismatches(many.prompts, 3, 0))
+    draws = np.asarray(mismatches_of_epoch(many.prompts, 3, 0))
     same = many.prompts.same
     assert (same[draws] != same).all()
 

@@ -14,7 +14,7 @@ from prefuse.engine.score.classifier import load_classifier
 from prefuse.engine.score.contract import NoScore, Scores, by_answer, preferences
 from prefuse.engine.score.ensemble import Ensemble, combined
 from prefuse.engine.score.function import Function, load_function
-from prefuse.engine.score.rules import Rule
+from prefuse.engine.score.rules import TextRule
 from prefuse.engine.score.scorers import scorer_of
 from tiny_run import SHAPE, settings
 from tiny_tokenizer import CHATML, tiny_tokenizer
@@ -40,15 +40,15 @@ def file_of(tmp_path, text):
 @pytest.mark.parametrize(
     ("rule", "answer", "truth", "expected"),
     [
-        (Rule("exact", "a"), " 42\n", "42", 1), (Rule("exact", "a"), "42.", "42", 0),
-        (Rule("exact", "a"), "four", ["4", "four"], 1), (Rule("contains", "a"), "it is 42!", "42", 1),
-        (Rule("number", "a"), "so 7 + 1,001 = 1,008.", "7 apples ... #### 1008", 1),
-        (Rule("number", "a"), "no idea", "#### 8", 0), (Rule("number", "a"), "it is -8", "8", 0),
-        (Rule("regex", r"\bblue\b"), "the blue\nsky", None, 1), (Rule("regex", "^blue"), "a blue", None, 0),
-        (Rule("format", "<think>.*</think>.+"), "<think>a\nb</think>c", None, 1),
-        (Rule("format", "<think>.*</think>"), "x<think></think>", None, 0),
-        (Rule("length"), "one two  three", None, 3), (Rule("length", "2:3"), "one two three", None, 1),
-        (Rule("length", "2:3"), "one", None, 0),
+        (TextRule("exact", "a"), " 42\n", "42", 1), (TextRule("exact", "a"), "42.", "42", 0),
+        (TextRule("exact", "a"), "four", ["4", "four"], 1), (TextRule("contains", "a"), "it is 42!", "42", 1),
+        (TextRule("number", "a"), "so 7 + 1,001 = 1,008.", "7 apples ... #### 1008", 1),
+        (TextRule("number", "a"), "no idea", "#### 8", 0), (TextRule("number", "a"), "it is -8", "8", 0),
+        (TextRule("regex", r"\bblue\b"), "the blue\nsky", None, 1), (TextRule("regex", "^blue"), "a blue", None, 0),
+        (TextRule("format", "<think>.*</think>.+"), "<think>a\nb</think>c", None, 1),
+        (TextRule("format", "<think>.*</think>"), "x<think></think>", None, 0),
+        (TextRule("length"), "one two  three", None, 3), (TextRule("length", "2:3"), "one two three", None, 1),
+        (TextRule("length", "2:3"), "one", None, 0),
     ],
 )  # fmt: skip
 def test_rules(rule, answer, truth, expected):
@@ -58,7 +58,7 @@ def test_rules(rule, answer, truth, expected):
 
 
 def test_a_row_without_the_truth_has_no_score_and_the_others_have():
-    scores = Rule("number", "a").score(["p", "q", "r"], [["4"], ["5"], ["6"]], {"a": ["4", None, "none"]})
+    scores = TextRule("number", "a").score(["p", "q", "r"], [["4"], ["5"], ["6"]], {"a": ["4", None, "none"]})
     assert scores.values[0] == 1
     assert scores.values[1:].isnan().all()
     assert kinds(scores) == [[None], ["no truth"], ["no truth"]]
@@ -70,22 +70,22 @@ def test_a_row_without_the_truth_has_no_score_and_the_others_have():
 )
 def test_rules_that_cannot_be(rule, said):
     with pytest.raises(UserError, match=said):
-        Rule(*rule)
+        TextRule(*rule)
 
 
 def test_prompts_have_different_numbers_of_answers():
-    scores = Rule("length").score(PROMPTS, ANSWERS)
+    scores = TextRule("length").score(PROMPTS, ANSWERS)
     expected = torch.tensor([[1, 5, math.nan], [1, math.nan, math.nan], [2, 1, 2]], dtype=torch.float64)
     assert torch.equal(scores.values.nan_to_num(-1), expected.nan_to_num(-1))
     assert kinds(scores) == [[None, None, "no answer"], [None, "no answer", "no answer"], [None] * 3]
     assert not scores.counts()
     with pytest.raises(ValueError, match="each of the 2 prompts, got 1"):
-        Rule("length").score(["a", "b"], [["c"]])
+        TextRule("length").score(["a", "b"], [["c"]])
 
 
 def test_preferences_by_scores():
     found = preferences(
-        Rule("number", "a"), ["p"] * 4, ["1", "2", "1", "1"], ["2", "1", "1", "2"], {"a": [1, 1, 1, None]}
+        TextRule("number", "a"), ["p"] * 4, ["1", "2", "1", "1"], ["2", "1", "1", "2"], {"a": [1, 1, 1, None]}
     )
     assert found.values[:3].tolist() == [1, 0, 0.5]
     assert found.values[3].isnan()

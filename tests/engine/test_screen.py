@@ -88,8 +88,8 @@ def test_results_are_written_before_they_are_shown(files, tmp_path, monkeypatch)
     def gone(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(evaluate, "table", gone)
-    monkeypatch.setattr(generate, "table", gone)
+    monkeypatch.setattr(evaluate, "print_table", gone)
+    monkeypatch.setattr(generate, "print_table", gone)
     common = files | {"ref_model_name_or_path": files["model_name_or_path"], "eval_fraction": 1.0}
     with pytest.raises(OSError, match="Input/output error"):
         evaluate.evaluate_command(settings("eval", **common, output_file=str(tmp_path / "e.json")))

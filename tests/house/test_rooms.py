@@ -155,3 +155,25 @@ def test_sizes_that_a_reader_can_take_in():
     tests = list((ROOT / "tests").rglob("*.py"))
     long += [f"{path.name}: {n} lines" for path in tests if (n := path.read_text().count("\n")) > 500]
     assert not long, "\n".join(long)
+
+
+# What a command runs, and its parser; the halves of an implementation that its operation calls; the names that the
+# reference implementation and the padded interface give to the same thing.
+SHARED_NAMES = {
+    "main", "parser", "forward", "backward", "backward_measured", "backward_stashed", "backward_slices",
+    "empty_forward", "linear_logprobs", "linear_kl", "preference_loss",
+}  # fmt: skip
+
+
+def test_a_public_name_means_one_thing():
+    """No two modules of the library define one public name at their top."""
+    places = {}
+    for path in modules().values():
+        if path.parts[0] == "bench":
+            continue
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path))
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert not twice.keys() - SHARED_NAMES, {name: twice[name] for name in twice.keys() - SHARED_NAMES}
+    assert twice.keys() >= SHARED_NAMES

@@ -9,7 +9,7 @@ from prefuse.bench.truth import oracle
 from prefuse.bench.truth.head_cases import random_inputs
 from prefuse.kernels import HeadOptions, slices
 from prefuse.kernels.cost import count_cost
-from prefuse.kernels.logprobs.call import prepare
+from prefuse.kernels.logprobs.call import prepare_call
 
 IMPLS = ["torch", "triton"]
 LENGTHS = [7, 9, 1, 12, 30, 2, 0, 5, 16, 8, 3, 11]  # six pairs
@@ -100,7 +100,7 @@ def test_the_float32_gradient_of_a_half_precision_weight_counts_against_the_work
     counted = []
     for workspace in (room(48), room(48, sums=True)):
         hidden, weight = inputs.leaves(("hidden", "weight")).hidden, inputs.weight.requires_grad_()
-        call = prepare(hidden, weight, inputs.targets, None, HeadOptions(), (), "torch")
+        call = prepare_call(hidden, weight, inputs.targets, None, HeadOptions(), (), "torch")
         counted.append(len(grouped.split_in_groups(call, workspace, CU_SEQLENS, 2)))
     few, enough = counted
     assert few == 0

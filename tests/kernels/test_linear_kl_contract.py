@@ -13,7 +13,7 @@ from prefuse.bench.truth.kl_cases import NAMES, evaluate, random_models
 from prefuse.kernels import slices
 from prefuse.kernels.gradients import Needs
 from prefuse.kernels.kl import portable as portable_kl
-from prefuse.kernels.kl.portable import Side
+from prefuse.kernels.kl.portable import KLSide
 from prefuse.kernels.options import HeadOptions
 
 pytest.importorskip("triton")
@@ -246,7 +246,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(impl, needs, device, monke
     monkeypatch.setattr(launch, "SLICE", 64)
     monkeypatch.setattr(launch, "BUFFER_BYTES", 16 * 64 * 4)
     m = random_models(n, d, v, device=on(impl, device))
-    sides = Side(m.hidden, m.weight, None, HeadOptions()), Side(m.ref_hidden, m.ref_weight, None, HeadOptions())
+    sides = KLSide(m.hidden, m.weight, None, HeadOptions()), KLSide(m.ref_hidden, m.ref_weight, None, HeadOptions())
     module = {"torch": portable_kl, "triton": triton_kl}[impl]
     with LargestTensor() as forward:
         made = module.forward(*sides, None)

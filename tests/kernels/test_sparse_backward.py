@@ -18,7 +18,7 @@ from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs import sparse
-from prefuse.kernels.logprobs.call import prepare
+from prefuse.kernels.logprobs.call import prepare_call
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 
 N, D, V = 56, 16, 200
@@ -87,7 +87,7 @@ def gradients(x, grad, tolerance, impl, *, guess=None, needs=("hidden", "weight"
     leaves = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     leaves = {name: t.detach().clone().requires_grad_(name in needs) for name, t in leaves.items()}
     arguments = (leaves["hidden"], leaves["weight"], targets, leaves.get("bias"))
-    call = prepare(*arguments, HeadOptions(**options), (), impl, gradient_tolerance=tolerance)
+    call = prepare_call(*arguments, HeadOptions(**options), (), impl, gradient_tolerance=tolerance)
     with record_skipped_mass(bounds=True) as record:
         logps = logprobs_of(call, guess=guess)
         logps.backward(grad.to(logps))

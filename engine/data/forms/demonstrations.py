@@ -11,7 +11,7 @@ from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, read_turns, turn_of
-from prefuse.engine.data.records import BadRow, Message, Record, Text, describe
+from prefuse.engine.data.records import BadRow, Message, Record, Text, json_kind
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class PlainText:
 
     def read(self, name: str, row: Row, **more: Any) -> Record:
         if not isinstance(row[self.column], str):
-            raise BadRow(f'"{self.column}" is {describe(row[self.column])}, expected a string')
+            raise BadRow(f'"{self.column}" is {json_kind(row[self.column])}, expected a string')
         return make_record(name, "", {"completion": read_text(row[self.column], self.column)}, **more)
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerColumns:
     """A prompt's columns and the column of its answer."""
 
     question: PromptColumns
@@ -127,7 +127,7 @@ class Answer:
         return make_record(name, prompt, {"completion": answer}, **more)
 
 
-Answers = Conversation | Answer | PlainText
+Answers = Conversation | AnswerColumns | PlainText
 
 
 def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
@@ -149,7 +149,7 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         return PlainText(text)
     look.used.add(answer)
     prompt = find_prompt(look, named)
-    return Answer(prompt, answer) if prompt else None
+    return AnswerColumns(prompt, answer) if prompt else None
 
 
 def _repeated_prompt(look: Look, conversation: str) -> str | None:

@@ -15,7 +15,7 @@ from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tree
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
 from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
-from prefuse.engine.data.forms.names import MEDIA, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain
+from prefuse.engine.data.forms.names import MEDIA, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain_name
 from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
 from prefuse.engine.data.forms.rankings import find_ranking
@@ -100,9 +100,9 @@ def _holds_tools(look: Look, column: str) -> bool:
 
 def _refuse_media(look: Look) -> None:
     for column in look.values:
-        if plain(column) in MEDIA and column not in look.used and any(map(holds_text, look.values[column])):
+        if plain_name(column) in MEDIA and column not in look.used and any(map(holds_text, look.values[column])):
             raise DataError(
-                f'{look.source}: "{column}" holds {plain(column).rstrip("s")} data, and prefuse reads text alone. '
+                f'{look.source}: "{column}" holds {plain_name(column).rstrip("s")} data, and prefuse reads text alone. '
                 f"Fix: leave these rows out; or --columns unused={column} if the text says all"
             )
 
@@ -145,6 +145,8 @@ def _kind_of(finder: Finder) -> str:
 def _nearest(look: Look) -> str:
     """Columns whose names are nearly those of a role."""
     known = ("prompt", "chosen", "rejected", "completion", "messages", "label", "instruction", "question", "response")
-    near = {column: difflib.get_close_matches(plain(column), known, 1, 0.8) for column in look.values}
-    said = [f'"{column}" may be {match[0]}' for column, match in near.items() if match and match[0] != plain(column)]
+    near = {column: difflib.get_close_matches(plain_name(column), known, 1, 0.8) for column in look.values}
+    said = [
+        f'"{column}" may be {match[0]}' for column, match in near.items() if match and match[0] != plain_name(column)
+    ]
     return f"{', '.join(said)}. " if said else ""

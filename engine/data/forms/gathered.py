@@ -16,10 +16,10 @@ from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.labels import score_column
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import HELPSTEER
-from prefuse.engine.data.forms.rankings import Scored, pairs_of
+from prefuse.engine.data.forms.rankings import Scored, ranked_pairs
 from prefuse.engine.data.forms.rankings import _number as number_of
 from prefuse.engine.data.forms.turns import read_turns, turn_of
-from prefuse.engine.data.records import BadRow, Record, SetAside, Skipped, describe
+from prefuse.engine.data.records import BadRow, Record, SetAside, Skipped, json_kind
 
 Named = tuple[str, Any]
 
@@ -40,7 +40,7 @@ def find_rows_of_one_prompt(look: Look, named: dict[str, list[str]], options: Re
     def answer_of(name: str, row: Row) -> tuple[Any, Any, float]:
         value = number_of(row.get(column))
         if value is None:
-            raise BadRow(f'"{column}" is {row.get(column)!r:.40}, {describe(row.get(column))}; expected a number')
+            raise BadRow(f'"{column}" is {row.get(column)!r:.40}, {json_kind(row.get(column))}; expected a number')
         record = answers.read(name, row)
         return record.prompt, record.sides["completion"], value
 
@@ -54,7 +54,7 @@ def find_rows_of_one_prompt(look: Look, named: dict[str, list[str]], options: Re
             prompt, answer, value = outcome
             groups.setdefault(json.dumps(prompt, sort_keys=True), (name, prompt, []))[2].append((answer, value))
         for name, prompt, scored in groups.values():
-            yield from _attempt_all(name, lambda args=(name, prompt, scored): pairs_of(*args, options, notes))
+            yield from _attempt_all(name, lambda args=(name, prompt, scored): ranked_pairs(*args, options, notes))
 
     def read(name: str, row: Row) -> Iterable[Record]:
         yield from ()
@@ -72,7 +72,7 @@ def attempt(name: str, row: Any, columns: tuple[str, ...], step: Any) -> Any:
         if isinstance(row, BadRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow(f"the row is {describe(row)}, expected an object")
+            raise BadRow(f"the row is {json_kind(row)}, expected an object")
         for column in columns:
             if row.get(column) is None:
                 raise BadRow(f'no value in "{column}"')
@@ -184,7 +184,7 @@ def _gather_nested(rows: Iterator[Named], columns: tuple[str, ...], options: Rea
         if isinstance(outcome, Skipped):
             yield outcome
         elif not isinstance(outcome, dict):
-            yield Skipped(name, f'"{columns[0]}" is {describe(outcome)}, expected a tree of turns')
+            yield Skipped(name, f'"{columns[0]}" is {json_kind(outcome)}, expected a tree of turns')
         else:
             yield from _walk(name, outcome, [], options, notes)
 
@@ -214,4 +214,4 @@ def _ranked(name: str, turns: Any, answers: list[Row], options: ReadOptions, not
     scored = [
         ([turn_of("assistant", answer["text"], "text")], -(number_of(answer["rank"]) or 0.0)) for answer in ranked
     ]
-    yield from pairs_of(name, turns, scored, options, notes)
+    yield from ranked_pairs(name, turns, scored, options, notes)

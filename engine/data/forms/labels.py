@@ -14,7 +14,7 @@ from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import LABELS, SCORES
 from prefuse.engine.data.forms.rankings import _number as number_of
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, describe
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
 
 WORDS = (  # good, bad
     ("true", "false"), ("up", "down"), ("thumbs_up", "thumbs_down"), ("thumb_up", "thumb_down"),
@@ -62,7 +62,7 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
         if row.get(column) is None:
             raise SetAside(f'no value in "{column}"')
         if value is None:
-            raise BadRow(f'"{column}" is {row[column]!r:.40}, {describe(row[column])}; expected a number')
+            raise BadRow(f'"{column}" is {row[column]!r:.40}, {json_kind(row[column])}; expected a number')
         if options.keep_scores:
             yield answers.read(name, row, scores={"completion": value})
             return
@@ -150,7 +150,7 @@ def _vocabulary(look: Look, column: str) -> Callable[[Any], bool]:
         key = _word(value) if isinstance(value, str) else value
         meant = table.get(key) if isinstance(key, str | int | float) else None
         if meant is None:
-            raise BadRow(f'"{column}" is {value!r:.40}, {describe(value)}; expected true or false')
+            raise BadRow(f'"{column}" is {value!r:.40}, {json_kind(value)}; expected true or false')
         return meant
 
     return read

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefuse.engine.data.forms.names import plain
+from prefuse.engine.data.forms.names import plain_name
 from prefuse.engine.data.records import BadRow, DataError
 
 FIRST_ROWS = 1000
@@ -25,11 +25,11 @@ class Look:
 
     def find(self, *names: str) -> str | None:
         """The first of these names that is an unused column, as the source spells it."""
-        free = {plain(column): column for column in reversed(self.values) if column not in self.used}
+        free = {plain_name(column): column for column in reversed(self.values) if column not in self.used}
         return next((free[name] for name in names if name in free), None)
 
     def find_all(self, *names: str) -> list[str]:
-        free = {plain(column): column for column in reversed(self.values) if column not in self.used}
+        free = {plain_name(column): column for column in reversed(self.values) if column not in self.used}
         return [free[name] for name in names if name in free]
 
     def all_are(self, column: str | None, *kinds: type) -> bool:

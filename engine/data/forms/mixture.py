@@ -42,7 +42,7 @@ class Part:
         return f"{self.path}/{self.data_dir}" if self.data_dir else self.path
 
 
-def parts_of(datasets: Any) -> list[Part]:
+def mixture_parts(datasets: Any) -> list[Part]:
     """Of dicts, of paths, or of "path=a.jsonl,fraction=0.7"; checked."""
     parts = [_part(entry) for entry in datasets]
     if not parts:
@@ -71,7 +71,7 @@ def _part(entry: Any) -> Part:
 
 def name_of(source: Any) -> str:
     """What to call a source, or a mixture, in messages."""
-    return source if isinstance(source, str) else " + ".join(part.path for part in parts_of(source))
+    return source if isinstance(source, str) else " + ".join(part.path for part in mixture_parts(source))
 
 
 def sources_of(parts: list[Part], split: str) -> list[Source]:

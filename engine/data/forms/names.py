@@ -1,11 +1,11 @@
-"""The names that columns have in the wild, and what they mean. Names are compared as `plain` writes them."""
+"""The names that columns have in the wild, and what they mean. Names are compared as `plain_name` writes them."""
 
 from __future__ import annotations
 
 import re
 
 
-def plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """ "Chosen Response", "chosenResponse" and "chosen-response" are "chosen_response"."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
     return re.sub(r"[\W_]+", "_", snake.lower()).strip("_")
@@ -76,7 +76,7 @@ METADATA_STARTS = ("model_", "score_", "rating_", "meta_", "metadata_", "source_
 
 
 def is_metadata(column: str) -> bool:
-    name = plain(column)
+    name = plain_name(column)
     return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS)
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import plain
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, describe
+from prefuse.engine.data.forms.names import plain_name
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
 
 WEIGHTS = ("weight", "row_weight", "sample_weight", "example_weight", "loss_weight")
 MARGINS = ("margin",)
@@ -70,7 +70,7 @@ def number(value: object, column: str) -> float:
             found = math.nan
         if math.isfinite(found):
             return found
-    raise BadRow(f'"{column}" is {value!r:.40}, {describe(value)}; expected a finite number')
+    raise BadRow(f'"{column}" is {value!r:.40}, {json_kind(value)}; expected a finite number')
 
 
 def _given(row: Row, column: str) -> float:
@@ -112,7 +112,7 @@ def _as_text(look: Look, column: str) -> bool:
 
 def _score_names(sides: list[str]) -> Iterator[tuple[str, str]]:
     if len(sides) == 2:
-        for first, second in ((plain(sides[0]), plain(sides[1])), ("chosen", "rejected")):
+        for first, second in ((plain_name(sides[0]), plain_name(sides[1])), ("chosen", "rejected")):
             for word in SCORE_WORDS:
                 yield f"{word}_{first}", f"{word}_{second}"
                 yield f"{first}_{word}", f"{second}_{word}"
@@ -122,7 +122,7 @@ def _objectives(look: Look, is_pair: bool, options: ReadOptions) -> Iterator[tup
     for name, weight in objective_weights(options.objective_weights).items():
         wanted = ((f"{name}_chosen", f"{name}_rejected"), (f"chosen_{name}", f"rejected_{name}"))
         for names in wanted if is_pair else ((name,),):
-            found = tuple(filter(None, (_numeric(look, plain(part)) for part in names)))
+            found = tuple(filter(None, (_numeric(look, plain_name(part)) for part in names)))
             if len(found) == len(names):
                 yield weight, found
                 break

@@ -11,9 +11,9 @@ from typing import Any
 
 from prefuse.engine.data.forms.form import Row
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import CONVERSATIONS, HISTORIES, INPUTS, PROMPTS, SYSTEMS, plain
+from prefuse.engine.data.forms.names import CONVERSATIONS, HISTORIES, INPUTS, PROMPTS, SYSTEMS, plain_name
 from prefuse.engine.data.forms.turns import read_history, read_text, turn_of
-from prefuse.engine.data.records import BadRow, DataError, Message, Text, check_unicode, describe
+from prefuse.engine.data.records import BadRow, DataError, Message, Text, check_unicode, json_kind
 from prefuse.engine.data.turns import content_text
 
 
@@ -81,7 +81,7 @@ def _string(row: Row, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f'"{column}" is {describe(value)}, expected a string')
+        raise BadRow(f'"{column}" is {json_kind(value)}, expected a string')
     check_unicode(value, column)
     return value
 
@@ -96,12 +96,12 @@ def find_prompt(look: Look, named: dict[str, list[str]], turns: bool = True) -> 
         return None
     look.used.add(text)
     behind = named.get("input", [None])[0]
-    if behind is None and plain(text) not in INPUTS and look.all_are(text, str):
+    if behind is None and plain_name(text) not in INPUTS and look.all_are(text, str):
         behind = look.find(*INPUTS)
     system = named.get("system", [None])[0] or look.find(*SYSTEMS)
     history = named.get("history", [None])[0] or look.find(*HISTORIES)
     look.used |= {column for column in (behind, system, history) if column}
-    is_raw = plain(text) == "prompt" and not system and not history
+    is_raw = plain_name(text) == "prompt" and not system and not history
     return PromptColumns(text, behind, system, history, as_turns=not is_raw)
 
 
@@ -109,7 +109,7 @@ def _only_prompt(look: Look, turns: bool) -> str | None:
     found = [column for column in look.find_all(*PROMPTS) if look.is_text(column)]
     if turns:
         found += [column for column in look.find_all(*CONVERSATIONS) if look.all_are(column, list, dict)]
-    if len(found) == 2 and plain(found[1]) in INPUTS:
+    if len(found) == 2 and plain_name(found[1]) in INPUTS:
         found = found[:1]  # an instruction and its input
     if len(found) > 1:
         raise DataError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import ANSWER_LISTS, BEST_INDEX, SCORE_LISTS, plain
+from prefuse.engine.data.forms.names import ANSWER_LISTS, BEST_INDEX, SCORE_LISTS, plain_name
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
 from prefuse.engine.data.forms.turns import read_text, turn_of
@@ -54,9 +54,9 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         goodness = _goodness(answers, row, column, scores, best, key)
         scored = [(_text_of(answer, column), good) for answer, good in zip(answers, goodness, strict=True)]
         if options.keep_scores:
-            yield from answers_of(name, prompt.read(row), scored)
+            yield from scored_answers(name, prompt.read(row), scored)
             return
-        yield from pairs_of(name, prompt.read(row), scored, options, notes)
+        yield from ranked_pairs(name, prompt.read(row), scored, options, notes)
 
     became = [*prompt.became, (column, "answers")]
     if scores or best:
@@ -70,7 +70,7 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     )  # fmt: skip
 
 
-def pairs_of(
+def ranked_pairs(
     name: str, prompt: Text, scored: list[Scored], options: ReadOptions, notes: Counter[str], lower: bool = False
 ) -> Iterable[Record]:
     """The pairs that a list of answers gives. Their names say which answers they are: "rows.json:3 (0 over 2)"."""
@@ -88,7 +88,7 @@ def pairs_of(
     notes[f"answers in no pair (--pairs {options.pairs})"] += len(scored) - 2 if options.pairs != "all" else 0
 
 
-def answers_of(name: str, prompt: Text, scored: list[Scored]) -> Iterable[Record]:
+def scored_answers(name: str, prompt: Text, scored: list[Scored]) -> Iterable[Record]:
     """Each answer by itself, with its score."""
     for place, (answer, value) in enumerate(scored):
         both = (prompt, answer)
@@ -141,9 +141,9 @@ def _score_key(look: Look, column: str, options: ReadOptions) -> str | None:
     objects = [
         part for value in look.values[column] if isinstance(value, list) for part in value if isinstance(part, dict)
     ]
-    keys = {plain(key): key for answer in reversed(objects) for key in answer}
+    keys = {plain_name(key): key for answer in reversed(objects) for key in answer}
     for key in [options.score_column] if options.score_column else SCORE_KEYS:
-        spelled = keys.get(plain(key))
+        spelled = keys.get(plain_name(key))
         if spelled is not None and any(_number(answer.get(spelled)) is not None for answer in objects):
             return spelled
     return None
@@ -165,7 +165,7 @@ def _goodness(
     numbers = [_number(value) for value in found]
     if None in numbers:
         raise BadRow(f'an answer of "{column}" has no number for "{name}"')
-    return [-number if "rank" in plain(name) else number for number in numbers]  # type: ignore[operator, misc]
+    return [-number if "rank" in plain_name(name) else number for number in numbers]  # type: ignore[operator, misc]
 
 
 def _number(value: Any) -> float | None:

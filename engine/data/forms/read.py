@@ -11,9 +11,9 @@ from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
-from prefuse.engine.data.forms.mixture import mixed_form, parts_of, sources_of
+from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata
-from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, describe
+from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
 
@@ -36,7 +36,7 @@ def read_records(
     options = options or ReadOptions()
     if isinstance(source, str):
         return read_source(open_source(source, split, options.dataset_config), kind, options)
-    readings = [read_source(part, kind, options) for part in sources_of(parts_of(source), split)]
+    readings = [read_source(part, kind, options) for part in sources_of(mixture_parts(source), split)]
     ignored = list(dict.fromkeys(column for reading in readings for column in reading.ignored))
     outcomes = itertools.chain.from_iterable(reading.outcomes for reading in readings)
     return Reading(outcomes, mixed_form([reading.form for reading in readings]), ignored)
@@ -61,7 +61,7 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
 def _problem(row: Any) -> str:
     if isinstance(row, BadRow):
         return str(row)
-    return "the row has no column" if row == {} else f"the row is {describe(row)}, expected an object"
+    return "the row has no column" if row == {} else f"the row is {json_kind(row)}, expected an object"
 
 
 def _checked(
@@ -117,6 +117,6 @@ def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
         tools = row[form.nested_tools].get("tools")
     settings = parsed(settings, f'"{form.extras[1]}"')
     if settings is not None and not isinstance(settings, dict):
-        raise BadRow(f'"{form.extras[1]}" is {describe(settings)}, expected an object')
+        raise BadRow(f'"{form.extras[1]}" is {json_kind(settings)}, expected an object')
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
     return replace(record, tools=read_tools(tools), template_kwargs=settings or None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, describe
+from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
 from prefuse.engine.data.turns import CALL_ROLES, RESULT_ROLES, make_message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -28,7 +28,7 @@ def read_text(value: Any, column: str) -> Text:
         return value
     if isinstance(value, dict | list):
         return read_turns(value, column)
-    raise BadRow(f'"{column}" is {describe(value)}, expected a string or a list of messages')
+    raise BadRow(f'"{column}" is {json_kind(value)}, expected a string or a list of messages')
 
 
 def read_turns(value: Any, column: str) -> list[Message]:
@@ -36,7 +36,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
         nested = next((value[key] for key in ("messages", "conversations", "contents") if value.get(key)), None)
         value = [value] if nested is None else nested
     if not isinstance(value, list):
-        raise BadRow(f'"{column}" is {describe(value)}, expected a list of messages')
+        raise BadRow(f'"{column}" is {json_kind(value)}, expected a list of messages')
     turns: list[Message] = []
     for turn in value:
         exchange = _exchange(turn)
@@ -75,7 +75,7 @@ def _exchange(turn: Any) -> list[Message] | None:
 
 def _turn(turn: Any, column: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow(f'a turn of "{column}" is {describe(turn)}, expected {{role, content}} or {{from, value}}')
+        raise BadRow(f'a turn of "{column}" is {json_kind(turn)}, expected {{role, content}} or {{from, value}}')
     role_key = next((key for key in ROLE_KEYS if turn.get(key) is not None), "role")
     text_key = next((key for key in TEXT_KEYS if turn.get(key) is not None), "content")
     name = turn.get(role_key)
@@ -90,5 +90,5 @@ def _turn(turn: Any, column: str) -> Message:
     if "content" in message:
         check_unicode(message["content"], column)
     elif role != "assistant" and text_key not in turn:  # a null is an empty turn, if the chat template takes it so
-        raise BadRow(f'the content of a "{role}" turn in "{column}" is {describe(content)}, expected a string')
+        raise BadRow(f'the content of a "{role}" turn in "{column}" is {json_kind(content)}, expected a string')
     return message

@@ -14,11 +14,11 @@ from typing import Any
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.implicit import split_strings, split_turns
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain
+from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain_name
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
 from prefuse.engine.data.forms.turns import read_text
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, describe
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
 
 TIES = {"tie", "both", "both_good", "bothgood", "neither", "both_bad", "bothbad", "tie_bothbad", "tie_both_bad", "none",
         "equal", "draw", "same", "no_preference", "unclear", "unsure"}  # fmt: skip
@@ -94,7 +94,7 @@ def _answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         same = 0
         while columns[0][:same] == columns[1][:same] and same < min(map(len, columns)):
             same += 1
-        suffixes = tuple(plain(column[max(0, same - 1) :]) for column in columns)
+        suffixes = tuple(plain_name(column[max(0, same - 1) :]) for column in columns)
         return Answers(columns, suffixes)  # type: ignore[arg-type]
     for first, second, *suffixes in answer_names():
         found = look.find(first), look.find(second)
@@ -141,7 +141,7 @@ def _verdict_column(look: Look, named: Any, answers: Answers, options: ReadOptio
             raise DataError(f'{look.source}: no column "{asked}" for --verdict_column; it has {", ".join(look.values)}')
         return asked
     found = look.find_all(*VERDICTS) or look.find_all(*VOTES)
-    stem = plain(answers.columns[0]).removesuffix(answers.suffixes[0]).strip("_")
+    stem = plain_name(answers.columns[0]).removesuffix(answers.suffixes[0]).strip("_")
     found += [
         column for column in look.find_all(f"preferred_{stem}", f"better_{stem}", f"best_{stem}") if column not in found
     ]
@@ -231,10 +231,10 @@ def _key(value: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            return plain(value)
+            return plain_name(value)
     if isinstance(value, bool):
         return str(value).lower()
-    return float(value) if isinstance(value, int | float) else describe(value)
+    return float(value) if isinstance(value, int | float) else json_kind(value)
 
 
 def _table_of_words(answers: Answers) -> dict[Any, float]:
@@ -245,7 +245,7 @@ def _table_of_words(answers: Answers) -> dict[Any, float]:
         ways = [suffix, column, order] + [
             f"{noun}_{suffix}" for noun in ("model", "response", "answer", "assistant", "output")
         ]
-        table |= dict.fromkeys(map(plain, ways), verdict)
+        table |= dict.fromkeys(map(plain_name, ways), verdict)
         if suffix in ("a", "b", "left", "right"):
             table |= {f"{noun}_{number}": verdict for noun in ("response", "answer", "model")}
     return table

@@ -15,7 +15,7 @@ from prefuse.engine.config.settings import Config, settings_of
 from prefuse.engine.data.pieces import ROLES
 from prefuse.engine.report.page.read import RunFiles
 from prefuse.engine.report.page.series import charts_of, over_kl
-from prefuse.engine.report.screen import printable
+from prefuse.engine.report.screen import printable, visible
 from prefuse.engine.run.files import write_whole
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"shown": _shown, "visible": _visible, "role": _role}
+    environment.filters |= {"shown": _shown, "visible": lambda piece: visible(str(piece)), "role": _role}
     tables = [_progress(run) for run in runs]
     titles, charts = _titles(runs), _charts(runs)
     text = environment.get_template("page.html.j2").render(
@@ -64,11 +64,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return printable(str(value))
-
-
-def _visible(piece: Any) -> str:
-    """The text of a token, with blanks and ends of lines that can be seen."""
-    return _shown(str(piece).replace("\n", "\u21b5\n").replace("\t", "\u21e5\t")) or "\u00b7"
 
 
 def _role(role: Any) -> str:

@@ -1,7 +1,7 @@
 """CPU seconds and memory of reading a file of pairs into token ids, beside a plain batched `datasets.map`.
 
-    prefuse bench loading                                                       # 30,000 rows of made-up words
-    prefuse bench loading --rows 300000 --data dpo.json --tokenizer FOLDER      # rows of a file, cut and repeated
+    prefuse bench data                                                       # 30,000 rows of made-up words
+    prefuse bench data --rows 300000 --data dpo.json --tokenizer FOLDER      # rows of a file, cut and repeated
 
 The file is JSONL with prompt, chosen and rejected as strings. Every variant runs in a process of its own, one after the
 other in each round, on one thread; ratios are paired by round. `prefuse` reads, checks, tokenizes and fits the rows and
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_json
+from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_result
 
 VARIANTS = ("datasets.map", "prefuse", "prefuse, kept", "prefuse, again")
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -116,7 +116,7 @@ def measure(source: Path, tokenizer: str, rounds: int) -> dict[str, list[dict[st
             for name in VARIANTS:
                 given = ["--variant", name, "--source", str(source), "--tokenizer", tokenizer, "--folder", folder]
                 run = subprocess.run(
-                    [*again("loading"), *given], env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True
+                    [*again("data"), *given], env=os.environ | quiet, stdout=subprocess.PIPE, text=True, check=True
                 )
                 found[name].append(json.loads(run.stdout.splitlines()[-1]))
                 print(name, found[name][-1], flush=True)
@@ -161,8 +161,8 @@ def main() -> None:
         settings = {"rows": args.rows, "megabytes": source.stat().st_size / 1e6, "name": name, "rounds": args.rounds}
         result = {"environment": environment(), "settings": settings}
         result["runs"] = measure(source, tokenizer, args.rounds)
-    path = RESULTS / f"loading-{slug(name)}-{args.rows}rows-{slug(cpu_model())}.json"
-    write_json(path, result)
+    path = RESULTS / f"data-{slug(name)}-{args.rows}rows-{slug(cpu_model())}.json"
+    write_result(path, "data", result)
     path.with_suffix(".md").write_text(report(result) + "\n")
     print(report(result))
 
