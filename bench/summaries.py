@@ -282,7 +282,8 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "cpuhead": cpuhead, "data": data, "evaluation": evaluation, "gpu": gpu, "head": given_rows,
     "losses": losses, "memory": given_rows, "model": model, "online": online, "packing": packing, "real": real,
-    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "tolerance": tolerance, "train": train,
+    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse,
+    "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("implementation", "what", "tokens_of_sequence"),

@@ -23,7 +23,7 @@ CASES = {  # those of two ranks, against the same run in one process
     "ppo full fsdp": {"algorithm": "ppo", "num_iterations": 2}, "ppo lora ddp": {"algorithm": "ppo"},
 }  # fmt: skip
 CLOCK = {"tokens_per_second", "samples_per_second", "pairs_per_second", "mfu"}
-CUT = {"tokens_saved"}
+CUT = {"tokens_saved", "clip_ratio/low_min", "clip_ratio/high_max"}  # means over microbatches of their extremes
 
 
 @pytest.fixture(scope="module")
