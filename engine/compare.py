@@ -20,7 +20,7 @@ from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample_for
 from prefuse.engine.report.log import print_table, say
-from prefuse.engine.rounds.served import server_of
+from prefuse.engine.rounds.served import sampling_server
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
@@ -157,7 +157,7 @@ def sample_models(config: Config, device: torch.device, columns: list[str]) -> M
         if path is None:
             continue
         if path == config.model_name_or_path and config.server_type is not None:
-            served = server_of(config, tokenizer).answers(prompts, size, config.seed, "sampling")
+            served = sampling_server(config, tokenizer).answers(prompts, size, config.seed, "sampling")
             answers = [answer for own in served for answer in own]
         else:
             lm = load_model(path, config, device)

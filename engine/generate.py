@@ -14,7 +14,7 @@ from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample_for
 from prefuse.engine.report.log import print_table, say
-from prefuse.engine.rounds.served import server_of
+from prefuse.engine.rounds.served import sampling_server
 from prefuse.engine.run.files import write_whole
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
@@ -32,7 +32,7 @@ def generate(config: Config) -> list[dict[str, str]]:
     answers = {}
     for role, path in names.items():
         if role == "model" and config.server_type is not None:
-            said = server_of(config, tokenizer).answers(prompts, 1, config.seed, "generating")
+            said = sampling_server(config, tokenizer).answers(prompts, 1, config.seed, "generating")
             answers[role] = [own[0].text for own in said]
             continue
         lm = load_model(path, config, device)

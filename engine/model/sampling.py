@@ -83,7 +83,7 @@ def sample(
     from transformers import GenerationConfig
 
     _say_what_is_not_used(lm.model)
-    stops = stop_tokens(lm.model.generation_config.eos_token_id, tokenizer)
+    stops = ending_tokens(lm.model.generation_config.eos_token_id, tokenizer)
     own = GenerationConfig(
         max_new_tokens=shape.max_new_tokens, bos_token_id=lm.model.generation_config.bos_token_id, eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), None),
@@ -205,7 +205,7 @@ def _say_what_is_not_used(model: "PreTrainedModel") -> None:
         say(f"not used, though generation_config.json of {model.name_or_path} has it: {said:.300}")
 
 
-def stop_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
+def ending_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
     """The tokenizer's EOS, and whatever else the model says ends a turn (such as <|im_end|>): `own`, of its
     generation_config."""
     own = own if isinstance(own, list) else [own]

@@ -26,9 +26,9 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import save_model, trained_weights
-from prefuse.engine.model.sampling import Shape, stop_tokens
+from prefuse.engine.model.sampling import Shape, ending_tokens
 from prefuse.engine.report.log import say
-from prefuse.engine.rounds.sampler import OwnModel, Source
+from prefuse.engine.rounds.sampler import AnswerSource, OwnModel
 from prefuse.engine.rounds.served import client_of, served_by
 from prefuse.engine.run.checkpoint import model_bytes
 from prefuse.engine.run.files import published_folder, require_space
@@ -141,12 +141,12 @@ class Handover:
 
 def source_of_policy(
     config: Config, lm: LanguageModel, tokenizer: Any, ranks: Ranks, folder: Path
-) -> tuple[Source, Handover | None]:
+) -> tuple[AnswerSource, Handover | None]:
     """Where the policy's samples come from."""
     shape = Shape(config.max_completion_length, config.temperature, config.top_p, config.min_p)
     if config.server_base_url is not None:
         handover = Handover(config, lm, tokenizer, folder, ranks)
-        stops = stop_tokens(lm.model.generation_config.eos_token_id, tokenizer)
+        stops = ending_tokens(lm.model.generation_config.eos_token_id, tokenizer)
         return served_by(config, tokenizer, shape, stops, handover.current, ranks), handover
     size, synced = config.per_device_eval_batch_size * config.num_generations, ranks.sharded and ranks.size > 1
     if synced and config.use_transformers_continuous_batching:

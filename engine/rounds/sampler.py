@@ -16,7 +16,7 @@ from prefuse.engine.model.sampling import Answer, Shape, sample
 from prefuse.engine.score.contract import Scorer, say_reasons
 
 
-class Source(Protocol):
+class AnswerSource(Protocol):
     """Where answers come from: the model in this process, or a server (served.py)."""
 
     tokenizer: Any
@@ -47,7 +47,7 @@ class OwnModel:
 class Sampler:
     """Answers from a source, and what something that knows nothing of it says they are worth."""
 
-    source: Source
+    source: AnswerSource
     scorer: Scorer
     columns: dict[str, list[Any]]  # of all prompts, for the scorer
 

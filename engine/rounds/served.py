@@ -28,9 +28,9 @@ from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import load_model
-from prefuse.engine.model.sampling import Answer, Shape, shape_of, stop_tokens
+from prefuse.engine.model.sampling import Answer, Shape, ending_tokens, shape_of
 from prefuse.engine.report.log import progress, say
-from prefuse.engine.rounds.sampler import OwnModel, Source, seed_of
+from prefuse.engine.rounds.sampler import AnswerSource, OwnModel, seed_of
 from prefuse.engine.rounds.samples import Round
 from prefuse.engine.run.ranks import ALONE, Ranks
 from prefuse.engine.score.client import Client, Refused, checked_url
@@ -78,7 +78,7 @@ KINDS = {
 
 @dataclass
 class Served:
-    """A `Source`: the answers of a server."""
+    """A `AnswerSource`: the answers of a server."""
 
     client: Client
     kind: Kind
@@ -198,20 +198,20 @@ def served_by(config: Config, tokenizer: Any, shape: Shape, stops: list[int], mo
     return source
 
 
-def source_of(config: Config, tokenizer: Any, device: torch.device, prompts: Sequence[Prompt]) -> Source:
+def source_of(config: Config, tokenizer: Any, device: torch.device, prompts: Sequence[Prompt]) -> AnswerSource:
     """Answers of model_name_or_path: by the server that has it, or loaded here and asked whether it takes the prompts.
 
     For `label` and `revise`.
     """
     if config.server_type is not None:
-        return server_of(config, tokenizer)
+        return sampling_server(config, tokenizer)
     lm = load_model(config.model_name_or_path, config, device)
     check_prompts(lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
     continuous = config.use_transformers_continuous_batching
     return OwnModel(lm, tokenizer, shape_of(config), config.per_device_eval_batch_size, False, continuous)
 
 
-def server_of(config: Config, tokenizer: Any) -> Served:
+def sampling_server(config: Config, tokenizer: Any) -> Served:
     """The server that has model_name_or_path, whose folder says which tokens end an answer."""
     from transformers import GenerationConfig
 
@@ -219,7 +219,7 @@ def server_of(config: Config, tokenizer: Any) -> Served:
         own = GenerationConfig.from_pretrained(config.model_name_or_path).eos_token_id
     except (OSError, ValueError):
         own = None
-    return served_by(config, tokenizer, shape_of(config), stop_tokens(own, tokenizer))
+    return served_by(config, tokenizer, shape_of(config), ending_tokens(own, tokenizer))
 
 
 # ---- what is said of a round ---------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_greedy_answers_are_those_of_this_process(server, tmp_path):
     """All but the sampling is the same: prompts, stop tokens, lengths, text."""
     from prefuse.engine.data.dataset import read_prompts
     from prefuse.engine.model.load import load_model, load_tokenizer
-    from prefuse.engine.rounds.served import server_of
+    from prefuse.engine.rounds.served import sampling_server
     from tiny_run import PAIRS, write_rows
 
     model, at = server
@@ -58,7 +58,7 @@ def test_greedy_answers_are_those_of_this_process(server, tmp_path):
     config = settings("generate", **given, **at, eval_fraction=1.0)
     tokenizer = load_tokenizer(model, config)
     prompts = read_prompts(config, tokenizer)
-    served = [own[0] for own in server_of(config, tokenizer).answers(prompts, 1, 0, "sampling")]
+    served = [own[0] for own in sampling_server(config, tokenizer).answers(prompts, 1, 0, "sampling")]
     lm = load_model(model, config, torch.device("cpu"))
     here = sample(lm, tokenizer, [p.ids for p in prompts], Shape(10, temperature=0.0), 1, 0)
     assert [one.text for one in served] == [one.text for one in here]
