@@ -71,7 +71,8 @@ def main() -> None:
     if arguments.save is not None:
         found = {"seconds": results, "peak_bytes": peaks, "metrics": metrics}
         path = RESULTS / f"evaluation-{arguments.save}-{torch.get_num_threads()}threads.json"
-        settings = vars(arguments) | {"threads": torch.get_num_threads()}
+        settings = {name: value for name, value in vars(arguments).items() if name != "save"}
+        settings["threads"] = torch.get_num_threads()
         write_result(path, "evaluation", {"environment": environment(), "settings": settings, **found})
         print(f"wrote {path}")
 

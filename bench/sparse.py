@@ -13,6 +13,8 @@ tokens and -1 for rejected ones.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import statistics
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 import prefuse
+from prefuse.bench.head import high_water
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.kernels import record_skipped_mass
 
@@ -136,25 +139,42 @@ def eager_bfloat16(x: States) -> Gradients:
 
 
 def measure_times(x: States, tolerances: list[float], rounds: int, trl: bool) -> dict[str, dict]:
-    """{variant: CPU seconds of each round, and how many times as fast as the exact mode of the same gradients}"""
+    """{variant: CPU seconds of each round, and how many times as fast as the exact mode of the same gradients; the most
+    memory beyond what was there before, gradients included}"""
     steps = {}
     for trainable, kind in ((True, "all weights"), (False, "frozen head")):
         for tolerance in (0.0, *tolerances):
             steps[f"{kind}, {name_of(tolerance)}"] = lambda t=tolerance, w=trainable: head(x, t, w)
-        if trl:
-            steps[f"{kind}, TRL"] = lambda w=trainable: trl_head(x, w)
+    if trl:
+        steps["all weights, TRL"] = lambda: trl_head(x, True)
+    few = x.first(64)
+    head(few, tolerances[0], True)  # imports and a BLAS's own memory are no part of a step
+    if trl:
+        trl_head(few, True)
     times: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[int]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            before = memory_anew()
             start = time.process_time()
             step()
             times[name].append(time.process_time() - start)
+            peaks[name].append(high_water() - before)
     rows = {}
     for name, seconds in times.items():
         exact = times[f"{name.split(',')[0]}, exact"]
         speedups = [a / b for a, b in zip(exact, seconds, strict=True)]
         rows[name] = {"cpu_seconds": seconds, "times_as_fast_as_exact": statistics.median(speedups)}
+        rows[name]["peak_bytes"] = min(peaks[name])
     return rows
+
+
+def memory_anew() -> int:
+    """The process's resident bytes now, where its peak begins anew (on Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return high_water()
 
 
 def name_of(tolerance: float) -> str:
@@ -192,9 +212,12 @@ def measure_errors(x: States, tolerances: list[float]) -> dict[str, dict]:
 
 def report(result: dict) -> str:
     times = [
-        [name, f"{statistics.median(row['cpu_seconds']):.2f}", f"{row['times_as_fast_as_exact']:.2f}"]
+        [
+            name, f"{statistics.median(row['cpu_seconds']):.2f}", f"{row['times_as_fast_as_exact']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+        ]
         for name, row in result["times"].items()
-    ]
+    ]  # fmt: skip
     keys = ("dhidden", "dweight", "skipped_share", "kept_columns", "dhidden_bound", "dweight_bound")
     errors = [
         [name, *(f"{row[key]:.1e}" if key in row else "" for key in keys), str(row.get("exact_blocks", ""))]
@@ -203,9 +226,10 @@ def report(result: dict) -> str:
     settings = result["settings"]
     shape = f"N = {settings['N']}, D = {settings['D']}, V = {settings['V']}"
     title = f"# {settings['name']}: {shape}, float32, {cpu_model()}, {settings['threads']} thread(s), CPU time"
+    header = ["variant", "CPU seconds", "times as fast as exact", "peak MiB, gradients included"]
     return "\n".join(
         [
-            title, "", markdown(["variant", "CPU seconds", "times as fast as exact"], times), "",
+            title, "", markdown(header, times), "",
             f"Relative to float64, on the first {settings['error_rows']} tokens:", "",
             markdown(["variant", *keys, "exact blocks"], errors),
         ]
@@ -226,7 +250,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", help="what to call the model (default: its folder)")
     parser.add_argument("--save", type=Path, help="write the states to this file")
-    parser.add_argument("--trl", action="store_true", help="time TRL's head too")
+    parser.add_argument("--trl", action="store_true", help="time TRL's head too, all weights trained")
     args = parser.parse_args()
     if args.model and not args.data:
         parser.error("--model needs --data: the pairs whose completion tokens are measured")

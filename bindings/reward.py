@@ -45,7 +45,7 @@ def reward_loss(
         cu_groups: (G + 1,) integers, rising from 0 to S: the answers of one prompt. Default: pairs.
         ranks: (S,) less is better, within each group. Default: the order in which the answers stand.
         margins: (G,) floating point, for `BradleyTerry`.
-        labels: (S,) bool, whether each step is right, for `StepReward`.
+        labels: (S,) bool, whether each step is right, or floating point, with what share it is, for `StepReward`.
         weights: what the loss of each item is multiplied by; the divisor stays the number of items.
         num_items: what the sum is divided by. Default: the items of this call (groups, or steps).
 
@@ -114,8 +114,8 @@ def _check_inputs(loss: RewardLoss, count: int, given: dict[str, Tensor | None],
             raise ValueError(f"{name} takes no {what}: leave it out, or give another loss")
         if x is not None and what != "margins" and x.shape != (count,):
             raise ValueError(f"expected {what} ({count},), one for each score, got {tuple(x.shape)}")
-    if "labels" in loss.takes and (given["labels"] is None or given["labels"].dtype != torch.bool):
-        raise ValueError(f"{name} needs labels (S,) bool, whether each step is right")
+    if "labels" in loss.takes:
+        _check_step_labels(name, given["labels"])
     if cu_groups is None and loss.per != "token" and count % 2:
         raise ValueError(f"{name} takes pairs unless cu_groups is given, got an odd number of scores: {count}")
     if cu_groups is None:
@@ -129,6 +129,13 @@ def _check_inputs(loss: RewardLoss, count: int, given: dict[str, Tensor | None],
         raise ValueError(f"cu_groups must rise from 0 to S = {count}, got {cu_groups.tolist()[:8]} ...")
     if loss.per == "pair" and bool((sizes != 2).any()):
         raise ValueError(f"{name} takes pairs, got groups of {sorted(set(sizes.tolist()))} answers")
+
+
+def _check_step_labels(name: str, labels: Tensor | None) -> None:
+    if labels is None or not (labels.dtype == torch.bool or labels.is_floating_point()):
+        raise ValueError(f"{name} needs labels (S,): bool, whether each step is right, or its share from 0 to 1")
+    if labels.is_floating_point() and not bool(((labels >= 0) & (labels <= 1)).all()):
+        raise ValueError(f"{name} needs labels from 0 to 1, got {labels.min().item():.4g} to {labels.max().item():.4g}")
 
 
 def _metrics(scored: Scored) -> dict[str, Tensor]:
@@ -152,7 +159,7 @@ def _metrics(scored: Scored) -> dict[str, Tensor]:
 
 def _step_metrics(scored: Scored) -> dict[str, Tensor]:
     """Of steps: how many are told right from wrong, and the probability that they are given of being right."""
-    right = (scored.scores > 0) == scored.labels
+    right = (scored.scores > 0) == (scored.labels > 0.5)
     count = scored.scores.new_tensor(len(scored.scores))
     return {
         "accuracy": torch.stack([right.double().sum(), count]),

@@ -31,6 +31,7 @@ from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.learn import pairs_of
 from prefuse.engine.rounds.sampler import seed_of, texts_of
 from prefuse.engine.rounds.served import source_of
+from prefuse.engine.rounds.step_labels import label_steps
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.constitution import Constitution, drawn, read_constitution
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
@@ -68,6 +69,8 @@ def label(config: Config) -> dict[str, float]:
     device = device_of(config)
     scorer = scorer_of(config.scorer, config, device)
     gold = scorer_of(config.gold_scorer, config, device) if config.gold_scorer else None
+    if config.label_form == "steps":
+        return label_steps(config, scorer)
     constitution = None if config.constitution is None else read_constitution(config.constitution)
     if constitution is not None and not (hasattr(scorer, "compare") and constitution.principles):
         raise UserError("a constitution is read by a judge, and needs principles: give --scorer judge=..., or drop it")

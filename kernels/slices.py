@@ -6,6 +6,7 @@ N tokens, D hidden, V vocabulary; R rows and C columns of one tile; y a row's ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,20 +80,20 @@ class SlicedHead:
 
 
 class Targets:
-    """The slice and column of each row's target, sorted once for all slices of the vocabulary."""
+    """The slice and column of each row's target, made ready once for all slices of the vocabulary."""
 
     def __init__(self, ids: Tensor, head: SlicedHead):  # (R,)
         self.ids, self.columns = ids, head.columns
-        self.sorted, self.order = ids.sort(stable=True)
+        ordered, rows = ids.sort(stable=True)
         firsts = torch.arange(0, len(head.weight) + head.columns, head.columns, device=ids.device)
-        firsts = firsts.clamp_max_(len(head.weight))  # above are other ranks' columns
-        self.bounds = torch.searchsorted(self.sorted, firsts).tolist()
+        bounds = torch.searchsorted(ordered, firsts.clamp_max_(len(head.weight))).tolist()
+        # Before the first and behind the last slice are other ranks' columns.
+        counts = [end - start for start, end in pairwise([0, *bounds, len(ids)])]
+        self.parts = list(zip(rows.split(counts), (ordered % head.columns).split(counts), strict=True))[1:-1]
 
     def inside(self, first: int) -> tuple[Tensor, Tensor]:
         """The rows whose target stands in the slice that begins at `first`, and its column there."""
-        i = first // self.columns
-        part = slice(self.bounds[i], self.bounds[i + 1])
-        return self.order[part], self.sorted[part] - first
+        return self.parts[first // self.columns]
 
 
 def row_tile(hidden: Tensor) -> int:

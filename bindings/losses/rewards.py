@@ -28,7 +28,7 @@ class Scored(NamedTuple):
     cu_groups: Tensor  # (G + 1,) where the answers of each group stand among the S
     ranks: Tensor  # (S,) float64, less is better
     margins: Tensor | None = None  # (G,) float64: by how much the better answer of a pair is to be better
-    labels: Tensor | None = None  # (S,) bool, of steps
+    labels: Tensor | None = None  # (S,) of steps: bool, or the share with which each is right
 
     @property
     def chosen(self) -> Tensor:  # (G,)
@@ -175,15 +175,20 @@ class StepReward(RewardLoss):
     """Process supervision, Lightman et al. 2023 (arXiv 2305.20050), appendix E: is each step of a solution right?
 
         loss = -log sigmoid(s) for a right step, -log sigmoid(-s) for a wrong one
+        loss = -y log sigmoid(s) - (1 - y) log sigmoid(-s) for one that is right with probability y
 
     `s` is the score at the token that ends the step; of a head with two labels, the difference of its two logits, so
-    that this is their cross-entropy. A mean over steps, as TRL's PRM trainer has it.
+    that this is their cross-entropy. A mean over steps, as TRL's PRM trainer has it. The second line is for the soft
+    labels of Wang et al. 2024 (Math-Shepherd, arXiv 2312.08935), eq. 5.
     """
 
     per: ClassVar[str] = "token"
     takes: ClassVar[frozenset[str]] = frozenset({"labels"})
 
     def losses(self, scored: Scored) -> Tensor:  # (S,)
+        if scored.labels.is_floating_point():
+            y = scored.labels.double()
+            return -y * logsigmoid(scored.scores) - (1 - y) * logsigmoid(-scored.scores)
         return -logsigmoid(torch.where(scored.labels, scored.scores, -scored.scores))
 
 

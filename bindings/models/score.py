@@ -80,6 +80,11 @@ def score_of_states(model: nn.Module, states: Tensor) -> Tensor:  # (M, D) -> (M
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
+def heads_of_states(model: nn.Module, states: Tensor) -> Tensor:  # (M, D) -> (M, C)
+    """The numbers of all heads for each state."""
+    return score_layer(model)(states).float()
+
+
 def sequence_scores(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor:  # (S,) float32
     """Equals `model(input_ids).logits[:, 0]` of each prompt with its answer alone, in the order of the answers.
 
@@ -87,6 +92,11 @@ def sequence_scores(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor: 
     a model is used, `check_packing` compares its flat batches with single rows; UnsupportedModel where they differ.
     """
     return score_of_states(model, end_states(model, tokens))
+
+
+def sequence_heads(model: PreTrainedModel, tokens: Packed | Padded) -> Tensor:  # (S, C) float32
+    """Equals `model(input_ids).logits` of each prompt with its answer alone: `sequence_scores` for C heads."""
+    return heads_of_states(model, end_states(model, tokens))
 
 
 def step_scores(model: PreTrainedModel, tokens: Packed | Padded, ends: Tensor) -> Tensor:  # (N,) bool -> (M,) float32

@@ -16,7 +16,8 @@ class EvaluationSettings(Topic):
     num_generations: int | None = setting(
         None,
         "Answers sampled for each prompt. `eval`: from 2 on, best-of-n is drawn up too. `online`: the group whose "
-        "rewards are compared. None: 1 for `eval`, 8 for `online`, 2 for `label`.",
+        "rewards are compared. `label`: those that are compared, or the rollouts from each step. None: 1 for `eval`, "
+        "8 for `online` and for rollouts, 2 for `label`.",
         commands=("eval", "online", "label"),
         rule=at_least(1),
         most=1024,
@@ -48,7 +49,7 @@ class EvaluationSettings(Topic):
     )
 
     def command_defaults(self, command: str) -> dict[str, object]:
-        return {"num_generations": {"online": 8, "label": 2}.get(command, 1)}
+        return {"num_generations": {"online": 8, "label": 8 if self.label_form == "steps" else 2}.get(command, 1)}
 
     def check(self, command: str) -> None:
         if command != "eval":

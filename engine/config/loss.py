@@ -36,9 +36,9 @@ class LossSettings(Topic):
     beta: float | None = setting(
         None,
         "Strength of the pull towards the reference, or what the loss's paper calls beta (orpo: lambda). None: 0.1, "
-        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token. Published: dpo 0.01 to 0.5, ipo 0.01 "
-        "to 1, kto 0.01 to 0.1, simpo 2 to 10 (with simpo_gamma 0.3 to 1.6 or 0.5 beta), orpo 0.1 to 0.25, cpo 0.1, "
-        "sigmoid_norm 5, sppo_hard 0.001 (its eta is 1000); docs/losses.md has learning rates and sources. "
+        "but 2 for simpo and 5 for sigmoid_norm, which compare means per token. Published: dpo 0.01 to 0.6, ipo 0.01, "
+        "kto 0.01 to 0.3, simpo 2 to 10 (with simpo_gamma 0.1 to 0.8 of it), orpo 0.05 to 0.1, sigmoid_norm 5, "
+        "sppo_hard 0.001, apo_zero 0.05; docs/losses.md names the model, the learning rate and the source of each. "
         "`online`: 0 for grpo and reinforce, 0.05 for rloo and ppo, whose reward it lowers.",
         commands=("train", "eval", "online"),
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prefuse.engine.config.setting import Topic, at_least, setting
+from prefuse.engine.config.setting import SCORING, Topic, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.rewards import AllPairs, BradleyTerry, PlackettLuce, RewardLoss, StepReward
 
@@ -20,7 +20,10 @@ class RewardSettings(Topic):
         "lists), TRL's stepwise form; the model says of each step whether it is right.",
     )
     step_separator: str | None = setting(
-        None, "steps: the text behind each step, at whose end its score stands. None: a newline."
+        None,
+        "steps: the text behind each step, at whose end its score stands; where an answer is cut into steps; "
+        "\\n is a newline in it. None: a newline, or what a process reward model was trained with.",
+        commands=("reward", *SCORING),
     )
     center_rewards_coefficient: float | None = setting(
         None,
@@ -28,6 +31,10 @@ class RewardSettings(Topic):
         "none.",
         rule=at_least(0),
     )
+
+    def separator(self) -> str | None:
+        """What stands behind each step: a command line says newlines as \\n."""
+        return self.step_separator and self.step_separator.replace("\\n", "\n").replace("\\t", "\t")
 
     def scores_loss(self) -> RewardLoss:
         """The loss these settings name."""
@@ -39,6 +46,8 @@ class RewardSettings(Topic):
         return pairs(self.center_rewards_coefficient, self.label_smoothing or 0.0)
 
     def check(self, command: str) -> None:
+        if command != "reward":
+            return
         without = {"label_smoothing": ("plackett_luce", "steps"), "center_rewards_coefficient": ("steps",)}
         for name, losses in without.items():
             if getattr(self, name) and self.reward_loss in losses:

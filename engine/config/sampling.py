@@ -56,5 +56,7 @@ class SamplingSettings(Topic):
             )
         if self.server_type == "openai" and self.min_p is not None:
             raise UserError("OpenAI's API has no min_p: drop it, or say what the server is (server_type)")
-        if self.server_type == "sglang" and command == "online" and self.use_peft:
-            raise UserError("server_type sglang takes whole weights: drop use_peft, or serve adapters with vllm")
+        if self.server_type in ("transformers", "sglang") and command == "online" and self.use_peft:
+            raise UserError(
+                f"a {self.server_type} server takes whole weights: drop use_peft, or serve adapters with vllm"
+            )

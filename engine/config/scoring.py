@@ -24,6 +24,11 @@ class ScoringSettings(Topic):
     scorer_spread_weight: float = setting(
         1.0, "How many standard deviations mean_minus_std takes off.", rule=at_least(0)
     )
+    scorer_steps: Literal["min", "product", "last"] = setting(
+        "min",
+        "What a process reward model's score of an answer is: the probability that its weakest step is right, that all "
+        "of its steps are, or that the last one is.",
+    )
     scorer_timeout: float = setting(
         60.0, "Seconds that one call of a Python function may take.", rule=above(0), may_differ=True
     )

@@ -85,6 +85,7 @@ class Rankings(Examples):
             prompts=self.prompts.take(chosen),
             completions=self.completions.take(sides),
             rows=Texts(self.rows.data.take(chosen)),
+            weights=None if self.weights is None else self.weights[chosen],
             offsets=np.concatenate([[0], self.sizes[chosen].cumsum()]),
             ranks=self.ranks[sides],
         )
@@ -116,12 +117,14 @@ def rankings_of(pairs: Examples) -> Rankings:
     by_row = groupby(range(len(pairs)), key=lambda i: (PAIR.sub("", pairs.rows[i]), pairs.prompts[i]))
     for (name, prompt), indices in by_row:
         better: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # of each answer those that are better
+        weight = None
         for index in indices:
+            weight = None if pairs.weights is None else float(pairs.weights[index])  # the same for all pairs of a row
             (_, chosen), (_, rejected) = pairs.sequences_of(index)
             better.setdefault(tuple(chosen), set())
             better.setdefault(tuple(rejected), set()).add(tuple(chosen))
         order = sorted(better, key=lambda answer: len(better[answer]))
-        builder.append(name, prompt, [list(answer) for answer in order])
+        builder.append(name, prompt, [list(answer) for answer in order], weight=weight)
         sizes.append(len(order))
         ranks += [len(better[answer]) for answer in order]
     table = builder.finish()

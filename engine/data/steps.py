@@ -23,6 +23,8 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch
 from prefuse.engine.data.dataset import hold_out_rows, text_options
 from prefuse.engine.data.examples import require_usable, room_of
+from prefuse.engine.data.forms.look import columns_by_role, holds_text
+from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.outcomes import each
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, check_unicode
 from prefuse.engine.data.rendering import ChatTemplate
@@ -32,11 +34,12 @@ from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.report.log import say
 
 COLUMNS = ("prompt", "completions", "labels")
+SEPARATOR = "\n"  # unless step_separator says otherwise, as in TRL
 
 
 @dataclass(frozen=True)
 class StepBatch(Batch):
-    step_labels: Tensor | None = None  # (M,) bool, whether each step of the batch is right
+    step_labels: Tensor | None = None  # (M,) whether each step of the batch is right: bool, or a share from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class Solutions(Examples):
     """`learned` is true at the tokens that end steps, and nowhere else."""
 
     offsets: np.ndarray | None = None  # (E + 1,) int64, where the steps of each row stand
-    right: np.ndarray | None = None  # (M,) bool
+    right: np.ndarray | None = None  # (M,) bool, or float64 where some are shares
 
     def select(self, indices: Sequence[int]) -> Solutions:
         chosen = np.asarray(indices, np.int64)
@@ -83,12 +86,13 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
     absent = [column for column in COLUMNS if not any(isinstance(row, dict) and column in row for _, row in named)]
     if absent:
         raise DataError(f"{source} has no column {absent[0]}: expected prompt, completions and labels (lists)")
+    unused = _unused(source, named, config)
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-    labels: dict[str, list[bool]] = {}
-    records = [_record(name, row, template, config.step_separator or "\n", labels) for name, row in named]
+    labels: dict[str, list[float]] = {}
+    records = [_record(name, row, template, config.separator() or SEPARATOR, labels) for name, row in named]
     room = room_of(config.max_length, tokenizer, text_options(config))
     builder, right, skipped = ExamplesBuilder(), [], []
-    for outcome in each(tokenize(records, tokenizer), lambda record: room.fit(_at_ends(record, tokenizer))):
+    for outcome in each(encoded(records, tokenizer), room.fit):
         if isinstance(outcome, Skipped):
             skipped.append(outcome)
             continue
@@ -99,35 +103,74 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
     table = builder.finish()
     fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in right], dtype=np.int64)])
-    flat = np.asarray([label for row in right for label in row], bool)
+    flat = np.asarray([label for row in right for label in row])
+    flat = flat.astype(bool) if np.isin(flat, (0, 1)).all() else flat
     say(f"{source}: {len(named)} rows as prompt/completions/labels, {len(skipped)} skipped")
+    if unused:
+        say(f"  columns not used: {', '.join(unused)}")
     say(f"  {len(flat)} steps, {flat.mean():.0%} of them right")
     fields |= {"bos": tokenizer.bos_token_id}
     return Solutions(**fields, offsets=offsets, right=flat), skipped
 
 
+def _unused(source: str, named: list[tuple[str, Any]], config: Config) -> list[str]:
+    """The columns beside those that are read; one with text that is no metadata stops the run."""
+    told = columns_by_role(config.columns).get("unused", [])
+    found: dict[str, bool] = {}  # whether it holds text
+    for column, value in ((column, row[column]) for _, row in named if isinstance(row, dict) for column in row):
+        if column not in COLUMNS:
+            found[column] = found.get(column, False) or holds_text(value)
+    for column, has_text in found.items():
+        if has_text and column not in told and not is_metadata(column):
+            raise DataError(
+                f'{source}: "{column}" holds text, and reward_loss steps reads {", ".join(COLUMNS)} alone. '
+                f"Fix: put it into prompt; or --columns unused={column}"
+            )
+    return list(found)
+
+
 def _record(
-    name: str, row: Any, template: ChatTemplate | None, separator: str, labels: dict[str, list[bool]]
+    name: str, row: Any, template: ChatTemplate | None, separator: str, labels: dict[str, list[float]]
 ) -> Record | Skipped:
     try:
         if not isinstance(row, dict):
             raise BadRow("the row is no object")
         prompt, steps, right = (row.get(column) for column in COLUMNS)
-        if isinstance(prompt, list) and prompt and template is not None:
-            prompt = template.text(prompt, generation_prompt=True)
-        if not isinstance(prompt, str) or not prompt:
-            raise BadRow('"prompt" must be a text, or messages where the tokenizer has a chat template')
-        if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
-            raise BadRow('"completions" must be a list of texts, one for each step')
-        if not isinstance(right, list) or len(right) != len(steps) or any(label not in (0, 1) for label in right):
-            raise BadRow(f'"labels" must be a list of {len(steps)} booleans, one for each step')
-        for text in (prompt, *steps):
-            check_unicode(text, "completions")
+        record = solution(name, prompt, steps, template, separator)
+        if not isinstance(right, list) or len(right) != len(steps) or not all(map(_is_label, right)):
+            raise BadRow(f'"labels" must be a list of {len(steps)} booleans or shares of 1, one for each step')
     except BadRow as problem:
         return Skipped.of(name, problem)
-    labels[name] = [bool(label) for label in right]
+    labels[name] = [float(label) for label in right]
+    return record
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and 0 <= value <= 1
+
+
+def solution(name: str, prompt: Any, steps: Any, template: ChatTemplate | None, separator: str) -> Record:
+    """A prompt and the steps of an answer as text, each with the separator behind it; BadRow if they are none."""
+    if isinstance(prompt, list) and prompt and template is not None:
+        prompt = template.text(prompt, generation_prompt=True)
+    if not isinstance(prompt, str) or not prompt:
+        raise BadRow('"prompt" must be a text, or messages where the tokenizer has a chat template')
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+        raise BadRow('"completions" must be a list of texts, one for each step')
+    for text in (prompt, *steps):
+        check_unicode(text, "completions")
     pieces = [piece for step in steps for piece in ((step, False), (separator, True))]
     return Record(name, prompt, {"completion": pieces}, rendered=True)
+
+
+def encoded(records: list[Record | Skipped], tokenizer: Any) -> list[Record | Skipped]:
+    """Solutions as token ids; `learned` is true at the tokens that end steps, one for each."""
+    return each(tokenize(records, tokenizer), lambda record: _at_ends(record, tokenizer))
+
+
+def steps_of(text: str, separator: str) -> list[str]:
+    """The steps of an answer as one text: what stands between its separators, without what is empty."""
+    return [step for step in text.split(separator) if step.strip()]
 
 
 def _at_ends(record: Record, tokenizer: Any) -> Record:
@@ -136,5 +179,5 @@ def _at_ends(record: Record, tokenizer: Any) -> Record:
     if bos is not None and prompt[:1] != [bos]:
         prompt = [bos, *prompt]
     learned = record.learned or []
-    ends = [here and not after for here, after in zip(learned, [*learned[1:], False], strict=True)]
+    ends = [here and not after for here, after in zip(learned, [*learned[1:], False][: len(learned)], strict=True)]
     return dataclasses.replace(record, prompt=prompt, learned=ends)

@@ -23,7 +23,7 @@ from prefuse.engine.model.layers import prepare_layers, use_liger
 from prefuse.engine.model.limits import check_rows
 from prefuse.engine.model.router import router_and_weight
 from prefuse.engine.model.sharding import LiveHead, shard, where_weights_are
-from prefuse.engine.model.tokenizer import apply_settings, refuse_foreign
+from prefuse.engine.model.tokenizer import apply_settings, is_foreign, refuse_foreign
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.engine.run.ranks import ALONE, Ranks, whole_weights
 from prefuse.models.flat import check_packing
@@ -80,10 +80,15 @@ def load_tokenizer(
         _require_model_folder(path)
     try:
         trust_remote_code = trust_remote_code or getattr(settings, "trust_remote_code", False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **gguf)
+        load = functools.partial(AutoTokenizer.from_pretrained, path, trust_remote_code=trust_remote_code, **gguf)
+        tokenizer = load()
+        if is_foreign(tokenizer):  # transformers takes it first; the folder may hold one of transformers' own as well
+            own = load(mistral_format=False)
+            tokenizer = own if getattr(own, "eos_token", None) is not None else tokenizer
     except Exception as error:  # whatever a file of another's making makes transformers do
+        refuse_foreign(path)
         raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
-    refuse_foreign(tokenizer, path)
+    refuse_foreign(path, tokenizer)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UserError(
             f"no tokenizer in {path}: model_max_length in tokenizer_config.json must be a number, got "

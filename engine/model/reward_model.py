@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import prefuse
@@ -25,6 +27,7 @@ from prefuse.engine.data.ranked import RankedBatch
 from prefuse.engine.data.steps import StepBatch
 from prefuse.engine.data.stops import last_tokens
 from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapters import WEIGHTS
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model, read_weights
 from prefuse.engine.run.ranks import ALONE, Ranks
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEW = "score."  # the weights that a causal LM lacks
+HEAD = "head_"  # what begins the labels of an ensemble's heads in config.json: they are no classes
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class RewardModel(LanguageModel):
 
     def loss_of_states(self, states: Tensor, batch: Batch, loss: RewardLoss, num_items: int | None) -> RewardOutput:
         if isinstance(batch, RankedBatch):
-            given = {"cu_groups": batch.cu_groups, "ranks": batch.ranks}
+            given = {"cu_groups": batch.cu_groups, "ranks": batch.ranks, "weights": batch.numbers.get("weights")}
         elif isinstance(batch, StepBatch):
             given = {"labels": batch.step_labels}
         else:
@@ -133,6 +137,26 @@ def loader_of(path: str) -> Callable[..., LanguageModel]:
     if "TOKEN_CLS" in said or "ForTokenClassification" in said:
         return load_step_model
     return load_reward_model if "SEQ_CLS" in said or "ForSequenceClassification" in said else load_model
+
+
+def scores_steps(path: str) -> bool:
+    """Whether the folder holds a process reward model."""
+    return loader_of(path) is load_step_model
+
+
+def heads_of(path: str) -> int | None:
+    """How many heads an ensemble in one folder has; None for a single head, and for what is no reward model."""
+    adapters = Path(path) / WEIGHTS
+    if adapters.is_file():
+        with suppress(OSError, SafetensorError), safe_open(adapters, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith("score.weight")]
+            return shapes[0][0] if shapes and shapes[0][0] > 1 and "SEQ_CLS" in _kind_of(path) else None
+        return None
+    try:
+        names = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["id2label"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return len(names) if len(names) > 1 and all(str(name).startswith(HEAD) for name in names) else None
 
 
 def _kind_of(path: str) -> str:

@@ -14,6 +14,8 @@ from prefuse.engine.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MISTRALS = ("tekken*.json", "tokenizer.model.v*")  # files that mistral-common reads
+
 
 def apply_settings(tokenizer: "PreTrainedTokenizerBase", settings: TextSettings) -> None:
     """`chat_template` and `eos_token`: they are saved with the tokenizer."""
@@ -50,13 +52,29 @@ def shipped_templates() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.jinja"))}
 
 
-def refuse_foreign(tokenizer: object, path: str) -> None:
+def is_foreign(tokenizer: object) -> bool:
     """mistral-common's own tokenizers take whole requests and render no prompt apart from its answer."""
-    if type(tokenizer).__name__.startswith("MistralCommon"):
-        raise UserError(
-            f"the tokenizer of {path} is mistral-common's, which writes no prompt without its answer. Fix: save it as "
-            'a tokenizer of transformers, by its save_pretrained(folder, save_format="hf"), and give it a chat template'
+    return type(tokenizer).__name__.startswith("MistralCommon")
+
+
+def refuse_foreign(path: str, tokenizer: object = None) -> None:
+    """`tokenizer`: what was loaded, None where nothing could be."""
+    folder, file = Path(path), None
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        found = sorted(name for pattern in MISTRALS for name in folder.glob(pattern))
+        file = found[0].name if found else None
+    if not is_foreign(tokenizer) and (tokenizer is not None or file is None):
+        return
+    if file is None or file.endswith(".json"):
+        code = f"AutoTokenizer.from_pretrained('{path}').save_pretrained('FOLDER', save_format='hf')"
+        fix = (
+            "let transformers write it as one of its own, with a chat template, where a recent mistral-common is "
+            f'installed: python -c "from transformers import AutoTokenizer; {code}"; and put its files into {path}'
         )
+    else:
+        fix = f"rename {file} to tokenizer.model, which transformers reads, and give --chat_template"
+    what = f"mistral-common's{f' ({file})' if file else ''}"
+    raise UserError(f"the tokenizer of {path} is {what}, which writes no prompt without its answer. Fix: {fix}")
 
 
 def stop_at(model: nn.Module, tokens: Iterable[int]) -> None:

@@ -71,16 +71,20 @@ def _usage(config: Config, command: str) -> str:
 
 def _usage_of_scores(config: Config) -> str:
     run, base = str(Path(config.output_dir).resolve().name), config.model_name_or_path
-    auto = "AutoPeftModelForSequenceClassification" if config.use_peft else "AutoModelForSequenceClassification"
+    kind = "TokenClassification" if config.reward_loss == "steps" else "SequenceClassification"
+    auto = f"AutoPeftModelFor{kind}" if config.use_peft else f"AutoModelFor{kind}"
+    labels, use = 1, "score = model(**rows).logits[:, 0]  # one number a row, more is better"
+    if config.reward_loss == "steps":
+        labels, use = 2, "logits = model(**rows).logits  # (1, T, 2): read where a step's separator ends; 1 is right"
     lines = [
         "from transformers import AutoTokenizer"
         if config.use_peft
         else f"from transformers import {auto}, AutoTokenizer",
         f"from peft import {auto}" if config.use_peft else "",
         f"tokenizer = AutoTokenizer.from_pretrained({run!r})",
-        f"model = {auto}.from_pretrained({run!r}, num_labels=1).eval()",
+        f"model = {auto}.from_pretrained({run!r}, num_labels={labels}).eval()",
         'rows = tokenizer([prompt + answer], return_tensors="pt", padding=True)',
-        "score = model(**rows).logits[:, 0]  # one number a row, more is better",
+        use,
     ]
     about = f"The base model is `{base}`.\n\n" if config.use_peft else ""
     return about + "```python\n" + "\n".join(lines) + "\n```"

@@ -27,9 +27,8 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     if config.use_peft:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {run!r})"
     if command == "reward":
-        return "\n  ".join(
-            ["next:", *_merging(config), f"in Python: {load.replace('CausalLM', 'SequenceClassification')}"]
-        )
+        kind = "TokenClassification" if config.reward_loss == "steps" else "SequenceClassification"
+        return "\n  ".join(["next:", *_merging(config), f"in Python: {load.replace('CausalLM', kind)}"])
     how = {"sft": "--loss_type sft", "online": f"{against} --temperature 1"}.get(command, against)
     lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
     return "\n  ".join(["next:", *lines, *_merging(config), f"in Python: {load}"])

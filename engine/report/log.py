@@ -205,7 +205,7 @@ def duration(seconds: float) -> str:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]], lines: bool = True) -> None:
-    grid = Table(*header, title=title, show_lines=lines)
+    grid = Table(*header, title=Text(printable(title)), show_lines=lines)
     for row in rows:
         grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid, soft_wrap=False)

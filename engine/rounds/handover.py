@@ -90,8 +90,6 @@ class Handover:
         require_space(folder.parent, model_bytes(self.lm), "the weights for the server")
         with published_folder(folder) as aside:
             save_model(self.lm, self.tokenizer, aside, weights)
-            if self.lm.adapters is not None:  # where `from_pretrained` looks for what model it is
-                self.lm.model.config.save_pretrained(aside)
         self.written = folder
         self._wait()
         if kind == "transformers":

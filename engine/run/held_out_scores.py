@@ -53,7 +53,7 @@ def evaluate_scores(
     scores = ranks.sum_(scores)
     if steps:
         labels = torch.from_numpy(examples.right)
-        quality = {"ece": expected_calibration_error(torch.where(labels, scores, -scores))}
+        quality = {"ece": expected_calibration_error(torch.where(labels > 0.5, scores, -scores))}
         return _means(reward_loss(scores, loss, labels=labels)) | quality
     lengths = torch.from_numpy(examples.completions.lengths.astype(np.float64))
     places = torch.from_numpy(examples.ranks) if ranked else torch.arange(len(scores))  # less is better

@@ -28,6 +28,7 @@ from prefuse.engine.data.ragged import ranges
 from prefuse.engine.errors import OtherRankFailed, UserError
 from prefuse.engine.model.adapters import state_in_force
 from prefuse.engine.model.forward import LanguageModel, completion_logps
+from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import aside_of, clear_dead, file_faults_as_oserror, publish, sha256_of
 from prefuse.engine.run.ranks import ALONE, Ranks, whole
@@ -66,6 +67,7 @@ class Logps(Sequence):
         return bool(self.known[indices].all())
 
 
+@clock.part("reference")
 def reference_logps(
     lm: LanguageModel,
     examples: Examples,

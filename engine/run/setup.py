@@ -142,7 +142,7 @@ class FileRows:
     ) -> tuple[TrainingSet, HeldOut | None]:  # fmt: skip
         """The steps of the run, with all that the reference will be asked for."""
         _check_rows_fit(lm, examples, held, loss, config)
-        with contextlib.nullcontext() if _goes_on(config) else adapters_off(lm.model), clock.part("reference"):
+        with contextlib.nullcontext() if _goes_on(config) else adapters_off(lm.model):
             return meet_reference(lm, examples, held, loss, config, ranks)
 
 

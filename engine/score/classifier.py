@@ -24,12 +24,13 @@ from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import base_of, quiet
+from prefuse.engine.model.reward_model import heads_of
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
 from prefuse.engine.score.cache import Cache, json_digest
 from prefuse.engine.score.contract import Columns, NoScore, Scores, Text, by_answer
 from prefuse.models.flat import check_packing
-from prefuse.models.score import check_score, sequence_scores
+from prefuse.models.score import check_score, sequence_heads
 from prefuse.models.trunk import UnsupportedModel
 from prefuse.packing import pack
 
@@ -52,10 +53,19 @@ class Classifier:
         return by_answer(self._flat, prompts, answers, None)
 
     def _flat(self, prompts: list[Text], answers: list[str], columns: dict[str, list]) -> list[float | NoScore]:
+        found = self.numbers(prompts, answers)
+        return [own if isinstance(own, NoScore) else self._one_of(own) for own in found]
+
+    def _one_of(self, numbers: list[float]) -> float:
+        """The score, of the numbers that the model has for an answer."""
+        return numbers[0]
+
+    def numbers(self, prompts: list[Text], answers: list[str]) -> list[list[float] | NoScore]:
+        """What the model says of each answer; what it has said before is in the cache."""
         keys = [json_digest(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         known = [None if self.cache is None else self.cache.get(key) for key in keys]
-        found: list[float | NoScore] = [float("nan")] * len(answers)
-        ids: dict[int, list[int]] = {}
+        found: list[list[float] | NoScore] = [own if isinstance(own, list) else [own] for own in known]
+        ids: dict[int, Any] = {}
         asked = [i for i, value in enumerate(known) if value is None]
         tokens = self._tokens([prompts[i] for i in asked], [answers[i] for i in asked])
         for i, outcome in zip(asked, tokens, strict=True):
@@ -68,13 +78,13 @@ class Classifier:
         for part in progress(batches, f"scoring by {self.name}", len(batches)):
             groups = [[ids[i] for i in own] for own in part]
             run = self.shared(groups) if self.shares else self.logits([one for own in groups for one in own])
-            for i, value in zip([i for own in part for i in own], run.tolist(), strict=True):
-                found[i] = value
-                if self.cache is not None and value == value:
-                    self.cache.put(keys[i], value)
-        return [value if value is not None else own for value, own in zip(known, found, strict=True)]
+            for i, values in zip([i for own in part for i in own], run, strict=True):
+                found[i] = values
+                if self.cache is not None and all(value == value for value in values):
+                    self.cache.put(keys[i], values)
+        return found
 
-    def _batches(self, ids: dict[int, list[int]], prompts: list[str]) -> list[list[list[int]]]:
+    def _batches(self, ids: dict[int, Any], prompts: list[str]) -> list[list[list[int]]]:
         """Answers in groups, those of one prompt together, and groups in batches; the longest first."""
         groups: dict[str, list[int]] = {}
         for i in ids:
@@ -90,14 +100,18 @@ class Classifier:
         return batches
 
     @torch.no_grad()
-    def shared(self, groups: list[list[list[int]]]) -> Tensor:  # (B,)
+    def shared(self, groups: list[list[list[int]]]) -> list[list[float]]:
         """The same scores from one flat batch, in which what the sequences of a group begin with runs once."""
         device = next(self.model.parameters()).device
         packed = pack([part for own in groups for part in _parts(own)])
-        return sequence_scores(self.model, packed.to(device)).double().cpu()
+        return sequence_heads(self.model, packed.to(device)).double().tolist()
+
+    def logits(self, sequences: list[list[int]]) -> list[list[float]]:
+        return self._padded(sequences).tolist()
 
     @torch.no_grad()
-    def logits(self, sequences: list[list[int]]) -> Tensor:  # (B,)
+    def _padded(self, sequences: list[list[int]]) -> Tensor:  # (B, C), or (B, T, C) of tokens
+        """The model's own forward."""
         width = max(map(len, sequences))
         pad = self._padding(sequences)
         ids = torch.tensor([one + [pad] * (width - len(one)) for one in sequences])
@@ -106,7 +120,7 @@ class Classifier:
         before, config.pad_token_id = config.pad_token_id, pad  # the rule for the last token looks there
         try:
             device = next(self.model.parameters()).device
-            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].double().cpu()
+            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double().cpu()
         finally:
             config.pad_token_id = before
 
@@ -181,18 +195,22 @@ def load_classifier(
     path: str, device: torch.device, batch_size: int, cache_folder: Path | None, trust_remote_code: bool = False
 ) -> Classifier:
     """The reward model of a folder or of the hub: whole, or as adapters beside its base."""
-    from transformers import AutoTokenizer
-
-    model = _whole(path, trust_remote_code).to(device).eval()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"no tokenizer in {path}: {str(error).splitlines()[0]}") from None
+    model = load_whole(path, trust_remote_code).to(device).eval()
+    tokenizer = tokenizer_of(path, trust_remote_code)
     config = Path(path) / "config.yaml"
     own_rows = config.is_file() and is_of_a_run(config)
-    key = f"classifier {_digest_of(Path(path), model)} {own_rows}"
+    key = f"classifier {digest_of(Path(path), model)} {own_rows}"
     cache = Cache(cache_folder, key) if cache_folder is not None else None
     return Classifier(path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model))
+
+
+def tokenizer_of(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file of another's making makes transformers do
+        raise UserError(f"no tokenizer in {path}: {str(error).splitlines()[0]}") from None
 
 
 def can_share(model: Any) -> bool:
@@ -208,51 +226,51 @@ def can_share(model: Any) -> bool:
     return True
 
 
-def _whole(path: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForSequenceClassification
+def load_whole(path: str, trust_remote_code: bool, *, steps: bool = False) -> Any:
+    """A model with a head for scores, of answers or of steps; adapters are merged into their base."""
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+    auto = AutoModelForTokenClassification if steps else AutoModelForSequenceClassification
     base = base_of(Path(path))
     if base is not None:
-        return _with_adapters(path, base, trust_remote_code)
+        return _with_adapters(auto, path, base, trust_remote_code)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, output_loading_info=True, trust_remote_code=trust_remote_code
-        )
+        model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
         raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
         raise UserError(
             f"{path} is no reward model: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; expected a "
-            "folder of AutoModelForSequenceClassification, as `prefuse reward` and TRL's RewardTrainer leave it"
+            f"folder of {auto.__name__}, as `prefuse reward` and TRL's reward trainers leave it"
         )
-    if model.config.num_labels != 1:
-        raise UserError(f"{path} has {model.config.num_labels} labels: expected a reward model with num_labels 1")
+    labels = model.config.num_labels
+    if labels > 2 if steps else labels != (heads_of(path) or 1):
+        wanted = "a process reward model with num_labels 2" if steps else "a reward model with num_labels 1"
+        raise UserError(f"{path} has {labels} labels: expected {wanted}")
     return model
 
 
-def _with_adapters(path: str, base: str, trust_remote_code: bool) -> Any:
+def _with_adapters(auto: Any, path: str, base: str, trust_remote_code: bool) -> Any:
     """The base with a score head, and the adapters merged into it."""
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
 
     try:
+        labels = heads_of(path) or 1
         with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn, and then read from the folder
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, trust_remote_code=trust_remote_code
-            )
+            model = auto.from_pretrained(base, num_labels=labels, trust_remote_code=trust_remote_code)
         with quiet():
             return PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:  # whatever files of another's making make peft and transformers do
         raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
 
 
-def _digest_of(folder: Path, model: Any) -> str:
+def digest_of(folder: Path, model: Any) -> str:
     """Of all files that decide a score; for a name of the hub, of the weights in memory."""
     if folder.is_dir():
         kinds = (".safetensors", ".json", ".jinja", ".model", ".bin")
         files = [file for file in sorted(folder.iterdir()) if file.suffix in kinds]
         base = base_of(folder)
-        below = "" if base is None or not Path(base).is_dir() else _digest_of(Path(base), model)
+        below = "" if base is None or not Path(base).is_dir() else digest_of(Path(base), model)
         return json_digest([[file.name, sha256_of(file)] for file in files], below)
     content = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

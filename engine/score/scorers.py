@@ -1,6 +1,6 @@
 """One setting -> a scorer.
 
---scorer reward_folder                     a reward model
+--scorer reward_folder                     a reward model, of answers or of steps
 --scorer reward_a reward_b --scorer_combine min      an ensemble
 --scorer rewards.py:helpful                a function with TRL's signature
 --scorer math=solution                     a rule (rules.py has the list)
@@ -45,12 +45,19 @@ def _one(spec: str, config: Config, device: torch.device) -> Scorer:
     if re.search(r"\.py:\w+$", spec):
         return load_function(spec, config.scorer_timeout)
     if Path(spec).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
-        from prefuse.engine.score.classifier import load_classifier
-
-        return load_classifier(
-            spec, device, config.per_device_eval_batch_size, cache_folder(config.score_cache), config.trust_remote_code
-        )
+        return _reward_model(spec, config, device)
     raise UserError(
         f"scorer {spec}: expected a reward model's folder, FILE.py:FUNCTION, judge=FOLDER, judge=URL#MODEL, or a rule: "
         f"{', '.join(RULES)} (docs/evaluation.md)"
     )
+
+
+def _reward_model(path: str, config: Config, device: torch.device) -> Scorer:
+    from prefuse.engine.model.reward_model import scores_steps
+    from prefuse.engine.score.classifier import load_classifier
+    from prefuse.engine.score.steps import load_step_classifier
+
+    rest = (config.per_device_eval_batch_size, cache_folder(config.score_cache), config.trust_remote_code)
+    if scores_steps(path):
+        return load_step_classifier(path, device, config.scorer_steps, config.separator(), *rest)
+    return load_classifier(path, device, *rest)

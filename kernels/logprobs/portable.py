@@ -260,14 +260,15 @@ def _whole_rows(head: SlicedHead, hidden: Tensor, kept: Tensor | None, dkept: Te
 
 def _backward_kept(head: SlicedHead, hidden: Tensor, targets: Tensor, row: RowGrads, needs: Needs) -> Gradients:
     """`backward` with every row kept; dhidden is this rank's part, in the accumulator's dtype."""
-    rows = list(row_blocks(len(hidden), head.rows))
-    places = [Targets(targets[at], head) for at in rows]
     x = operand(hidden, head.dtype)
+    # Of each row tile, made ready for all slices.
+    tiles = [(x[at], Targets(targets[at], head), row[at]) for at in row_blocks(len(hidden), head.rows)]
 
     def dlogits(dz: Tensor, i: int, part: tuple) -> None:
         first, w, b = part
-        z = head.logits(x[rows[i]], w, b, out=dz[: rows[i].stop - rows[i].start])
-        _dlogits_(z, head, places[i].inside(first), row[rows[i]])
+        x, places, row = tiles[i]
+        z = head.logits(x, w, b, out=dz[: len(x)])
+        _dlogits_(z, head, places.inside(first), row)
 
     return backward_slices(head, hidden, needs, head.slices(), dlogits)
 

@@ -84,6 +84,18 @@ def test_steps_are_binary_cross_entropy():
     assert (accuracy, count) == (sum((s > 0) == r for s, r in zip(SCORES.tolist(), LABELS.tolist(), strict=True)), 12)
 
 
+def test_soft_labels_of_steps_are_a_cross_entropy():
+    shares = torch.linspace(0, 1, len(SCORES), dtype=torch.float64)
+    out = prefuse.reward_loss(SCORES, StepReward(), labels=shares)
+    pairs = zip(SCORES.tolist(), shares.tolist(), strict=True)
+    expected = [y * math.log1p(math.exp(-s)) + (1 - y) * math.log1p(math.exp(s)) for s, y in pairs]
+    torch.testing.assert_close(out.losses, torch.tensor(expected), rtol=1e-6, atol=0)
+    whole = prefuse.reward_loss(SCORES, StepReward(), labels=LABELS.double())
+    torch.testing.assert_close(whole.loss, prefuse.reward_loss(SCORES, StepReward(), labels=LABELS).loss)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        prefuse.reward_loss(SCORES, StepReward(), labels=shares + 0.5)
+
+
 @pytest.mark.parametrize(
     "loss",
     [BradleyTerry(0.1, 0.2), PlackettLuce(0.1), AllPairs(0.1, 0.2), StepReward()],

@@ -1,4 +1,4 @@
-"""Ranks that die, drift apart, or are told to stop alone: the others end too, and a resumed run ends alike."""
+"""Ranks that die, drift apart, are told to stop alone, or live on two days: all end, and a resumed run ends alike."""
 
 import os
 import signal
@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from kill_resume import LAUNCHERS_GRACE, Server, command, kill_trials, result
+from prefuse.engine.data.cache import FEWEST_BYTES
 from prefuse.engine.run.checkpoint import latest_checkpoint
 from tiny_run import PAIRS, save_model, weights, write_rows
+from tiny_tokenizer import CHATML
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,42 @@ def test_two_ranks_agree_to_stop_when_one_is_told_and_go_on_alike(files, server,
     assert server.run([*argv("told"), "--resume"], 2, tmp_path / "log", noise=True) == [0, 0]
     assert f"from {tmp_path / 'told' / newest}" in (tmp_path / "log.0").read_text()
     assert result(tmp_path / "told") == result(tmp_path / "straight")
+
+
+def chat(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def test_the_first_day_of_a_run_holds_on_a_rank_behind_midnight_and_after_a_resume(server, tmp_path):
+    """The template prints the date. `days`: what the calendars of both ranks show."""
+    rows = [
+        {"prompt": chat("user", x["prompt"])} | {side: chat("assistant", x[side]) for side in ("chosen", "rejected")}
+        for x in PAIRS
+    ]
+    model = save_model(tmp_path / "model", chat_template="{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    dated = {"model": model, "pairs": write_rows(tmp_path / "rows.jsonl", rows)}
+    with open(dated["pairs"], "a") as file:
+        file.write(" " * FEWEST_BYTES)  # blanks make it long enough to be cached
+    caches = {"dataset_cache": tmp_path / "ids", "reference_cache": tmp_path / "logps", "max_length": 128}
+
+    def argv(name, **changes):
+        return command(dated, tmp_path / name, save_total_limit=0, max_steps=4, **caches, **changes)
+
+    assert server.run(argv("first", template_date="2026-02-28"), 2, tmp_path / "log") == [0, 0]
+    pids = server.start(argv("run"), 2, tmp_path / "log", slow=0.1, days=["2026-02-28", "2026-03-01"])
+    wait_for(tmp_path / "run/checkpoint-2/manifest.json")
+    os.kill(pids[0], signal.SIGTERM)
+    assert 0 not in server.wait(pids, LAUNCHERS_GRACE)
+    assert not (tmp_path / "run/model.safetensors").exists()
+    next_day = ["2026-03-01", "2026-03-01"]
+    assert server.run([*argv("run"), "--resume"], 2, tmp_path / "log", days=next_day) == [0, 0]
+    assert result(tmp_path / "run") == result(tmp_path / "first")
+    assert "template_date: '2026-02-28'" in (tmp_path / "run/config.yaml").read_text()
+    assert len(list((tmp_path / "ids").iterdir())) == 1  # read once: the day is a part of the key, the clock is not
+
+    assert server.run(argv("next"), 2, tmp_path / "log", days=next_day) == [0, 0]
+    assert result(tmp_path / "next") != result(tmp_path / "first")  # or the date would not be seen at all
+    assert len(list((tmp_path / "ids").iterdir())) == 2
 
 
 def test_a_rank_left_alone_ends_with_a_message(files, server, tmp_path):

@@ -1,4 +1,5 @@
-"""docs/evaluation.md: its Python runs, its commands have the flags shown, and every setting of scoring is named."""
+"""docs/evaluation.md: its Python runs, its commands have the flags shown, and every setting of scoring is named. The
+commands of docs/rewards.md have the flags shown too."""
 
 import dataclasses
 import re
@@ -13,8 +14,9 @@ from prefuse.engine.config.settings import validate
 from prefuse.engine.score.rules import RULES
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [shlex.split(line) for block in SHELL for line in block.strip().splitlines()]
+REWARDS = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"```bash\n(.*?)```", PAGE + REWARDS, re.DOTALL)
+COMMANDS = [shlex.split(line) for block in SHELL for line in block.strip().splitlines() if " bench " not in line]
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -277,6 +277,47 @@ def test_a_run_on_rankings(loss, model, tmp_path):
         reward(model, path, tmp_path / "x", reward_loss="plackett_luce", label_smoothing=0.1)
 
 
+WEIGHTED = [
+    pair | {"margin": margin, "weight": weight}
+    for pair, margin, weight in zip(PAIRS, (0.0, 1.5, -0.5, 3.0), (1.0, 2.0, 0.0, 0.25), strict=False)
+]
+
+
+def test_margins_and_weights_of_rows_reach_the_loss(model, tmp_path, capsys):
+    """-w log sigmoid(s_chosen - s_rejected - margin), a mean over the rows whose weight is not 0."""
+    config = reward(model, write_rows(tmp_path / "rows.jsonl", WEIGHTED), tmp_path / "run", eval_fraction=0.0)
+    config = dataclasses.replace(config, max_steps=1)
+    train(config, "reward")
+    assert "margin" in capsys.readouterr().out
+    tokenizer, losses = load_tokenizer(model), []
+    own = load_reward_model(model, config, CPU).model.double()
+    for row in WEIGHTED:
+        if row["weight"]:
+            texts = [row["prompt"] + row[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+            scores = [own(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts]
+            losses.append(-row["weight"] * torch.nn.functional.logsigmoid(scores[0] - scores[1] - row["margin"]))
+    expected = torch.stack(losses).mean().item()
+    assert read_log(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["plackett_luce", "all_pairs"])
+def test_weights_of_rankings_reach_the_loss(loss, model, tmp_path):
+    rows = [row | {"weight": 1.0 + i % 3} for i, row in enumerate(RANKED[:4])]
+    config = reward(model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", reward_loss=loss)
+    config = dataclasses.replace(config, max_steps=1, eval_fraction=0.0)
+    train(config, "reward")
+    tokenizer, losses = load_tokenizer(model), []
+    own = load_reward_model(model, config, CPU).model.double()
+    for row in rows:  # each alone, by transformers
+        texts = [row["prompt"] + answer + tokenizer.eos_token for answer in row["responses"]]
+        scores = torch.stack([own(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+        ranks = torch.tensor([sum(other > score for other in row["scores"]) for score in row["scores"]])
+        groups = torch.tensor([0, len(texts)])
+        alone = prefuse.reward_loss(scores, config.scores_loss(), cu_groups=groups, ranks=ranks).loss.item()
+        losses.append(row["weight"] * alone)
+    assert read_log(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 def test_guards_of_scores():
     guards = Guards(reward("m"))
     sound = {

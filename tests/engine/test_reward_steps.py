@@ -26,7 +26,7 @@ ROWS = [
 BAD = [
     {"prompt": "what?", "completions": ["a", "b"], "labels": [True]},
     {"prompt": "what?", "completions": [], "labels": []},
-    {"prompt": "what?", "completions": ["a"], "labels": [0.5]},
+    {"prompt": "what?", "completions": ["a"], "labels": [1.5]},
     {"prompt": [], "completions": ["a"], "labels": [True]},
 ]
 
@@ -44,6 +44,14 @@ def rows(tmp_path_factory):
 def config_of(model, rows="d", out="o", **changes):
     base = {"model_name_or_path": str(model), "dataset_name": rows, "output_dir": str(out), "reward_loss": "steps"}
     return settings("reward", **base | {"eval_fraction": 0.3, "num_train_epochs": 6.0} | changes)
+
+
+def test_a_column_of_text_that_nothing_reads_stops_the_run(model, tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"system": "Be brief.", "id": "a1"} for row in ROWS])
+    with pytest.raises(DataError, match=r'"system" holds text, .* Fix: put it into prompt; or --columns unused=system'):
+        load_steps(path, "train", load_tokenizer(model), config_of(model))
+    load_steps(path, "train", load_tokenizer(model), config_of(model, columns="unused=system"))
+    assert "columns not used: system, id" in capsys.readouterr().out
 
 
 def test_a_row_is_its_prompt_and_its_steps_with_a_score_behind_each(model, rows, tmp_path):
@@ -71,7 +79,7 @@ def test_bad_rows_are_named_and_counted(model, tmp_path):
     path = write_rows(tmp_path / "bad.jsonl", [*ROWS, *BAD])
     _, skipped = load_steps(path, "train", load_tokenizer(model), config_of(model))
     assert [skip.row for skip in skipped] == [f"bad.jsonl:{n}" for n in range(13, 17)]
-    assert "2 booleans, one for each step" in skipped[0].reason
+    assert "2 booleans or shares of 1, one for each step" in skipped[0].reason
     with pytest.raises(DataError, match="has no column completions"):
         load_steps(write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "labels": [True]}]), "train",
                    load_tokenizer(model), config_of(model))  # fmt: skip
@@ -93,6 +101,7 @@ def test_a_run_learns_and_transformers_reads_it(lora, model, rows, tmp_path):
     assert steps[-1]["loss"] < 0.05
     assert steps[-1]["accuracy"] == 1.0
     assert loader_of(out) is load_step_model
+    assert "ForTokenClassification.from_pretrained('run', num_labels=2)" in (out / "README.md").read_text()
     assert not (out / "held_out_scores.jsonl").exists()  # steps have no pair to show
     tokenizer = AutoTokenizer.from_pretrained(out)
     read = AutoPeftModelForTokenClassification if lora else AutoModelForTokenClassification

@@ -8,11 +8,12 @@ import transformers
 from datasets import Dataset
 
 import trainer_runs
+from kill_resume import Server
 from prefuse.engine import cli
 from prefuse.models.router import hidden_and_balance, router_of
 from prefuse.models.trunk import UnsupportedModel
 from prefuse.packing import pack, padded
-from tiny_run import LABELLED, PAIRS, SHAPE, read_log, save_model, write_rows
+from tiny_run import LABELLED, PAIRS, SHAPE, read_log, save_model, weights, write_rows
 
 SETTINGS = {"vocab_size": 300, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1}
 MIXTRAL = SETTINGS | SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
@@ -38,6 +39,7 @@ def run(model, tmp_path, rows, command="train", *, name="run", **changes):
     flags |= {"learning_rate": 1e-3, "warmup_ratio": 0, "adam_epsilon": 1e-3, "logging_steps": 1}
     flags |= {"num_train_epochs": 3, "per_device_train_batch_size": 8} | changes
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    (tmp_path / f"{name}.argv").write_text("\n".join(words))
     assert cli.main([command, *words]) == 0
     return tmp_path / name
 
@@ -132,6 +134,30 @@ def test_the_same_however_a_step_is_cut_but_for_what_its_definition_says(model, 
     assert flat["aux_loss"] == pytest.approx(whole["aux_loss"], rel=1e-6)  # both microbatches fit one flat batch
     assert rows["aux_loss"] == pytest.approx(whole["aux_loss"], rel=0.01)  # a product of two means: not linear
     assert rows["aux_loss"] != pytest.approx(whole["aux_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_update_of_one_process(model, tmp_path):
+    """The same microbatches on both ranks as one behind the other."""
+    flags = {"output_router_logits": "true", "padding_free": "false", "per_device_train_batch_size": 2}
+    flags |= {"num_train_epochs": 2, "eval_dataset": write_rows(tmp_path / "held.jsonl", PAIRS[8:])}
+    one = run(model, tmp_path, PAIRS[:8], name="one", gradient_accumulation_steps=2, **flags)
+    words = (tmp_path / "one.argv").read_text().split("\n")
+    alone, server = read_log(one), Server()
+    for parallel in ("ddp", "fsdp"):
+        two = tmp_path / parallel
+        argv = ["train", *words, "--parallel", parallel]
+        argv[argv.index(str(one))], argv[argv.index("--gradient_accumulation_steps") + 1] = str(two), "1"
+        assert server.run(argv, 2, tmp_path / "log") == [0, 0], (tmp_path / "log.0").read_text()
+        together = read_log(two)
+        assert [row["step"] for row in alone] == [row["step"] for row in together]
+        for row, other in zip(alone, together, strict=True):
+            for name in {"loss", "aux_loss", "grad_norm", "eval_loss", "eval_aux_loss"} & row.keys():
+                assert other[name] == pytest.approx(row[name], rel=1e-5), (name, row["step"])
+        for name, value in weights(one).items():
+            torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-5)
+    assert {"aux_loss", "eval_aux_loss"} <= set().union(*alone)
+    server.close()
 
 
 def test_held_out_rows_have_it_too(model, tmp_path):

@@ -65,9 +65,3 @@ def test_greedy_answers_are_those_of_this_process(server, tmp_path):
     ended = [(a, b) for a, b in zip(served, here, strict=True) if a.round_trip and a.stopped == b.stopped]
     assert len(ended) > len(here) / 2
     assert all(tokenizer.decode(a.ids) == tokenizer.decode(b.ids) for a, b in ended)
-
-
-def test_adapters_are_served_beside_their_base(server, tmp_path):
-    model, at = server
-    steps = online(model, tmp_path, max_steps=2, use_peft=True, lora_r=2, learning_rate=0.05, **at)
-    assert [line["staleness"] for line in steps] == [0, 0]

@@ -1,6 +1,7 @@
 """Where answers end: the token that ends trained answers is known, learned last, saved, and stops generation."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,21 +103,36 @@ def test_the_settings_of_template_and_eos_are_saved_with_the_tokenizer(tmp_path)
         load_tokenizer(model, settings(**vars(config) | {"eos_token": "<x>"}))
 
 
-def test_a_tokenizer_of_mistral_common_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_tokenizers_of_mistral_common_are_refused_in_one_line_with_the_fix(tmp_path, monkeypatch):
+    """Whether mistral-common is there, and loads them, or not. What the fix writes is read: test_tokens_text.py."""
+
     class MistralCommonBackend:
         pass
 
-    model = save_model(tmp_path / "model")
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: MistralCommonBackend())
-    with pytest.raises(UserError, match=r"is mistral-common's.* Fix: save it as a tokenizer of transformers"):
-        load_tokenizer(model)
-
     def lacking(*_, **__):
-        raise ImportError("MistralCommonBackend requires mistral-common\nand more")
+        raise ImportError("MistralConverter requires mistral-common\nand more")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lacking)
-    with pytest.raises(UserError, match=r"no tokenizer in .*: MistralCommonBackend requires mistral-common$"):
-        load_tokenizer(model)
+    model, real = Path(save_model(tmp_path / "model")), AutoTokenizer.from_pretrained
+    first = lambda path, *, mistral_format=True, **more: (  # noqa: E731
+        MistralCommonBackend() if mistral_format else real(path, **more)
+    )
+    (model / "tekken.json").write_text("{}")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", first)
+    assert load_tokenizer(str(model)).eos_token == "</s>"  # transformers' own stands beside it
+    (model / "tekken.json").unlink()
+    (model / "tokenizer.json").unlink()
+    for name, fix in (
+        ("tekken.json", r"save_pretrained\('FOLDER', save_format='hf'\)\"; and put its files into .*model"),
+        ("tokenizer.model.v3", "rename tokenizer.model.v3 to tokenizer.model, .* and give --chat_template"),
+    ):
+        (model / name).write_text("{}")
+        for loads in (lambda *_, **__: MistralCommonBackend(), lacking):
+            monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads)
+            with pytest.raises(UserError, match=rf"is mistral-common's \({name}\), .*without its answer. Fix: .*{fix}"):
+                load_tokenizer(str(model))
+        (model / name).unlink()
+    with pytest.raises(UserError, match=r"no tokenizer in .*: MistralConverter requires mistral-common$"):
+        load_tokenizer(str(model))
 
 
 # The base model's EOS is </s>; the template ends turns with <|im_end|>. Three rows, learned by heart.

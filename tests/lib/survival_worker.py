@@ -1,9 +1,10 @@
 """A server that forks ranks of runs: the libraries are imported once, so a start costs a fraction of a second.
 
 Each line on stdin is JSON: {"argv": [...], "size": k, "store": path, "log": path, and "noise", "slow" and "drift" if
-wanted}. It starts k ranks with the `prefuse` command line `argv` and answers with their process ids; with "launch" it
-starts one process instead, the command as a user gives it, whose `--nproc` then forks ranks too and writes their
-process ids to LOG.pids. {"wait": [pids]} answers with exit codes (negative: killed by that signal).
+wanted, and "days": what each rank's calendar shows}. It starts k ranks with the `prefuse` command line `argv` and
+answers with their process ids; with "launch" it starts one process instead, the command as a user gives it, whose
+`--nproc` then forks ranks too and writes their process ids to LOG.pids. {"wait": [pids]} answers with exit codes
+(negative: killed by that signal).
 
 "phase", with "nth" and "marker": when a rank comes to that part of a run for the nth time, it makes the file `marker`
 and takes its time, so that it can be killed there.
@@ -145,6 +146,8 @@ def start(rank: int, order: dict) -> int:
         prepare(order)
         if order.get("drift") and rank == 1:
             drift()
+        if order.get("days"):
+            live_on(order["days"][rank])
         code = run(order["argv"])
     finally:
         _end(code)
@@ -206,6 +209,18 @@ def drift() -> None:
         return result
 
     train.optimizer_step = drifting
+
+
+def live_on(day: str) -> None:
+    """Today is that day."""
+    import datetime
+
+    class Date(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(day)
+
+    datetime.date = Date
 
 
 def main() -> None:
