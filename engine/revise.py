@@ -50,7 +50,7 @@ def revise(config: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)
     values = columns_of_rows(config, prompts, columns)
-    writer = Sampler(source_of(config, tokenizer, device, prompts), scorer, values)
+    writer = Sampler(source_of(config, tokenizer, device), scorer, values)
     drafts = [Draft(prompt) for prompt in prompts]
     say_each(writer, drafts, "answers", [prompt.ids for prompt in prompts], config)
     for number in range(config.num_revisions):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.sampling import Answer, Shape, sample
 from prefuse.engine.score.contract import Scorer, say_reasons
 
@@ -23,6 +24,9 @@ class AnswerSource(Protocol):
 
     def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
         """(P, count)"""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """UserError if one of them is too long, where that is known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class OwnModel:
             continuous=self.continuous, what=what,
         )  # fmt: skip
         return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_prompts(self.lm, [p.ids for p in prompts], [p.row for p in prompts], self.shape.max_new_tokens)
 
 
 @dataclass(frozen=True)

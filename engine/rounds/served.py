@@ -26,7 +26,6 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.encode import Encoder, continuation
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import load_model
 from prefuse.engine.model.sampling import Answer, Shape, ending_tokens, shape_of
 from prefuse.engine.report.log import progress, say
@@ -96,6 +95,9 @@ class Served:
     def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
         model = self.model()
         return self.ranks.together(lambda: self._answers(model, prompts, count, seed, what))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """The server says itself what it does not take."""
 
     def _answers(
         self, model: str, prompts: Sequence[Prompt], count: int, seed: int, what: str
@@ -198,15 +200,11 @@ def served_by(config: Config, tokenizer: Any, shape: Shape, stops: list[int], mo
     return source
 
 
-def source_of(config: Config, tokenizer: Any, device: torch.device, prompts: Sequence[Prompt]) -> AnswerSource:
-    """Answers of model_name_or_path: by the server that has it, or loaded here and asked whether it takes the prompts.
-
-    For `label` and `revise`.
-    """
+def source_of(config: Config, tokenizer: Any, device: torch.device) -> AnswerSource:
+    """Answers of model_name_or_path, by the server that has it or loaded here, for `label` and `revise`."""
     if config.server_type is not None:
         return sampling_server(config, tokenizer)
     lm = load_model(config.model_name_or_path, config, device)
-    check_prompts(lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
     continuous = config.use_transformers_continuous_batching
     return OwnModel(lm, tokenizer, shape_of(config), config.per_device_eval_batch_size, False, continuous)
 

@@ -24,10 +24,9 @@ from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.steps import SEPARATOR, encoded, solution, steps_of
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_tokenizer
 from prefuse.engine.report.log import print_table, say
-from prefuse.engine.rounds.sampler import OwnModel, Sampler, seed_of, texts_of
+from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.rounds.served import source_of
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.contract import Scorer, Text
@@ -56,7 +55,7 @@ def label_steps(config: Config, scorer: Scorer) -> dict[str, float]:
         raise UserError(f"{scorer.name} compares: labels of steps need a scorer that says whether one answer is right")
     device, separator = device_of(config), config.separator() or SEPARATOR
     tokenizer = load_tokenizer(config.model_name_or_path, config)
-    sampler = Sampler(source_of(config, tokenizer, device, []), scorer, {})
+    sampler = Sampler(source_of(config, tokenizer, device), scorer, {})
     solved, skipped = read_solved(config, sampler, separator)
     shares, lost = shares_of(solved, sampler, config, separator)
     rows = []
@@ -101,9 +100,7 @@ def shares_of(
     asked = [place for place in places if place[1] + 1 < len(solved[place[0]].steps)]
     names = [f"{solved[p].row}, step {s + 1}" for p, s in places]
     starts = [Prompt(solved[p].ids[s], "", f"{solved[p].row}, step {s + 1}", solved[p].prompt) for p, s in asked]
-    if isinstance(sampler.source, OwnModel):
-        names_of = [start.row for start in starts]
-        check_prompts(sampler.source.lm, [start.ids for start in starts], names_of, config.max_new_tokens)
+    sampler.source.check(starts)
     seed = seed_of(config.seed, "steps")
     said = texts_of(sampler.sample(starts, config.num_generations, seed, "rollouts")) if starts else []
     goes_on = dict(zip(asked, said, strict=True))
@@ -188,7 +185,7 @@ def _answered(
     ]
     if not prompts:
         return {}
-    check_prompts(sampler.lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
+    sampler.source.check(prompts)
     said = sampler.sample(prompts, 1, seed_of(config.seed, "solutions"), "answers")
     say(f"{len(prompts)} rows have a prompt alone: the model answers them, and its answers are labelled")
     return {prompt.row: own[0].text for prompt, own in zip(prompts, said, strict=True)}
