@@ -249,10 +249,12 @@ class Rounds:
         samples = self.sampler.sample(own, self.config.num_generations, seed, f"round {number}: sampling")
         texts, names = texts_of(samples), ("ids", "stopped", "round_trip")
         ids, *flags = ([[getattr(one, name) for one in group] for group in samples] for name in names)
-        scores = self.sampler.score(chosen, own, texts)
+        scores = self.sampler.scores(chosen, own, texts)
         weights = step if self.handover is None else self.handover.served_step
-        made = Round(number, step, seed, chosen, [p.row for p in own], ids, texts, *flags, scores, weights)
-        return replace(made, sampler_logps=logps_of_sampler(samples))
+        made = Round(
+            number, step, seed, chosen, [p.row for p in own], ids, texts, *flags, scores.values, weights=weights
+        )
+        return replace(made, sampler_logps=logps_of_sampler(samples), parts=dict(scores.parts))
 
     def with_logps(self, made: Round) -> Round:
         """Log-probabilities of the policy and of the reference, where the loss, the reward or the KL reads them."""

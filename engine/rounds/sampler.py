@@ -14,7 +14,7 @@ from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.sampling import Answer, Shape, sample
-from prefuse.engine.score.contract import Scorer, say_reasons
+from prefuse.engine.score.contract import Scorer, Scores, say_reasons
 
 
 class AnswerSource(Protocol):
@@ -62,7 +62,11 @@ class Sampler:
         return self.source.answers(prompts, count, seed, what)
 
     def score(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Tensor:
-        """(P, K); `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
+        """(P, K)"""
+        return self.scores(chosen, prompts, texts).values
+
+    def scores(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Scores:
+        """Of (P, K) texts; `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
         columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
         scores = self.scorer.score([prompt.raw for prompt in prompts], texts, columns)
         reasons = [reason for row in scores.reasons for reason in row]
@@ -70,7 +74,7 @@ class Sampler:
             f"{prompt.row}#{k}" for prompt, row in zip(prompts, scores.reasons, strict=True) for k in range(len(row))
         ]
         say_reasons(self.scorer.name, reasons, names)
-        return scores.values
+        return scores
 
 
 def texts_of(answers: Sequence[Sequence[Answer]]) -> list[list[str]]:

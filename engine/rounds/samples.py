@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Round:
     stopped: list[list[bool]]  # (P, K) False: cut off
     round_trip: list[list[bool]]  # (P, K) False: the ids are not those that a server sampled
     scores: Tensor  # (P, K) float64, NaN: no score
+    parts: dict[str, Tensor] = field(default_factory=dict)  # {name: (P, K)} of several scorers, each by itself
     weights: int = 0  # optimizer steps that the weights had that sampled; a server may lag behind
     old_logps: Tensor | None = None  # (N,) of all answers end to end, at the sampling temperature
     ref_logps: Tensor | None = None  # (N,)
@@ -84,6 +85,7 @@ def save_round(folder: Path, made: Round, ranks: Ranks) -> None:
         {
             "row": made.rows[p], "prompt": made.prompts[p], "answers": made.texts[p], "stopped": made.stopped[p],
             "round_trip": made.round_trip[p], "scores": [None if x != x else x for x in made.scores[p].tolist()],
+            "parts": {name: [None if x != x else x for x in part[p].tolist()] for name, part in made.parts.items()},
             "ids": made.ids[p],
         }
         for p in range(len(made.prompts))
@@ -102,15 +104,20 @@ def load_round(folder: Path, number: int, step: int, seed: int, prompts: Sequenc
         tensors = load_file(path.with_suffix(".safetensors")) if head["tensors"] else {}
         if (head["step"], head["seed"], [row["prompt"] for row in rows]) != (step, seed, list(prompts)):
             return None
-        scores = [[float("nan") if x is None else x for x in row["scores"]] for row in rows]
+        scores = numbers_of([row["scores"] for row in rows])
+        parts = {name: numbers_of([row["parts"][name] for row in rows]) for name in rows[0]["parts"]}
         made = Round(
             number, step, seed, list(prompts), [row["row"] for row in rows], [row["ids"] for row in rows],
             [row["answers"] for row in rows], [row["stopped"] for row in rows], [row["round_trip"] for row in rows],
-            torch.tensor(scores, dtype=torch.float64), head["weights"],
+            scores, parts, head["weights"],
         )  # fmt: skip
         return replace(made, **{name: tensors[name] for name in head["tensors"]})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
+
+
+def numbers_of(rows: list[list[float | None]]) -> Tensor:  # (P, K)
+    return torch.tensor([[float("nan") if x is None else x for x in row] for row in rows], dtype=torch.float64)
 
 
 def forget_tensors(folder: Path, before: int) -> None:

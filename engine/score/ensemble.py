@@ -1,4 +1,5 @@
-"""Several scorers as one: the mean, the minimum, or the mean minus a multiple of the spread (arXiv 2310.02743).
+"""Several scorers as one: the mean, the minimum, the mean minus a multiple of the spread (arXiv 2310.02743), or a
+weighted sum of several objectives.
 
 The scores of members that differ in scale should be brought to one before they are combined; members of one kind (the
 seeds of a reward model) have one.
@@ -16,16 +17,20 @@ from prefuse.engine.score.contract import Columns, NoScore, Scorer, Scores, Text
 @dataclass(frozen=True)
 class Ensemble:
     members: tuple[Scorer, ...]
-    how: str = "mean"  # "mean", "min" or "mean_minus_std"
+    how: str = "mean"  # "mean", "min", "mean_minus_std" or "sum"
     spread_weight: float = 1.0  # c of mean - c * std
+    weights: tuple[float, ...] = ()  # of the sum
 
     @property
     def name(self) -> str:
-        return f"{self.how} of {', '.join(member.name for member in self.members)}"
+        weights = [f"{weight:g} " for weight in self.weights] or [""] * len(self.members)
+        named = [f"{weight}{member.name}" for weight, member in zip(weights, self.members, strict=True)]
+        return f"{self.how} of {', '.join(named)}"
 
     @property
     def key(self) -> str:
         weight = f" {self.spread_weight}" if self.how == "mean_minus_std" else ""
+        weight += f" {self.weights}" if self.weights else ""
         return f"{self.how}{weight} of ({'; '.join(member.key for member in self.members)})"
 
     @property
@@ -37,12 +42,17 @@ class Ensemble:
     ) -> Scores:
         """An answer that one member has no score for has none: the others would be another ensemble."""
         found = [member.score(prompts, answers, columns) for member in self.members]
-        values = combined(torch.stack([scores.values for scores in found]), self.how, self.spread_weight)
+        stacked = torch.stack([scores.values for scores in found])
+        if self.how == "sum":
+            values = torch.einsum("m,mpk->pk", stacked.new_tensor(self.weights), stacked)
+        else:
+            values = combined(stacked, self.how, self.spread_weight)
         reasons = [
             [self._first([scores.reasons[p][k] for scores in found]) for k in range(values.shape[1])]
             for p in range(len(prompts))
         ]
-        return Scores(values, reasons)
+        parts = {member.name: scores.values for member, scores in zip(self.members, found, strict=True)}
+        return Scores(values, reasons, parts)
 
     def _first(self, reasons: list[NoScore | None]) -> NoScore | None:
         for member, reason in zip(self.members, reasons, strict=True):
