@@ -66,7 +66,8 @@ class Sampler:
         return self.scores(chosen, prompts, texts).values
 
     def scores(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Scores:
-        """Of (P, K) texts; `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
+        """Of (P, K) texts; `chosen` are the prompts' places in the columns. Those without a score are named, with the
+        reason."""
         columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
         scores = self.scorer.score([prompt.raw for prompt in prompts], texts, columns)
         reasons = [reason for row in scores.reasons for reason in row]

@@ -101,7 +101,8 @@ def test_what_a_resumed_run_may_differ_in():
         "epsilon", "epsilon_high", "delta", "kl_estimator", "entropy_coef", "mask_truncated_completions",
         "server_type", "use_transformers_continuous_batching",
         "missing_eos_penalty", "gamma", "lam", "value_learning_rate", "cliprange_value", "kl_target", "beta_horizon",
-        "scorer", "scorer_steps", "scorer_combine", "scorer_weights", "scorer_spread_weight", "judge_rubric", "judge_mode",
+        "scorer", "scorer_steps", "scorer_combine", "scorer_weights", "scorer_spread_weight", "judge_rubric",
+        "judge_mode",
         "judge_max_tokens",
     }  # fmt: skip
 
