@@ -33,7 +33,7 @@ def rounds_of(folder):
 
 
 def at(fake, kind="vllm", **changes):
-    return {"server_base_url": fake.url, "server_type": kind, "server_timeout": 5.0} | changes
+    return {"server_base_url": fake.url, "server_type": kind, "server_timeout": 60.0} | changes
 
 
 RELOAD = ["/sleep?level=2", "/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"]
