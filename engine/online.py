@@ -203,7 +203,7 @@ class Rounds:
     def steps_from(self, start: int) -> Iterator[Share]:
         """This rank's share of every optimizer step from `start` on."""
         if self.handover is not None:
-            self.handover.step = start
+            self.handover.begin(start)
         for number in range(start // self.steps_per_round, -(-self.total_steps // self.steps_per_round)):
             first = number * self.steps_per_round
             made, resumed = self.round(number, first, start)

@@ -62,6 +62,11 @@ class Handover:
         parts = urlsplit(self.api.url)
         self.root = client_of(self.config, f"{parts.scheme}://{parts.netloc}{parts.path.removesuffix('/v1')}")
 
+    def begin(self, step: int) -> None:
+        """The policy is that of `step`; an evaluation may have handed it over already."""
+        self.step = step
+        self.served_step = step if self.fresh else self.served_step
+
     def moved(self) -> None:
         """The policy has made a step."""
         self.step, self.fresh = self.step + 1, False

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -192,6 +193,8 @@ def served_by(config: Config, tokenizer: Any, shape: Shape, stops: list[int], mo
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS: give --eos_token, with which an answer is to end")
     name = config.server_model or config.model_name_or_path
+    if config.server_type == "transformers" and Path(name).is_dir():  # its folder is another
+        name = str(Path(name).absolute())
     source = Served(
         client_of(config), KINDS[config.server_type], tokenizer, shape, stops, model or (lambda: name),
         config.server_workers, ranks,

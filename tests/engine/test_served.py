@@ -199,3 +199,13 @@ def test_label_and_generate_ask_the_same_server(model, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert rows
     assert all(len(row["chosen"]) > len(row["rejected"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_that_evaluates_first_knows_whose_weights_the_server_has(model, tmp_path):
+    settings = {"eval_fraction": 0.25, "eval_steps": 2, "save_steps": 2}
+    with serving(TOKENIZER) as fake:
+        online(model, tmp_path, max_steps=2, **settings, **at(fake, "sglang"))
+        steps = online(model, tmp_path, max_steps=4, resume=True, **settings, **at(fake, "sglang"))
+    assert [line["staleness"] for line in steps if "staleness" in line] == [0, 0, 0, 0]
+    assert [head["weights"] for head, *_ in rounds_of(tmp_path / "run")] == [0, 1, 2, 3]
