@@ -125,7 +125,8 @@ def by_engine(arguments: argparse.Namespace, rows: Rows, folder: Path, tolerance
         output_dir=str(folder / "run"), eval_fraction=0.0, max_length=arguments.max_length, loss_type="dpo",
         learning_rate=arguments.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0, seed=SEED,
         per_device_train_batch_size=arguments.batch_size, save_steps=0, logging_steps=1, device="cpu",
-        dataset_cache="none", gradient_tolerance=tolerance, **(lora if arguments.train == "lora" else {}),
+        dataset_cache="none", optim=arguments.optim, gradient_tolerance=tolerance,
+        **(lora if arguments.train == "lora" else {}),
     )  # fmt: skip
     run = prepare(validate(config, "train"), "train")
     clock = prefuse.engine.report.clock.clock
@@ -174,7 +175,7 @@ def by_trl(arguments: argparse.Namespace, rows: Rows, folder: Path, door: str, t
     config = trl.DPOConfig(
         output_dir=str(folder / "out"), max_length=arguments.max_length, beta=0.1, loss_type="sigmoid",
         learning_rate=arguments.learning_rate, lr_scheduler_type="constant", warmup_steps=0, num_train_epochs=1,
-        per_device_train_batch_size=arguments.batch_size, weight_decay=0.0, optim="adamw_torch", seed=SEED,
+        per_device_train_batch_size=arguments.batch_size, weight_decay=0.0, optim=arguments.optim, seed=SEED,
         save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True, gradient_checkpointing=False,
         bf16=False, use_cpu=True,
     )  # fmt: skip
@@ -224,7 +225,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "model": name, "train": arguments.train, "dataset": Path(arguments.dataset_name).name, "skip": arguments.skip,
         "steps": arguments.steps, "batch_size": arguments.batch_size, "max_length": arguments.max_length,
-        "learning_rate": arguments.learning_rate, "threads": arguments.threads, "tolerance": TOLERANCE,
+        "learning_rate": arguments.learning_rate, "optim": arguments.optim, "threads": arguments.threads,
+        "tolerance": TOLERANCE,
     }  # fmt: skip
     file = RESULTS / f"real-{slug(name)}-{arguments.train}-{slug(cpu_model())}-{arguments.threads}threads.json"
     result = {"environment": environment(), "settings": settings, "variants": {}}
@@ -300,6 +302,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="rows of the file to pass over")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
+    parser.add_argument("--optim", default="adamw_torch_fused", help="of all trainers (default: that of transformers)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", help="what to call the model (default: its folder)")

@@ -28,9 +28,10 @@ from torch import Tensor
 
 import prefuse
 from prefuse.bench.head import high_water
-from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, read_result, slug, write_result
 from prefuse.kernels import record_skipped_mass
 
+KINDS = ("all weights", "frozen head")  # what is trained
 Gradients = tuple[Tensor, Tensor | None]  # dhidden (N, D), dweight (V, D)
 
 
@@ -138,11 +139,14 @@ def eager_bfloat16(x: States) -> Gradients:
     return rounded(dz @ weight), rounded(dz.T @ hidden)
 
 
-def measure_times(x: States, tolerances: list[float], rounds: int, trl: bool) -> dict[str, dict]:
+def measure_times(
+    x: States, tolerances: list[float], rounds: int, trl: bool, kinds: tuple[str, ...] = KINDS
+) -> dict[str, dict]:
     """{variant: CPU seconds of each round, and how many times as fast as the exact mode of the same gradients; the most
     memory beyond what was there before, gradients included}"""
     steps = {}
-    for trainable, kind in ((True, "all weights"), (False, "frozen head")):
+    for kind in kinds:
+        trainable = kind == KINDS[0]
         for tolerance in (0.0, *tolerances):
             steps[f"{kind}, {name_of(tolerance)}"] = lambda t=tolerance, w=trainable: head(x, t, w)
     if trl:
@@ -251,6 +255,7 @@ def main() -> None:
     parser.add_argument("--name", help="what to call the model (default: its folder)")
     parser.add_argument("--save", type=Path, help="write the states to this file")
     parser.add_argument("--trl", action="store_true", help="time TRL's head too, all weights trained")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is trained (default: each)")
     args = parser.parse_args()
     if args.model and not args.data:
         parser.error("--model needs --data: the pairs whose completion tokens are measured")
@@ -265,13 +270,18 @@ def main() -> None:
     name = args.name or Path(args.model or args.states).name
     settings = {
         "name": name, "N": len(x.hidden), "D": x.hidden.shape[1], "V": len(x.weight), "threads": args.threads,
-        "rounds": args.rounds, "error_rows": min(args.rows, len(x.hidden)),
+        "rounds": args.rounds, "error_rows": min(args.rows, len(x.hidden)), "tolerances": args.tolerance,
     }  # fmt: skip
-    result = {"environment": environment(), "settings": settings}
-    result["errors"] = measure_errors(x.first(args.rows), args.tolerance)
-    result["times"] = measure_times(x, args.tolerance, args.rounds, args.trl)
-    result["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
+    if args.trl and KINDS[0] not in args.kinds:
+        parser.error(f"--trl times the head with all weights trained: add '{KINDS[0]}' to --kinds")
     path = RESULTS / f"sparse-{slug(name)}-{slug(cpu_model())}-{args.threads}threads.json"
+    before = read_result(path) if path.is_file() else None
+    known = before.details if before is not None and before.settings == settings else {}  # the other kind of training
+    result = {"environment": environment(), "settings": settings}
+    result["errors"] = known.get("errors") or measure_errors(x.first(args.rows), args.tolerance)
+    times = measure_times(x, args.tolerance, args.rounds, args.trl, tuple(args.kinds))
+    result["times"] = known.get("times", {}) | times
+    result["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     write_result(path, "sparse", result)
     path.with_suffix(".md").write_text(report(result) + "\n")
     print(report(result))

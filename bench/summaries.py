@@ -201,7 +201,8 @@ def sparse(found: dict[str, Any]) -> list[Row]:
         what, _, implementation = name.partition(", ")
         rows.append({"what": what, "implementation": implementation,
                      "cpu_seconds": statistics.median(x["cpu_seconds"]),
-                     "ratio_to_exact": x["times_as_fast_as_exact"]})  # fmt: skip
+                     "ratio_to_exact": x["times_as_fast_as_exact"],
+                     **({"peak_mib": x["peak_bytes"] / MIB} if "peak_bytes" in x else {})})  # fmt: skip
     return rows
 
 

@@ -12,9 +12,11 @@ head are where they were; the PeftModel around it is asked for names and files o
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +71,7 @@ def add_adapters(model: nn.Module, config: Config) -> PeftModel:
             "it into lora_modules_to_save, which trains it whole"
         )
     _drop_only_where_gradients_are_taken(model)
+    _scale_between_the_matrices(model)
     _in_float32(model)
     return adapters
 
@@ -134,6 +137,7 @@ def go_on_with(model: nn.Module, folder: Path, config: Config) -> PeftModel:
         if given not in (value, type(config).__dataclass_fields__[name].default):
             raise UserError(f"{name} is {given}, but the adapters in {folder} have {value:g}: drop {name}")
     _drop_only_where_gradients_are_taken(model)
+    _scale_between_the_matrices(model)
     return adapters
 
 
@@ -261,3 +265,31 @@ def _drop_only_where_gradients_are_taken(model: nn.Module) -> None:
         for name, drop in drops.items() if isinstance(drops, nn.ModuleDict) else ():
             if isinstance(drop, nn.Dropout):
                 drops[name] = _Dropout(drop.p)
+
+
+def _scale_between_the_matrices(model: nn.Module) -> None:
+    """Trained adapters scale the r numbers between their matrices, not the layer's whole output: y = W x + B (s A x).
+
+    That takes two passes over memory less in each direction. Where s is a power of two the bits are those of peft's
+    y = W x + s (B A x); elsewhere peft computes, so that they are always its own.
+    """
+    from peft.tuners.lora import Linear
+
+    for layer in model.modules():
+        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+            layer.forward = functools.partial(_lora_forward, layer, layer.forward)
+
+
+def _lora_forward(layer: nn.Module, peft_forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    """`peft_forward` of a LoRA layer, with less memory passed where its one plain adapter is on."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
+    if not plain or len(names) != 1 or math.frexp(layer.scaling[names[0]])[0] != 0.5:
+        return peft_forward(x, *args, **kwargs)
+    first, second, drop, scaling = (
+        getattr(layer, part)[names[0]] for part in ("lora_A", "lora_B", "lora_dropout", "scaling")
+    )
+    result = layer.base_layer(x)
+    added = second(first(drop(layer._cast_input_dtype(x, first.weight.dtype))) * scaling)
+    # In place: the gradient of a linear layer needs its input and weight alone.
+    return result.add_(added) if added.dtype == result.dtype else (result + added).to(result.dtype)

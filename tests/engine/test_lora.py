@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import prefuse
@@ -142,6 +143,38 @@ def test_dropout_is_drawn_where_gradients_are_taken_and_nowhere_else(model, pair
     assert losses[0] != losses[1]
     with torch.no_grad():
         assert fused_loss(lm, batch, prefuse.DPO()).rewards.abs().max() == 0
+
+
+class _Scaled(TorchDispatchMode):
+    """The shapes of what is multiplied by a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mul and (not torch.is_tensor(args[1]) or args[1].ndim == 0):
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("alpha", "width"), [(8, 4), (6, 32)])
+def test_what_an_adapter_adds_has_the_bits_of_peft_and_is_scaled_where_it_is_narrow(alpha, width, model):
+    """Where alpha / r is a power of two, between the matrices; elsewhere peft computes."""
+    lm = loaded(model, lora_alpha=alpha, lora_target_modules=["o_proj"])
+    layer = next(m for m in lm.model.modules() if hasattr(m, "lora_A"))
+    matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    shake(lm)
+    found = {}
+    for name, forward in {"own": layer.forward, "peft": type(layer).forward.__get__(layer)}.items():
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with _Scaled() as scaled:
+            y = forward(x)
+        found[name] = [y, *torch.autograd.grad(y.square().sum(), [x, *matrices])], scaled.shapes
+    assert found["own"][1] == [(5, width)]
+    assert found["peft"][1] == [(5, 32)]
+    for own, peft in zip(found["own"][0], found["peft"][0], strict=True):
+        assert torch.equal(own, peft)
 
 
 def test_every_rank_draws_the_same_adapters_whatever_was_drawn_before(model):
