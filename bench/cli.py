@@ -29,6 +29,7 @@ GROUPS = {
         "train": "Pairs per second of a whole DPO run beside TRL's, and whether both learn the same.",
         "reward": "Pairs per second of a reward model's training beside TRL's, and tokens of scoring several answers.",
         "online": "CPU seconds of a GRPO step beside TRL's GRPOTrainer on the same samples, and the first ratios.",
+        "sampling": "CPU seconds of sampling beside transformers' own batched generate, and of continuous batching.",
         "evaluation": "CPU seconds and memory of `prefuse eval` beside the evaluation of TRL's DPOTrainer.",
         "data": "CPU seconds and memory of reading pairs into token ids, beside datasets.map.",
         "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",

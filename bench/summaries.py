@@ -33,6 +33,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "ratio_to_exact": ("times the exact head's speed", "higher"),
     "ratio_to_padded": ("times the padded speed", "higher"),
     "ratio_to_liger": ("times Liger's speed", "higher"),
+    "ratio_to_generate": ("times generate's tokens per CPU second", "higher"),
     "ratio_to_map": ("times datasets.map's CPU seconds", "lower"),
     "ratio_to_separate": ("times that of separate rows", "lower"),
     "peak_mib": ("MiB", "lower"),
@@ -137,6 +138,14 @@ def online(found: dict[str, Any]) -> list[Row]:
                      "tokens": found["tokens"][name], "loss": found["first_loss"][name], "off_one": off["max"],
                      "tokens_off_one": off["share_not_1"]})  # fmt: skip
     return rows
+
+
+def sampling(found: dict[str, Any]) -> list[Row]:
+    return [
+        {"implementation": name, "cpu_seconds": statistics.median(seconds),
+         "tokens": statistics.median(found["tokens"][name]), "ratio_to_generate": found["generate_over"][name]}
+        for name, seconds in found["seconds"].items()
+    ]  # fmt: skip
 
 
 def packing(found: dict[str, Any]) -> list[Row]:
@@ -274,7 +283,8 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "cpuhead": cpuhead, "data": data, "evaluation": evaluation, "gpu": gpu, "head": given_rows,
     "losses": losses, "memory": given_rows, "model": model, "online": online, "packing": packing, "real": real,
-    "reward": reward, "scale": given_rows, "seam": seam, "sparse": sparse, "tolerance": tolerance, "train": train,
+    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse,
+    "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("implementation", "what", "tokens_of_sequence"),
@@ -290,6 +300,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "packing": ("batches",),
     "real": ("implementation",),
     "reward": ("what", "implementation"),
+    "sampling": ("implementation",),
     "scale": ("what", "implementation", "size"),
     "seam": ("trained", "implementation"),
     "sparse": ("what", "implementation"),

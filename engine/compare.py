@@ -19,8 +19,9 @@ from prefuse.engine.data.dataset import columns_of_rows, read_prompts
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import sample, shape_of
+from prefuse.engine.model.sampling import sample_for
 from prefuse.engine.report.log import print_table, say
+from prefuse.engine.rounds.served import sampling_server
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score import answers as files
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
@@ -158,10 +159,13 @@ def sample_models(config: Config, device: torch.device, columns: list[str]) -> M
     for path in (config.model_name_or_path, config.ref_model_name_or_path):
         if path is None:
             continue
-        lm = load_model(path, config, device)
-        ids = [prompt.ids for prompt in prompts for _ in range(size)]
-        check_prompts(lm, [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts], config.max_new_tokens)
-        answers = sample(lm, tokenizer, ids, shape_of(config), config.per_device_eval_batch_size, config.seed)
+        if path == config.model_name_or_path and config.server_type is not None:
+            served = sampling_server(config, tokenizer).answers(prompts, size, config.seed, "sampling")
+            answers = [answer for own in served for answer in own]
+        else:
+            lm = load_model(path, config, device)
+            check_prompts(lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
+            answers = sample_for(config, lm, tokenizer, [prompt.ids for prompt in prompts for _ in range(size)])
         if path == config.model_name_or_path:
             cut = sum(not answer.stopped for answer in answers) / len(answers)
         said[path] = [[a.text for a in answers[i : i + size]] for i in range(0, len(answers), size)]

@@ -12,8 +12,9 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.dataset import read_prompts
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import sample, shape_of
+from prefuse.engine.model.sampling import sample_for
 from prefuse.engine.report.log import print_table, say
+from prefuse.engine.rounds.served import sampling_server
 from prefuse.engine.run.files import write_whole
 
 SHOWN_CHARACTERS = 300  # of a prompt; output_file has it whole
@@ -30,11 +31,14 @@ def generate(config: Config) -> list[dict[str, str]]:
         names = {"reference": config.ref_model_name_or_path, **names}
     answers = {}
     for role, path in names.items():
+        if role == "model" and config.server_type is not None:
+            said = sampling_server(config, tokenizer).answers(prompts, 1, config.seed, "generating")
+            answers[role] = [own[0].text for own in said]
+            continue
         lm = load_model(path, config, device)
         rows = [prompt.row for prompt in prompts]
         check_prompts(lm, [prompt.ids for prompt in prompts], rows, config.max_new_tokens)
-        ids, size = [prompt.ids for prompt in prompts], config.per_device_eval_batch_size
-        answers[role] = [a.text for a in sample(lm, tokenizer, ids, shape_of(config), size, config.seed)]
+        answers[role] = [a.text for a in sample_for(config, lm, tokenizer, [prompt.ids for prompt in prompts])]
 
     results = [
         {"row": prompt.row, "prompt": prompt.text} | {role: answers[role][i] for role in names}

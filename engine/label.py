@@ -26,12 +26,11 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.data.dataset import columns_of_rows, read_prompts
 from prefuse.engine.data.forms import ReadOptions, Record, Skipped, read_records
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.limits import check_prompts
-from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import shape_of
+from prefuse.engine.model.load import device_of, load_tokenizer
 from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.learn import pairs_of
-from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
+from prefuse.engine.rounds.sampler import seed_of, texts_of
+from prefuse.engine.rounds.served import source_of
 from prefuse.engine.rounds.step_labels import label_steps
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.constitution import Constitution, drawn, read_constitution
@@ -100,12 +99,11 @@ def sample_candidates(config: Config, device: torch.device, scorer: Scorer, gold
     columns = list(dict.fromkeys([*scorer.columns, *(gold.columns if gold is not None else ())]))
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)
-    lm = load_model(config.model_name_or_path, config, device)
-    check_prompts(lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
     values = columns_of_rows(config, prompts, columns)
-    sampler = Sampler(lm, tokenizer, scorer, shape_of(config), config.per_device_eval_batch_size, values)
-    samples = sampler.sample(prompts, config.num_generations, seed_of(config.seed, "label"), "sampling answers")
-    texts = texts_of(samples)
+    source = source_of(config, tokenizer, device)
+    source.check(prompts)
+    seed = seed_of(config.seed, "label")
+    texts = texts_of(source.answers(prompts, config.num_generations, seed, "sampling answers"))
     return Candidates([p.row for p in prompts], [p.raw for p in prompts], texts, config.model_name_or_path, values)
 
 

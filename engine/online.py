@@ -31,11 +31,11 @@ from prefuse.engine.errors import UserError
 from prefuse.engine.model.adapters import adapters_off
 from prefuse.engine.model.forward import LanguageModel, completion_logps, token_values
 from prefuse.engine.model.limits import check_prompts
-from prefuse.engine.model.load import device_of, load_model, load_tokenizer, without_padding
-from prefuse.engine.model.sampling import Shape
+from prefuse.engine.model.load import device_of, load_tokenizer, without_padding
 from prefuse.engine.report.clock import clock
 from prefuse.engine.report.log import say
 from prefuse.engine.rounds.guards import OnlineGuards
+from prefuse.engine.rounds.handover import Handover, source_of_policy
 from prefuse.engine.rounds.held import HeldPrompts
 from prefuse.engine.rounds.learn import (
     Material,
@@ -47,8 +47,10 @@ from prefuse.engine.rounds.learn import (
     spare_of,
     summary_of,
 )
+from prefuse.engine.rounds.reference import reference_of
 from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
 from prefuse.engine.rounds.samples import Round, forget_tensors, load_round, save_round
+from prefuse.engine.rounds.served import logps_of_sampler, served_summary
 from prefuse.engine.rounds.values import ValueHead
 from prefuse.engine.run.folder import RunFolder
 from prefuse.engine.run.plan import Share
@@ -120,30 +122,14 @@ class PromptRows(FileRows):
         ref = reference_of(lm, config, ranks)
         models = (lm,) if ref is None or ref is lm else (lm, ref)
         examples = without_padding(examples, models, config)
-        shape = Shape(config.max_completion_length, config.temperature, config.top_p, config.min_p)
-        size = config.per_device_eval_batch_size * config.num_generations
-        synced = ranks.sharded and ranks.size > 1
-        sampler = Sampler(lm, self.tokenizer, self.scorer, shape, size, self.columns[0], synced)
-        rounds = Rounds(config, lm, ref, self.prompts, examples, sampler, ranks, home.path, guards)
+        source, handover = source_of_policy(config, lm, self.tokenizer, ranks, home.path)
+        sampler = Sampler(source, self.scorer, self.columns[0])
+        rounds = Rounds(config, lm, ref, self.prompts, examples, sampler, ranks, home.path, guards, handover)
         if config.algorithm == "ppo":
             width = lm.model.config.get_text_config().hidden_size
             rounds.values = ValueHead(width, config.value_learning_rate, lm.device)
         held_out = replace(sampler, columns=self.columns[1])
         return rounds, HeldPrompts(self.held, held_out, self.gold, config.seed) if self.held else None
-
-
-def reference_of(lm: LanguageModel, config: Config, ranks: Ranks) -> LanguageModel | None:
-    """The model that samples are compared with: the first one. With adapters it is the same model without them."""
-    needs = config.algorithm in ("online_dpo", "kto") or (config.algorithm in OVER_TOKENS and config.algorithm_beta())
-    needs = needs or config.kl_target is not None
-    if config.algorithm == "iterative_dpo" and config.ref_model_name_or_path is None:
-        return lm  # as it is when a round begins
-    if not needs and config.ref_model_name_or_path is None:
-        return None
-    if lm.adapters is not None and config.ref_model_name_or_path is None:
-        return lm
-    path = config.ref_model_name_or_path or config.model_name_or_path
-    return load_model(path, replace(config, use_peft=False), lm.device, ranks)
 
 
 @lru_cache(maxsize=2)
@@ -164,6 +150,7 @@ class Rounds:
     ranks: Ranks
     folder: Path
     guards: OnlineGuards
+    handover: Handover | None = None  # where a server samples
     reference: None = None  # checksums of a second model: here it is the first one, whose own are compared
     last: Share | None = None
     values: ValueHead | None = None  # ppo
@@ -198,6 +185,8 @@ class Rounds:
 
     def after_step(self) -> None:
         """After each update of the policy."""
+        if self.handover is not None:
+            self.handover.moved()
         if self.values is not None:
             self.values.step(self.ranks)
 
@@ -213,16 +202,18 @@ class Rounds:
 
     def steps_from(self, start: int) -> Iterator[Share]:
         """This rank's share of every optimizer step from `start` on."""
+        if self.handover is not None:
+            self.handover.begin(start)
         for number in range(start // self.steps_per_round, -(-self.total_steps // self.steps_per_round)):
             first = number * self.steps_per_round
-            made, resumed = self.round(number, first, start > first)
+            made, resumed = self.round(number, first, start)
             metrics = self.summary(made, first, resumed)
             shares = self.shares(made)
             for step in range(max(first, start), min(first + self.steps_per_round, self.total_steps)):
                 share = shares((step - first) % self.config.steps_per_generation)
                 if share is None:
                     continue  # no pair, no label: no rank has anything to learn
-                staleness = torch.tensor([float(step - made.step), 1.0], dtype=torch.float64)
+                staleness = torch.tensor([float(step - made.weights), 1.0], dtype=torch.float64)
                 about = {"staleness": staleness} | (metrics if step == max(first, start) else {})
                 self.last = replace(share, step=step, metrics={k: v.to(self.lm.device) for k, v in about.items()})
                 yield self.last
@@ -234,14 +225,16 @@ class Rounds:
 
     # ---- a round -----------------------------------------------------------------------------
 
-    def round(self, number: int, step: int, within: bool) -> tuple[Round, bool]:
-        """Sampled and scored now, or as it was before the run was cut off; and whether it was there."""
+    def round(self, number: int, step: int, start: int) -> tuple[Round, bool]:
+        """Sampled and scored now, or as it was before the run was cut off; and whether the run goes on within it."""
         chosen, seed = self.prompts_of(number), seed_of(self.config.seed, "round", number, self.ranks.rank)
-        if within:
+        within = start > step
+        if within or (start and self.handover is not None):  # a server may not draw the same once more
             kept = load_round(self.folder, number, step, seed, chosen, self.ranks)
             if not self.ranks.any(kept is None):
-                return kept, True
-            say(f"  the samples of round {number} are gone: they are drawn again, from later weights than before")
+                return kept, within
+            if within:
+                say(f"  the samples of round {number} are gone: they are drawn again, from later weights than before")
         with clock.part("sampling"):
             made = self.sample(number, step, seed, chosen)
         with clock.part("reference"):
@@ -254,10 +247,14 @@ class Rounds:
     def sample(self, number: int, step: int, seed: int, chosen: list[int]) -> Round:
         own = [self.prompts[i] for i in chosen]
         samples = self.sampler.sample(own, self.config.num_generations, seed, f"round {number}: sampling")
-        ids, stopped = ([[getattr(one, name) for one in group] for group in samples] for name in ("ids", "stopped"))
-        texts = texts_of(samples)
-        scores = self.sampler.score(chosen, own, texts)
-        return Round(number, step, seed, chosen, [prompt.row for prompt in own], ids, texts, stopped, scores)
+        texts, names = texts_of(samples), ("ids", "stopped", "round_trip")
+        ids, *flags = ([[getattr(one, name) for one in group] for group in samples] for name in names)
+        scores = self.sampler.scores(chosen, own, texts)
+        weights = step if self.handover is None else self.handover.served_step
+        made = Round(
+            number, step, seed, chosen, [p.row for p in own], ids, texts, *flags, scores.values, weights=weights
+        )
+        return replace(made, sampler_logps=logps_of_sampler(samples), parts=dict(scores.parts))
 
     def with_logps(self, made: Round) -> Round:
         """Log-probabilities of the policy and of the reference, where the loss, the reward or the KL reads them."""
@@ -268,7 +265,8 @@ class Rounds:
             material = self.material(made)
             if material is not None:
                 made = replace(made, example_ref_logps=self.of_tokens(material, made, self.lm, completion_logps))
-        if over_tokens and (self.steps_per_round > 1 or needs_ref or config.algorithm == "ppo"):
+        compared = needs_ref or made.sampler_logps is not None
+        if over_tokens and (self.steps_per_round > 1 or compared or config.algorithm == "ppo"):
             made = replace(made, old_logps=self.logps_of(made, self.lm))
         if self.values is not None:
             values = partial(token_values, head=self.values)
@@ -374,6 +372,8 @@ class Rounds:
     def summary(self, made: Round, step: int, resumed: bool) -> dict[str, Tensor]:
         """The round in TRL's names, shown to the guards."""
         found = summary_of(made, self.ranks, self.sampler.scorer.name)
+        if self.handover is not None:
+            found |= served_summary(made, self.ranks)
         if made.ref_logps is not None:
             x = made.old_logps.double() - made.ref_logps.double()
             found["kl"] = self.ranks.sum_(torch.stack([x.sum(), torch.tensor(float(len(x)), dtype=torch.float64)]))

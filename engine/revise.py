@@ -19,10 +19,10 @@ from prefuse.engine.data.dataset import columns_of_rows, read_prompts
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import position_limit
-from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import shape_of
+from prefuse.engine.model.load import device_of, load_tokenizer
 from prefuse.engine.report.log import print_table, say
-from prefuse.engine.rounds.sampler import Sampler, seed_of
+from prefuse.engine.rounds.sampler import OwnModel, Sampler, seed_of
+from prefuse.engine.rounds.served import source_of
 from prefuse.engine.run.files import write_whole
 from prefuse.engine.score.constitution import Constitution, Critique, read_constitution
 from prefuse.engine.score.contract import Text
@@ -49,9 +49,8 @@ def revise(config: Config) -> dict[str, float]:
     columns = list(scorer.columns) if scorer is not None else []
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)
-    lm = load_model(config.model_name_or_path, config, device)
     values = columns_of_rows(config, prompts, columns)
-    writer = Sampler(lm, tokenizer, scorer, shape_of(config), config.per_device_eval_batch_size, values)
+    writer = Sampler(source_of(config, tokenizer, device), scorer, values)
     drafts = [Draft(prompt) for prompt in prompts]
     say_each(writer, drafts, "answers", [prompt.ids for prompt in prompts], config)
     for number in range(config.num_revisions):
@@ -72,12 +71,12 @@ def revise_once(
     for draft in drafts:
         draft.requests.append(constitution.critique_of(config.seed, draft.prompt.row, number))
     critiques = [conversation(draft, draft.requests[-1].critique, "Critique") for draft in drafts]
-    said = say_each(writer, drafts, "critiques", [tokens_of(writer.tokenizer, one) for one in critiques], config)
+    said = say_each(writer, drafts, "critiques", [tokens_of(writer.source.tokenizer, one) for one in critiques], config)
     revisions = [
         [*one, ("assistant", text), ("user", draft.requests[-1].revision)]
         for one, text, draft in zip(critiques, said, drafts, strict=True)
     ]
-    say_each(writer, drafts, "answers", [tokens_of(writer.tokenizer, one) for one in revisions], config)
+    say_each(writer, drafts, "answers", [tokens_of(writer.source.tokenizer, one) for one in revisions], config)
 
 
 Turns = list[tuple[str, str]]  # (role, text)
@@ -105,7 +104,7 @@ def say_each(
     writer: Sampler, drafts: Sequence[Draft], kind: str, asked: Sequence[list[int]], config: Config
 ) -> list[str]:  # fmt: skip
     """What the model says to each, kept in the drafts. What does not fit is left as it was, and named."""
-    limit = position_limit(writer.lm.model)
+    limit = position_limit(writer.source.lm.model) if isinstance(writer.source, OwnModel) else None
     fits = [limit is None or len(ids) + config.max_new_tokens <= limit for ids in asked]
     left = [draft.prompt.row for draft, fit in zip(drafts, fits, strict=True) if not fit]
     if left:

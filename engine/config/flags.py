@@ -91,4 +91,4 @@ def _check_flag(command: str, word: str) -> None:
 
 
 def _is_list(name: str) -> bool:
-    return list[str] in options_of(name)
+    return bool({list[str], list[float]} & set(options_of(name)))

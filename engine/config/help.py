@@ -102,6 +102,8 @@ def _values(name: str) -> str:
         return "{" + ",".join(literals(name)) + "}"
     if list[str] in options:
         return "TEXT ..."
+    if list[float] in options:
+        return "NUMBER ..."
     return "TEXT" if str in options else "NUMBER"
 
 

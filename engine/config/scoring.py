@@ -22,6 +22,11 @@ class ScoringSettings(Topic):
     scorer_combine: Literal["mean", "min", "mean_minus_std"] = setting(
         "mean", "How the scores of several are one: their mean, the smallest, or the mean minus the spread."
     )
+    scorer_weights: list[float] | None = setting(
+        None,
+        "Several objectives on one batch: a weight for each scorer, as many as there are (TRL's reward_weights). The "
+        "score is then the sum of the scores times their weights.",
+    )
     scorer_spread_weight: float = setting(
         1.0, "How many standard deviations mean_minus_std takes off.", rule=at_least(0)
     )
@@ -78,5 +83,13 @@ class ScoringSettings(Topic):
     )
 
     def check(self, command: str) -> None:
+        if self.scorer_weights is not None:
+            if len(self.scorer_weights) != len(self.scorer or []):
+                raise UserError(
+                    f"scorer_weights has {len(self.scorer_weights)} numbers for {len(self.scorer or [])} scorers: give "
+                    "one for each"
+                )
+            if self.scorer_combine != "mean":
+                raise UserError("scorer_weights are of a weighted sum: drop scorer_combine, or the weights")
         if self.gold_scorer and not self.scorer:
             raise UserError("gold_scorer is a second scorer: give --scorer too")

@@ -22,6 +22,7 @@ from prefuse.engine.config.output import OutputSettings
 from prefuse.engine.config.ranks import RankSettings
 from prefuse.engine.config.rewards import RewardSettings
 from prefuse.engine.config.rows import RowSettings
+from prefuse.engine.config.sampling import SamplingSettings
 from prefuse.engine.config.scoring import ScoringSettings
 from prefuse.engine.config.setting import TRAINING, Topic, check_value, known
 from prefuse.engine.config.speed import SpeedSettings
@@ -41,6 +42,7 @@ class Config(
     RankSettings,
     EvaluationSettings,
     GenerationSettings,
+    SamplingSettings,
     ScoringSettings,
     LabellingSettings,
     OnlineSettings,

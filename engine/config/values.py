@@ -36,6 +36,8 @@ def typed(name: str, value: object) -> object:
         elif typing.get_origin(option) is list:
             values = [value] if isinstance(value, str) else value
             of = typing.get_args(option)[0]
+            if of is float and isinstance(values, list):
+                values = [float(x) if type(x) is int else x for x in values]
             if isinstance(values, list) and values and all(isinstance(item, of) for item in values):
                 return values
         elif option is float:
@@ -57,6 +59,11 @@ def from_words(name: str, words: list[str]) -> object:
         return None
     if bool in options and text.lower() in (*TRUE, *FALSE):
         return text.lower() in TRUE
+    if list[float] in options:
+        try:
+            return [float(word) for word in words]
+        except ValueError:
+            raise UserError(f"{name} must be {wanted(name)}, got {' '.join(words)!r}") from None
     if any(typing.get_origin(option) is list for option in options):
         return words
     if int in options or float in options:
@@ -108,7 +115,8 @@ def _type_name(option: object) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(typing.get_args(option))
     if typing.get_origin(option) is list:
-        return "a list of texts" if typing.get_args(option)[0] is str else "a list of `name: value` lines"
+        of = typing.get_args(option)[0]
+        return {str: "a list of texts", float: "a list of numbers"}.get(of, "a list of `name: value` lines")
     return {dict: "`role: column` lines", bool: "true or false", int: "a whole number", float: "a number", str: "text"}[
         option
     ]

@@ -5,7 +5,8 @@ generation_config.json asks for besides (penalties, beams, forbidden tokens) is 
 the tokens that end an answer are taken.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -14,6 +15,7 @@ import torch
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.encode import continuation
+from prefuse.engine.errors import UserError
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.report.log import progress, say
 
@@ -52,6 +54,8 @@ class Answer:
     ids: list[int]  # as they were generated, the token that ended them included
     text: str  # without that token and without special ones
     stopped: bool  # False: max_new_tokens cut it off
+    round_trip: bool = True  # False: a server gave the text alone, and the ids made of it say something else
+    logps: list[float] | None = None  # of ids, by a server that sampled them
 
 
 def shape_of(config: Config) -> Shape:
@@ -68,6 +72,7 @@ def sample(
     seeds: int | Callable[[int], int],  # one stream for all batches; or the number of a batch -> a seed of its own
     *,
     synced: bool = False,  # over ranks: all of them generate until the last is done
+    continuous: bool = False,  # a new prompt takes the place of an answer that has ended; one seed for all
     what: str = "generating",
 ) -> list[Answer]:
     """One answer to each of `prompts`, in their order; repeat a prompt for more.
@@ -78,7 +83,7 @@ def sample(
     from transformers import GenerationConfig
 
     _say_what_is_not_used(lm.model)
-    stops = stop_tokens_of(lm.model, tokenizer)
+    stops = ending_tokens(lm.model.generation_config.eos_token_id, tokenizer)
     own = GenerationConfig(
         max_new_tokens=shape.max_new_tokens, bos_token_id=lm.model.generation_config.bos_token_id, eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), None),
@@ -90,6 +95,10 @@ def sample(
     answers: list[Answer] = []
     try:
         with torch.random.fork_rng(devices), lm.autocast():
+            if continuous:
+                torch.manual_seed(seeds(0) if callable(seeds) else seeds)
+                said = _generate_continuously(lm, prompts, own, batch_size, what)
+                return [_answer(tokenizer, *both, stops) for both in zip(prompts, said, strict=True)]
             for number, start in enumerate(progress(starts, what, len(starts))):
                 if callable(seeds) or number == 0:
                     torch.manual_seed(seeds(number) if callable(seeds) else seeds)
@@ -109,6 +118,68 @@ def _generate(
         input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=own, synced_gpus=synced
     )
     return out[:, ids.shape[1] :].tolist()
+
+
+def sample_for(config: Config, lm: LanguageModel, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    """`sample` as `generate` and `eval` are told to: one stream of draws for all prompts."""
+    continuous, size = config.use_transformers_continuous_batching, config.per_device_eval_batch_size
+    return sample(lm, tokenizer, prompts, shape_of(config), size, config.seed, continuous=continuous)
+
+
+PAGE = 32  # tokens of the cache's pages
+
+
+def _generate_continuously(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], own: "GenerationConfig", at_once: int, what: str
+) -> list[list[int]]:
+    """transformers' `generate_batch`, with a cache for `at_once` answers of the greatest length.
+
+    All prompts wait before it starts, so what runs beside what, and so each draw, does not depend on the clock.
+    (`generate_batch` itself starts first, and takes a cache as large as the memory: seconds on a CPU.)
+    """
+    from transformers import ContinuousBatchingConfig
+
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    settings = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=min(at_once, len(prompts)) * -(-(longest + own.max_new_tokens) // PAGE),
+        max_batch_tokens=max(longest, at_once), use_cuda_graph=False,
+        drop_unsupported_processors=False,  # min_p is none that it knows to be right, and it is
+    )  # fmt: skip
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        manager = lm.model.init_continuous_batching(generation_config=own, continuous_batching_config=settings)
+        names = manager.add_requests([list(prompt) for prompt in prompts], max_new_tokens=own.max_new_tokens)
+        manager.start()
+        try:
+            found = dict(progress(_results(manager, len(names)), what, len(names)))
+        finally:
+            manager.stop(block=True, timeout=5)
+            manager.destroy()
+    finally:
+        logger.setLevel(level)
+    if len(found) < len(names) or any(one.error is not None for one in found.values()):
+        fault = next((one.error for one in found.values() if one.error is not None), "its thread has ended")
+        raise UserError(
+            f"continuous batching fails for {type(lm.model).__name__}: {fault}; drop "
+            "use_transformers_continuous_batching"
+        )
+    return [list(found[name].generated_tokens) for name in names]
+
+
+def _results(manager: Any, count: int) -> Iterator[tuple[str, Any]]:
+    """(name, result) of the requests as they end; fewer than `count` where generation has failed."""
+    done = 0
+    while done < count:
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            done += 1
+            yield result.request_id, result
+        elif result is None and not manager.is_running():
+            return
 
 
 def _answer(tokenizer: Any, prompt: Sequence[int], said: list[int], stops: Sequence[int]) -> Answer:
@@ -134,9 +205,9 @@ def _say_what_is_not_used(model: "PreTrainedModel") -> None:
         say(f"not used, though generation_config.json of {model.name_or_path} has it: {said:.300}")
 
 
-def stop_tokens_of(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
-    """The tokenizer's EOS, and whatever else the model says ends a turn (such as <|im_end|>)."""
-    own = model.generation_config.eos_token_id
+def ending_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """The tokenizer's EOS, and whatever else the model says ends a turn (such as <|im_end|>): `own`, of its
+    generation_config."""
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 

@@ -19,6 +19,8 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
     run, base = config.output_dir, config.ref_model_name_or_path or config.model_name_or_path
     against = f"--ref_model_name_or_path {shlex.quote(base)}"
     given = f"--config {shlex.quote(f'{run}/config.yaml')} --model_name_or_path {shlex.quote(run)}"
+    if config.server_type is not None:  # it has other weights than the run's
+        given += " --server_base_url null --server_type null"
     if not holds_out:
         given += " --eval_fraction 1.0"
     load = f"AutoModelForCausalLM.from_pretrained({run!r})"

@@ -256,7 +256,11 @@ def summary_of(made: Round, ranks: Ranks, name: str) -> dict[str, Tensor]:
         "frac_reward_zero_std": (spread <= 1e-8).double().mean(),
         "unscored": (~known).double().mean(),
     }  # fmt: skip
-    one |= {f"rewards/{name}/mean": one["reward"], f"rewards/{name}/std": one["reward_std"]}
+    for part, own in (made.parts or {name: made.scores}).items():
+        x = ranks.gather(own)
+        x = x[~x.isnan()]
+        one[f"rewards/{part}/mean"] = x.mean() if len(x) else x.new_tensor(np.nan)
+        one[f"rewards/{part}/std"] = x.std() if len(x) > 1 else x.new_zeros(())
     return found | {
         key: torch.stack([value.double(), value.new_ones((), dtype=torch.float64)]) for key, value in one.items()
     }

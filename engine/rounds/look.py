@@ -28,7 +28,7 @@ from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary
 from prefuse.engine.model.forward import LanguageModel, completion_logps, completion_states
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, without_padding
-from prefuse.engine.model.sampling import Answer, sample, shape_of
+from prefuse.engine.model.sampling import Answer, sample_for
 from prefuse.engine.report.log import say
 from prefuse.engine.run.held_out import HeldOut, evaluation_batches
 from prefuse.engine.run.plan import TrainingSet
@@ -48,7 +48,7 @@ def look(
     size = config.num_generations
     check_prompts(lm, [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts], config.max_new_tokens)
     ids = [prompt.ids for prompt in prompts for _ in range(size)]
-    said = sample(lm, tokenizer, ids, shape_of(config), config.per_device_eval_batch_size, config.seed)
+    said = sample_for(config, lm, tokenizer, ids)
     answers = [[a.text for a in said[i : i + size]] for i in range(0, len(said), size)]
     raw = [prompt.raw for prompt in prompts]
     metrics = {}

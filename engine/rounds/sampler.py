@@ -6,38 +6,68 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
+from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.sampling import Answer, Shape, sample
-from prefuse.engine.score.contract import Scorer, say_reasons
+from prefuse.engine.score.contract import Scorer, Scores, say_reasons
+
+
+class AnswerSource(Protocol):
+    """Where answers come from: the model in this process, or a server (served.py)."""
+
+    tokenizer: Any
+
+    def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
+        """(P, count)"""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """UserError if one of them is too long, where that is known beforehand."""
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    lm: LanguageModel
+    tokenizer: Any
+    shape: Shape
+    batch_size: int
+    synced: bool = False
+    continuous: bool = False
+
+    def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
+        ids = [prompt.ids for prompt in prompts for _ in range(count)]
+        answers = sample(
+            self.lm, self.tokenizer, ids, self.shape, self.batch_size, partial(seed_of, seed), synced=self.synced,
+            continuous=self.continuous, what=what,
+        )  # fmt: skip
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_prompts(self.lm, [p.ids for p in prompts], [p.row for p in prompts], self.shape.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples answers of a model and scores them with something that knows nothing of it."""
+    """Answers from a source, and what something that knows nothing of it says they are worth."""
 
-    lm: LanguageModel
-    tokenizer: Any
+    source: AnswerSource
     scorer: Scorer
-    shape: Shape
-    batch_size: int
     columns: dict[str, list[Any]]  # of all prompts, for the scorer
-    synced: bool = False
 
     def sample(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:  # (P, K)
-        ids = [prompt.ids for prompt in prompts for _ in range(count)]
-        seeds = partial(seed_of, seed)
-        answers = sample(
-            self.lm, self.tokenizer, ids, self.shape, self.batch_size, seeds, synced=self.synced, what=what
-        )
-        return [answers[start : start + count] for start in range(0, len(answers), count)]
+        return self.source.answers(prompts, count, seed, what)
 
     def score(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Tensor:
-        """(P, K); `chosen` are the prompts' places in the columns. Those without a score are named, with the reason."""
+        """(P, K)"""
+        return self.scores(chosen, prompts, texts).values
+
+    def scores(self, chosen: Sequence[int], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> Scores:
+        """Of (P, K) texts; `chosen` are the prompts' places in the columns. Those without a score are named, with the
+        reason."""
         columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
         scores = self.scorer.score([prompt.raw for prompt in prompts], texts, columns)
         reasons = [reason for row in scores.reasons for reason in row]
@@ -45,7 +75,7 @@ class Sampler:
             f"{prompt.row}#{k}" for prompt, row in zip(prompts, scores.reasons, strict=True) for k in range(len(row))
         ]
         say_reasons(self.scorer.name, reasons, names)
-        return scores.values
+        return scores
 
 
 def texts_of(answers: Sequence[Sequence[Answer]]) -> list[list[str]]:

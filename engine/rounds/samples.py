@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,9 +37,13 @@ class Round:
     ids: list[list[list[int]]]  # (P, K) token ids, the token that ended each included
     texts: list[list[str]]  # (P, K)
     stopped: list[list[bool]]  # (P, K) False: cut off
+    round_trip: list[list[bool]]  # (P, K) False: the ids are not those that a server sampled
     scores: Tensor  # (P, K) float64, NaN: no score
+    parts: dict[str, Tensor] = field(default_factory=dict)  # {name: (P, K)} of several scorers, each by itself
+    weights: int = 0  # optimizer steps that the weights had that sampled; a server may lag behind
     old_logps: Tensor | None = None  # (N,) of all answers end to end, at the sampling temperature
     ref_logps: Tensor | None = None  # (N,)
+    sampler_logps: Tensor | None = None  # (N,) as a server gave them, NaN where it did not
     old_values: Tensor | None = None  # (N,) ppo
     example_ref_logps: Tensor | None = None  # iterative_dpo: of the pairs made of it, by the policy that sampled
 
@@ -55,7 +59,7 @@ class Round:
         return list(x.split(self.lengths))
 
 
-TENSORS = ("old_logps", "ref_logps", "old_values", "example_ref_logps")
+TENSORS = ("old_logps", "ref_logps", "sampler_logps", "old_values", "example_ref_logps")
 
 
 def path_of(folder: Path, number: int, ranks: Ranks) -> Path:
@@ -75,11 +79,14 @@ def save_round(folder: Path, made: Round, ranks: Ranks) -> None:
         aside = aside_of(final)
         save_file(tensors, aside)
         aside.replace(final)
-    head = {"round": made.number, "step": made.step, "seed": made.seed, "tensors": sorted(tensors)}
+    head = {"round": made.number, "step": made.step, "weights": made.weights, "seed": made.seed}
+    head |= {"tensors": sorted(tensors)}
     lines = [head] + [
         {
             "row": made.rows[p], "prompt": made.prompts[p], "answers": made.texts[p], "stopped": made.stopped[p],
-            "scores": [None if x != x else x for x in made.scores[p].tolist()], "ids": made.ids[p],
+            "round_trip": made.round_trip[p], "scores": [None if x != x else x for x in made.scores[p].tolist()],
+            "parts": {name: [None if x != x else x for x in part[p].tolist()] for name, part in made.parts.items()},
+            "ids": made.ids[p],
         }
         for p in range(len(made.prompts))
     ]  # fmt: skip
@@ -97,15 +104,20 @@ def load_round(folder: Path, number: int, step: int, seed: int, prompts: Sequenc
         tensors = load_file(path.with_suffix(".safetensors")) if head["tensors"] else {}
         if (head["step"], head["seed"], [row["prompt"] for row in rows]) != (step, seed, list(prompts)):
             return None
-        scores = [[float("nan") if x is None else x for x in row["scores"]] for row in rows]
+        scores = numbers_of([row["scores"] for row in rows])
+        parts = {name: numbers_of([row["parts"][name] for row in rows]) for name in rows[0]["parts"]}
         made = Round(
             number, step, seed, list(prompts), [row["row"] for row in rows], [row["ids"] for row in rows],
-            [row["answers"] for row in rows], [row["stopped"] for row in rows],
-            torch.tensor(scores, dtype=torch.float64),
+            [row["answers"] for row in rows], [row["stopped"] for row in rows], [row["round_trip"] for row in rows],
+            scores, parts, head["weights"],
         )  # fmt: skip
         return replace(made, **{name: tensors[name] for name in head["tensors"]})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
+
+
+def numbers_of(rows: list[list[float | None]]) -> Tensor:  # (P, K)
+    return torch.tensor([[float("nan") if x is None else x for x in row] for row in rows], dtype=torch.float64)
 
 
 def forget_tensors(folder: Path, before: int) -> None:

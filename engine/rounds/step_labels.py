@@ -24,11 +24,10 @@ from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.steps import SEPARATOR, encoded, solution, steps_of
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.limits import check_prompts
-from prefuse.engine.model.load import device_of, load_model, load_tokenizer
-from prefuse.engine.model.sampling import shape_of
+from prefuse.engine.model.load import device_of, load_tokenizer
 from prefuse.engine.report.log import print_table, say
 from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
+from prefuse.engine.rounds.served import source_of
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.contract import Scorer, Text
 
@@ -56,8 +55,7 @@ def label_steps(config: Config, scorer: Scorer) -> dict[str, float]:
         raise UserError(f"{scorer.name} compares: labels of steps need a scorer that says whether one answer is right")
     device, separator = device_of(config), config.separator() or SEPARATOR
     tokenizer = load_tokenizer(config.model_name_or_path, config)
-    lm = load_model(config.model_name_or_path, config, device)
-    sampler = Sampler(lm, tokenizer, scorer, shape_of(config), config.per_device_eval_batch_size, {})
+    sampler = Sampler(source_of(config, tokenizer, device), scorer, {})
     solved, skipped = read_solved(config, sampler, separator)
     shares, lost = shares_of(solved, sampler, config, separator)
     rows = []
@@ -68,7 +66,11 @@ def label_steps(config: Config, scorer: Scorer) -> dict[str, float]:
         hard = config.step_labels == "hard"
         labels = [share > 0 for share in own] if hard else own
         about = {"shares": own, "rollouts": config.num_generations, "meta_row": one.row}
-        about |= {"annotator_name": scorer.name, "annotator_key": scorer.key, "meta_rollouts_by": lm.model.name_or_path}
+        about |= {
+            "annotator_name": scorer.name,
+            "annotator_key": scorer.key,
+            "meta_rollouts_by": config.model_name_or_path,
+        }
         rows.append({"prompt": one.prompt, "completions": one.steps, "labels": labels, **about})
     if skipped:
         more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
@@ -104,7 +106,7 @@ def shares_of(
         before = solved[p].text(s + 1, separator)
         answers.append([before + text for text in goes_on.get((p, s), [""])])
     columns = {name: [solved[p].values.get(name) for p, _ in places] for name in sampler.scorer.columns}
-    judged = Sampler(sampler.lm, sampler.tokenizer, sampler.scorer, sampler.shape, sampler.batch_size, columns)
+    judged = Sampler(sampler.source, sampler.scorer, columns)
     whole = [Prompt([], "", name, solved[p].prompt) for name, (p, _) in zip(names, places, strict=True)]
     scores = judged.score(range(len(places)), whole, answers)
     shares: list[list[float]] = [[] for _ in solved]
@@ -119,7 +121,7 @@ def shares_of(
 def _rollouts(starts: list[Prompt], sampler: Sampler, config: Config) -> list[list[str]]:
     if not starts:  # answers of one step alone
         return []
-    check_prompts(sampler.lm, [start.ids for start in starts], [start.row for start in starts], config.max_new_tokens)
+    sampler.source.check(starts)
     return texts_of(sampler.sample(starts, config.num_generations, seed_of(config.seed, "steps"), "rollouts"))
 
 
@@ -131,7 +133,7 @@ def read_solved(config: Config, sampler: Sampler, separator: str) -> tuple[list[
     source, split = config.dataset_name, config.dataset_train_split
     if config.datasets or not source:
         raise DataError("labels of steps read one dataset_name, no mixture")
-    template = ChatTemplate(sampler.tokenizer) if sampler.tokenizer.chat_template else None
+    template = ChatTemplate(sampler.source.tokenizer) if sampler.source.tokenizer.chat_template else None
     rows = list(open_source(source, split, config.dataset_config).rows())[: config.num_prompts or None]
     alone = [(name, row) for name, row in rows if isinstance(row, dict) and _steps_in(row, separator) is None]
     sampled = _answered(alone, sampler, template, config)
@@ -146,7 +148,7 @@ def read_solved(config: Config, sampler: Sampler, separator: str) -> tuple[list[
             records.append(solution(name, row.get("prompt"), steps, template, separator))
         except BadRow as problem:
             records.append(Skipped.of(name, problem))
-    for (name, row), read, record in zip(rows, records, encoded(records, sampler.tokenizer), strict=True):
+    for (name, row), read, record in zip(rows, records, encoded(records, sampler.source.tokenizer), strict=True):
         ends = [] if isinstance(record, Skipped) else [i + 1 for i, end in enumerate(record.learned or []) if end]
         if isinstance(record, Skipped):
             skipped.append(record)
@@ -183,11 +185,11 @@ def _answered(
         except BadRow:  # it is named where its steps are read
             continue
     prompts = [
-        Prompt(one.prompt, "", one.row) for one in encoded(records, sampler.tokenizer) if isinstance(one, Record)
+        Prompt(one.prompt, "", one.row) for one in encoded(records, sampler.source.tokenizer) if isinstance(one, Record)
     ]
     if not prompts:
         return {}
-    check_prompts(sampler.lm, [p.ids for p in prompts], [p.row for p in prompts], config.max_new_tokens)
+    sampler.source.check(prompts)
     said = sampler.sample(prompts, 1, seed_of(config.seed, "solutions"), "answers")
     say(f"{len(prompts)} rows have a prompt alone: the model answers them, and its answers are labelled")
     return {prompt.row: own[0].text for prompt, own in zip(prompts, said, strict=True)}

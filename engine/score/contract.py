@@ -9,7 +9,7 @@ P prompts, K answers of each (a prompt may have fewer: those places are NaN, and
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ class NoScore:
 class Scores:
     values: Tensor  # (P, K) float64, NaN where there is a reason
     reasons: list[list[NoScore | None]]
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # (P, K) of each member, by its name
 
     def parted(self, size: int) -> tuple["Scores", "Scores"]:
         """Those of each prompt's first `size` answers, and those of the others."""

@@ -1,4 +1,5 @@
-"""Several scorers as one: the mean, the minimum, or the mean minus a multiple of the spread (arXiv 2310.02743).
+"""Several scorers as one: the mean, the minimum, the mean minus a multiple of the spread (arXiv 2310.02743), or a
+weighted sum of several objectives.
 
 A reward model with several heads (`prefuse reward --reward_heads`) counts as so many members.
 
@@ -18,16 +19,20 @@ from prefuse.engine.score.contract import Columns, NoScore, Scorer, Scores, Text
 @dataclass(frozen=True)
 class Ensemble:
     members: tuple[Scorer, ...]
-    how: str = "mean"  # "mean", "min" or "mean_minus_std"
+    how: str = "mean"  # "mean", "min", "mean_minus_std" or "sum"
     spread_weight: float = 1.0  # c of mean - c * std
+    weights: tuple[float, ...] = ()  # of the sum
 
     @property
     def name(self) -> str:
-        return f"{self.how} of {', '.join(member.name for member in self.members)}"
+        weights = [f"{weight:g} " for weight in self.weights] or [""] * len(self.members)
+        named = [f"{weight}{member.name}" for weight, member in zip(weights, self.members, strict=True)]
+        return f"{self.how} of {', '.join(named)}"
 
     @property
     def key(self) -> str:
         weight = f" {self.spread_weight}" if self.how == "mean_minus_std" else ""
+        weight += f" {self.weights}" if self.weights else ""
         return f"{self.how}{weight} of ({'; '.join(member.key for member in self.members)})"
 
     @property
@@ -47,12 +52,19 @@ class Ensemble:
                 else [member.score(prompts, answers, columns)]
             )
         ]
-        values = combined(torch.stack([scores.values for _, scores in found]), self.how, self.spread_weight)
+        stacked = torch.stack([scores.values for _, scores in found])
+        if self.how == "sum":
+            values = torch.einsum("m,mpk->pk", stacked.new_tensor(self.weights), stacked)
+        else:
+            values = combined(stacked, self.how, self.spread_weight)
         reasons = [
             [_first([(name, scores.reasons[p][k]) for name, scores in found]) for k in range(values.shape[1])]
             for p in range(len(prompts))
         ]
-        return Scores(values, reasons)
+        parts = (
+            {name: scores.values for name, scores in found} if len(found) == len(self.members) else {}
+        )  # not of heads
+        return Scores(values, reasons, parts)
 
 
 def _first(reasons: list[tuple[str, NoScore | None]]) -> NoScore | None:

@@ -26,11 +26,17 @@ from prefuse.engine.score.rules import RULES, TextRule
 def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Scorer:
     """The scorer that the setting names: one, or an ensemble of all."""
     members = tuple(_one(spec, config, device) for spec in specs)
-    if len(members) == 1 and getattr(members[0], "heads", 1) == 1:
+    weighted = config.scorer_weights is not None and list(specs) == config.scorer
+    if len(members) == 1 and not weighted and getattr(members[0], "heads", 1) == 1:
         return members[0]
     judges = [member.name for member in members if hasattr(member, "compare")]
     if judges:
         raise UserError(f"{', '.join(judges)}: a judge compares, and is no member of an ensemble; give it alone")
+    if weighted:
+        headed = [member.name for member in members if getattr(member, "heads", 1) > 1]
+        if headed:
+            raise UserError(f"scorer_weights has a weight for each scorer, and {', '.join(headed)} has several heads")
+        return Ensemble(members, "sum", weights=tuple(config.scorer_weights))
     return Ensemble(members, config.scorer_combine, config.scorer_spread_weight)
 
 

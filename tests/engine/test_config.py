@@ -103,9 +103,11 @@ def test_what_a_resumed_run_may_differ_in():
         "algorithm", "num_generations", "max_completion_length", "temperature", "top_p", "min_p",
         "steps_per_generation", "num_iterations", "scale_rewards", "grpo_loss_type", "importance_sampling_level",
         "epsilon", "epsilon_high", "delta", "kl_estimator", "entropy_coef", "mask_truncated_completions",
+        "server_type", "use_transformers_continuous_batching",
         "missing_eos_penalty", "gamma", "lam", "value_learning_rate", "cliprange_value", "kl_target", "beta_horizon",
         "num_prompts", "max_new_tokens", "scorer_columns", "text_dataset",
-            "scorer", "scorer_steps", "scorer_combine", "scorer_spread_weight", "judge_rubric", "judge_mode",
+        "scorer", "scorer_steps", "scorer_combine", "scorer_weights", "scorer_spread_weight", "judge_rubric",
+        "judge_mode",
         "judge_max_tokens",
     }  # fmt: skip
 

@@ -187,7 +187,8 @@ def a_round(scores, lengths=None, stopped=True):
     kept = [[stopped] * len(group) for group in scores]
     names = [f"row{p}" for p in range(len(scores))]
     texts = [["x"] * len(group) for group in scores]
-    return samples.Round(0, 0, 1, list(range(len(scores))), names, groups, texts, kept, torch.tensor(scores).double())
+    scores, whole = torch.tensor(scores).double(), [[True] * len(group) for group in scores]
+    return samples.Round(0, 0, 1, list(range(len(scores))), names, groups, texts, kept, whole, scores)
 
 
 PROMPT_IDS = [[1, 2, 3], [4, 2], [9]]
@@ -273,6 +274,7 @@ def test_a_damaged_or_foreign_round_is_not_taken(tmp_path):
         ({"algorithm": "rloo", "delta": 2.0}, "delta has a meaning only with algorithm grpo, got algorithm rloo"),
         ({"algorithm": "best_of_n", "beta": 0.1}, "beta has a meaning only with algorithm grpo, rloo"),
         ({"delta": 0.5}, "delta must be above 1, got 0.5"),
+        ({"scorer_weights": [1.0, 2.0]}, "scorer_weights has 2 numbers for 1 scorers"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(changes, message):
@@ -285,3 +287,19 @@ def test_a_run_without_any_pair_says_so(model, tmp_path, caplog):
     """All rewards equal: no step makes an update, and the guard names the reason."""
     with pytest.raises(UserError, match="no round had anything to learn from: with online_dpo"):
         online(model, tmp_path, algorithm="online_dpo", rule="same", max_steps=4)
+
+
+@pytest.mark.slow
+def test_several_objectives_are_learned_by_their_weights(model, tmp_path):
+    """The sum of scores times weights is what a round learns from, and each objective is logged by itself."""
+    rules = tmp_path / "rules.py"
+    both = {"scorer": [f"{rules}:vowels", f"{rules}:gold"], "scorer_weights": [1.0, 0.25]}
+    steps = online(model, tmp_path, max_steps=2, **both)
+    for line in steps:
+        first, second = (line[f"rewards/{rules}:{name}/mean"] for name in ("vowels", "gold"))
+        assert second == pytest.approx(-first)
+        assert line["reward"] == pytest.approx(0.75 * first)
+    for _, *rows in rounds_of(tmp_path / "run"):
+        for row in rows:
+            vowels, gold = row["parts"].values()
+            assert row["scores"] == pytest.approx([a + 0.25 * b for a, b in zip(vowels, gold, strict=True)])
