@@ -150,7 +150,7 @@ def backward_slices(
     tiles = -(-n // head.rows)
     # One buffer for every slice: fresh memory costs a page fault where the product writes it.
     together = max(1, min(tiles, BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
-    # With all rows in the buffer, a slice of the weight has been multiplied for the last time when its gradient is made.
+    # With all rows in the buffer, a slice of the weight is not needed any more when its gradient is made.
     overwrite = overwrite and needs.weight and weight.dtype == head.acc and together == tiles
     dweight, dbias = Sums.empty(weight, bias, needs._replace(weight=needs.weight and not overwrite), dtype)
     dweight = weight if overwrite else dweight
