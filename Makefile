@@ -5,7 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Kernels are interpreted in one thread each, so tests run side by side. On a GPU: make test WORKERS=0
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# A file stays with one worker: what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # Another Triton than constraints.txt's, beside the same torch: what the kernels are tested on with it.
 TRITON ?= 3.9.0

@@ -12,9 +12,10 @@ counted and said.
 import argparse
 import dataclasses
 import hashlib
+import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def inspect(args: argparse.Namespace) -> None:
     """Counts, forms, lengths, duplicates, contradictions, balance; with a tokenizer also what its template does."""
     from prefuse.engine.report.data_page import plot_stats, show_stats
 
+    if args.picture:
+        _check_picture(Path(args.picture))
     reading, kind = _read(args.source, args)
     stats = measure_rows(reading.outcomes, characters)
     unit = "characters"
@@ -66,6 +69,14 @@ def inspect(args: argparse.Namespace) -> None:
     if args.picture:
         plot_stats(stats, unit, Path(args.picture))
         say(f"{args.picture}: the lengths as a picture")
+
+
+def _check_picture(path: Path) -> None:
+    """Before the rows are read."""
+    if path.suffix != ".png":
+        raise UserError(f"picture {path}: expected a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"picture {path} is in a folder that does not exist: make it first")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -90,7 +101,7 @@ def filter_rows(args: argparse.Namespace) -> None:
     _refuse_gathered(reading)
     dropped: Counter[str] = Counter()
     kept = _kept(reading, args, verdicts, dropped)
-    count = write_rows(path, (row for name, row in open_source(args.source, args.split).rows() if name in kept))
+    count = write_rows(path, (row for name, row in _source_rows(args) if name in kept))
     _say_form(args.source, reading, kind)
     _say_written(path, count, reading, dropped)
 
@@ -108,7 +119,7 @@ def split_rows(args: argparse.Namespace) -> None:
     sides = _sides(reading, args, skipped)
     counts = {}
     for name, path in paths.items():
-        rows = open_source(args.source, args.split).rows()
+        rows = _source_rows(args)
         counts[name] = write_rows(path, (row for place, row in rows if sides.get(place) == name))
     _say_form(args.source, reading, kind)
     say(f"{folder}: {counts['train']} rows to train on, {counts['test']} to test on, no prompt in both")
@@ -133,6 +144,11 @@ def _read(source: str, args: argparse.Namespace, kind: str | None = None) -> tup
                 raise
             refused.append(error)
     raise refused[0]
+
+
+def _source_rows(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """As they stand there."""
+    return open_source(args.source, args.split, args.options.dataset_config).rows()
 
 
 def _for_kind(options: ReadOptions, kind: str) -> ReadOptions:
@@ -192,9 +208,9 @@ def _fails(record: Record, args: argparse.Namespace, verdicts: dict[bytes, Any])
     lengths = {side: characters(text) for side, text in record.sides.items()}
     if args.max_prompt_characters is not None and characters(record.prompt) > args.max_prompt_characters:
         return f"its prompt has more than {args.max_prompt_characters} characters"
-    if args.min_characters is not None and min(lengths.values()) < args.min_characters:
+    if args.min_characters is not None and min(lengths.values(), default=0) < args.min_characters:
         return f"an answer has fewer than {args.min_characters} characters"
-    if args.max_characters is not None and max(lengths.values()) > args.max_characters:
+    if args.max_characters is not None and max(lengths.values(), default=0) > args.max_characters:
         return f"an answer has more than {args.max_characters} characters"
     if args.max_length_ratio is not None and max(lengths.values()) > args.max_length_ratio * min(lengths.values()):
         return f"one answer is more than {args.max_length_ratio:g} times as long as the other"
@@ -256,23 +272,19 @@ def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[
 
 def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
     """Lengths in tokens, and the rows that the chat template or max_length refuse, as a run would have them."""
-    from transformers import AutoTokenizer
-
     from prefuse.engine.data.examples import load_examples
+    from prefuse.engine.model.load import load_tokenizer
 
     if kind not in PARTS:
         raise UserError(f"rows read as {kind} have no tokens yet: give --kind {', '.join(PARTS)}, or drop --tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.tokenizer}: no tokenizer there: {error}") from None
+    tokenizer = load_tokenizer(args.tokenizer)
     options = {name: value for name, value in vars(args.options).items() if name not in ("keep_scores", "needs")}
     data = load_examples(args.source, kind, tokenizer, args.max_length, split=args.split, max_skipped=1.0, **options)
     stats.records = data.rows - len(data.skipped)
     stats.count_skipped(data.skipped)
     stats.lengths = {part: array("q", (len(getattr(row, part)) for row in data.examples)) for part in PARTS[kind]}
     if data.prompts_cut:
-        say(f"  prompts cut at their start to fit {args.max_length} tokens: {data.prompts_cut}")
+        say(f"  prompts cut to fit {args.max_length} tokens (by truncation_mode): {data.prompts_cut}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -282,13 +294,27 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats) -> None:
 ROW_FIELDS = [field for field in dataclasses.fields(RowSettings) if field.name not in ("datasets", "max_skipped")]
 
 
+def _number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: numbers like `least`, from there on."""
+
+    def read(word: str) -> float:
+        number = type(least)(word)
+        if not least <= number <= most or math.isinf(number):
+            end = "on" if math.isinf(most) else f"to {most:g}"
+            raise argparse.ArgumentTypeError(f"{word} is no number from {least:g} {end}")
+        return number
+
+    read.__name__ = type(least).__name__  # for argparse's own words
+    return read
+
+
 def parser() -> ToolParser:
     parser = ToolParser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance")
     one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
-    one.add_argument("--max_length", type=int, default=1024, help="with --tokenizer: most tokens of a row")
+    one.add_argument("--max_length", type=_number(2), default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
     one.set_defaults(run=inspect)
     two = verbs.add_parser("convert", help="rows as pairs, labelled, scored or sft")
@@ -297,17 +323,17 @@ def parser() -> ToolParser:
     two.set_defaults(run=convert)
     three = verbs.add_parser("filter", help="rows that pass rules")
     three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
-    three.add_argument("--min_score_gap", type=float, help="least difference of the scores of chosen and rejected")
-    three.add_argument("--min_characters", type=int, help="of each answer")
-    three.add_argument("--max_characters", type=int, help="of each answer")
-    three.add_argument("--max_prompt_characters", type=int, help="of the prompt")
-    three.add_argument("--max_length_ratio", type=float, help="of the longer answer of a pair to the shorter one")
+    three.add_argument("--min_score_gap", type=_number(0.0), help="least difference of the scores of both sides")
+    three.add_argument("--min_characters", type=_number(0), help="of each answer")
+    three.add_argument("--max_characters", type=_number(1), help="of each answer")
+    three.add_argument("--max_prompt_characters", type=_number(0), help="of the prompt")
+    three.add_argument("--max_length_ratio", type=_number(1.0), help="of a pair's longer answer to its shorter one")
     three.add_argument("--drop_duplicates", action="store_true", help="keep the first of equal rows")
     three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
     three.set_defaults(run=filter_rows)
     four = verbs.add_parser("split", help="train and test files, by prompt")
     four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
-    four.add_argument("--eval_fraction", type=float, default=0.1, help="share of the prompts to test on (0.1)")
+    four.add_argument("--eval_fraction", type=_number(0.0, 1.0), default=0.1, help="share of prompts to test on (0.1)")
     four.add_argument("--seed", type=int, default=42, help="decides which (42)")
     four.add_argument("--suffix", default=".jsonl", help="of the two files: .jsonl, .jsonl.gz or .parquet (.jsonl)")
     four.set_defaults(run=split_rows)

@@ -19,7 +19,7 @@ class GenerationSettings(Topic):
         "How many prompts of the dataset to answer; 0 answers all. None: 8 for `generate`, and all elsewhere.",
         rule=at_least(0),
     )
-    max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1))
+    max_new_tokens: int = setting(128, "Most tokens of an answer.", rule=at_least(1), most=10_000_000)
     temperature: float | None = setting(
         None,
         "0 takes the most likely token; above it, samples, from the whole distribution unless top_p or min_p is set. "

@@ -228,7 +228,7 @@ def summarize_skipped(dataset: Dataset, limit: int = 10) -> str:
     if dataset.ignored_columns:
         lines.append(f"  columns not used: {', '.join(dataset.ignored_columns)}")
     if dataset.prompts_cut:
-        lines.append(f"  prompts cut at their start to fit max_length: {dataset.prompts_cut}")
+        lines.append(f"  prompts cut to fit max_length (by truncation_mode): {dataset.prompts_cut}")
     if dataset.completions_cut:
         lines.append(f"  completions cut at their end to fit max_length: {dataset.completions_cut}")
     rows_by_reason: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from prefuse.engine.data.turns import Message
+from prefuse.engine.data.turns import REASONING, Message
 
 THINK = "<think>"
 THOUGHT = "</think>"
@@ -19,7 +19,7 @@ def lost_in_prompt(messages: list[Message], text: str) -> str | None:
         content = turn.get("content") or ""
         if turn["role"] == "assistant":  # the reasoning of earlier answers is left out by design
             content = content.rpartition(THOUGHT)[2]
-        if not contains(text, content):
+        if not contains(text, content) and not (turn["role"] == "tool" and _stands_as_json(content, text)):
             return f'the text of a "{turn["role"]}" turn'
         if (name := untraced_call(turn, text)) is not None:
             return f'the tool call "{name}"'
@@ -32,7 +32,7 @@ def lost_in_answer(turn: Message, prompt: str, completion: str) -> str | None:
     if not (contains(completion, content) or _continues(prompt, completion, content)):
         return f"its reasoning ({THINK}...{THOUGHT})" if _only_reasoning_lost(completion, content) else "its text"
     if not contains(completion, reasoning):
-        return 'its "reasoning_content"'
+        return f'its "{next(name for name in reversed(REASONING) if turn.get(name))}"'
     name = untraced_call(turn, completion)
     return None if name is None else f'the tool call "{name}"'
 
@@ -54,9 +54,19 @@ def untraced_call(turn: Message, text: str) -> str | None:
     """The name of a tool call whose name or arguments do not stand in the text, or None."""
     for call in turn.get("tool_calls") or ():
         name = call["function"]["name"]
-        if name not in text or not all(_stands(leaf, text) for leaf in _leaves(call["function"].get("arguments"))):
+        if name not in text or not _stands_as_json(call["function"].get("arguments"), text):
             return name
     return None
+
+
+def _stands_as_json(value: Any, text: str) -> bool:
+    """Whether arguments or a result are in the text, whose JSON may be spaced or escaped otherwise than the row's."""
+    if isinstance(value, str) and not _stands(value, text):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return all(_stands(leaf, text) for leaf in _leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from prefuse.engine.data.endings import control_tokens, ending_of
 from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
 from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
-from prefuse.engine.data.turns import Message
+from prefuse.engine.data.turns import LEARNED, Message
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def _outcomes(record: Record | Skipped, renderer: "Renderer") -> list[Record | S
 
 
 def is_learned(turn: Message) -> bool:
-    """OpenAI's and Mistral's `weight: 0`, axolotl's `train: false`, LLaMA-Factory's `loss_weight: 0` say no."""
-    return all(turn.get(name) not in (0, False) for name in ("weight", "train", "loss_weight"))
+    return all(turn.get(name) not in (0, False) for name in LEARNED)
 
 
 class Renderer:

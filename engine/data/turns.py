@@ -18,12 +18,16 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is the call, as JSON text
 RESULT_ROLES = ("observation", "function", "function_response", "tool_response", "ipython")  # other names of "tool"
 NAMES = ("role", "content", "from", "value", "tool_calls", "function_call")  # read here; other keys are the template's
+LEARNED = ("weight", "train", "loss_weight")  # of OpenAI and Mistral, of axolotl, of LLaMA-Factory: 0 or false says no
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing, as transformers has it
 
 
 def make_message(role: str, content: Any, turn: Message, column: str) -> Message:
     """The message of a turn whose role and content were found under one of their names."""
     where = f'a "{role}" turn in "{column}"'
     rest = {key: value for key, value in turn.items() if value is not None and key not in NAMES}
+    rest |= {name: _learned(rest[name], name, where) for name in LEARNED if name in rest}
+    rest |= _reasoning_of(rest, where)
     if role in CALL_ROLES:
         calls = parsed(content_text(content, f"the content of {where}"), f"the content of {where}")
         calls = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
@@ -34,6 +38,25 @@ def make_message(role: str, content: Any, turn: Message, column: str) -> Message
         message["content"] = text
     calls = tool_calls_of(turn, where)
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _learned(value: Any, name: str, where: str) -> Any:
+    """1 or true of a turn that is learned, 0 or false of another: any other weight would be lost without a word."""
+    words = {"0": 0, "1": 1, "false": False, "true": True}
+    said = words.get(value.strip().lower()) if isinstance(value, str) else value
+    if said not in (0, 1):
+        raise BadRow(f'"{name}" of {where} is {value!r:.40}; expected 1 or true (it is learned), or 0 or false (not)')
+    return said
+
+
+def _reasoning_of(turn: Message, where: str) -> Message:
+    """The reasoning of a turn under the name that is looked for, whatever the row calls it."""
+    name = next((name for name in REASONING if turn.get(name)), None)
+    if name is None:
+        return {}
+    if not isinstance(turn[name], str):
+        raise BadRow(f'"{name}" of {where} is {json_kind(turn[name])}, expected a string')
+    return {"reasoning_content": turn[name]}
 
 
 def is_empty(message: Message) -> bool:

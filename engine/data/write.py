@@ -11,6 +11,7 @@ from typing import Any
 
 from prefuse.engine.data.forms.implicit import turns_of_transcript
 from prefuse.engine.data.records import BadRow, Record, SetAside
+from prefuse.engine.data.turns import REASONING
 from prefuse.engine.errors import UserError
 
 Row = dict[str, Any]
@@ -20,6 +21,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 def written_rows(record: Record, target: str) -> Iterator[Row]:
     """The rows that a record becomes: one, or two where a pair is taken apart."""
+    sides = {side: as_given(text) for side, text in record.sides.items()}
+    record = replace(record, prompt=as_given(record.prompt), sides=sides)
     extras = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
     extras = {name: value for name, value in extras.items() if value}
     own = {"weight": record.weight, "margin": record.margin}
@@ -46,10 +49,23 @@ def written_rows(record: Record, target: str) -> Iterator[Row]:
             raise SetAside("its label is false: no demonstration")
         text = record.sides.get("chosen", record.sides.get("completion"))
         weight = weight if len(record.sides) == 1 else {}  # that of a pair is about the comparison
-        if isinstance(record.prompt, list):
+        answers = isinstance(record.prompt, list) and any(turn["role"] == "assistant" for turn in record.prompt)
+        is_whole = not answers or (record.conversation and record.label is None)
+        if isinstance(record.prompt, list) and is_whole:  # of "messages" every answer is learned
             yield {"messages": record.prompt + text, **weight, **extras}
         else:
             yield {"prompt": record.prompt, "completion": text, **weight, **extras}
+
+
+def as_given(turns: Any) -> Any:
+    """Without the second name that reading gave to the reasoning of a turn."""
+    if not isinstance(turns, list):
+        return turns
+    doubled = [any(turn.get(name) for name in REASONING[1:]) for turn in turns]
+    return [
+        {key: value for key, value in turn.items() if key != REASONING[0]} if twice else turn
+        for turn, twice in zip(turns, doubled, strict=True)
+    ]
 
 
 def with_turns(record: Record) -> Record:

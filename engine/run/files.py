@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from prefuse.engine.errors import UserError
 
+CLOCK = 2.0  # seconds by which a file's time and a process's may differ
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -48,8 +50,38 @@ def clear_dead(folder: Path) -> None:
     """What processes of this machine have left there that were killed while they wrote."""
     for path in folder.glob("*.tmp"):
         match = re.search(r"\.(\d+)-(.+)-[0-9a-f]{8}\.tmp$", path.name)
-        if match and match[2] == socket.gethostname() and not Path(f"/proc/{match[1]}").exists():
+        if match and match[2] == socket.gethostname() and not may_write(int(match[1]), path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def may_write(pid: int, path: Path) -> bool:
+    """Whether the process may still be the one that wrote there, rather than a later one of that number."""
+    if not Path("/proc/stat").exists():  # no Linux
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
+    started = process_start(pid)
+    if started is None:
+        return False
+    try:
+        written, boot = path.stat().st_mtime, re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return boot is None or int(boot[1]) + started / os.sysconf("SC_CLK_TCK") <= written + CLOCK
+
+
+def process_start(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot: two processes with one pid differ in it. None: no process, or
+    one that has ended and whose parent has not asked how."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if state in "ZX" else int(rest[18])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def publish(aside: Path, final: Path) -> None:

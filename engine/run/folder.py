@@ -18,7 +18,7 @@ import socket
 from pathlib import Path
 
 from prefuse.engine.errors import UserError
-from prefuse.engine.run.files import json_text, write_whole
+from prefuse.engine.run.files import json_text, process_start, write_whole
 from prefuse.engine.run.proof import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _lock(folder: Path) -> int:
         if _same(descriptor, path):
             break
         os.close(descriptor)  # its holder has just removed it
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "process_start": _process_start(os.getpid())}
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "process_start": process_start(os.getpid())}
     about["since"] = datetime.datetime.now().isoformat(" ", "seconds")
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(about).encode(), 0)
@@ -230,15 +230,7 @@ def _may_live(holder: dict) -> bool:
         return False
     if holder.get("host") != socket.gethostname():
         return True
-    return _process_start(pid) is not None and _process_start(pid) == holder.get("process_start")
-
-
-def _process_start(pid: int) -> int | None:
-    """When the process began, in clock ticks since boot: two processes with one pid differ in it. None: no process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+    return process_start(pid) is not None and process_start(pid) == holder.get("process_start")
 
 
 def _same(descriptor: int, path: Path) -> bool:

@@ -31,6 +31,7 @@ BY_CONTENT = {
 ROUNDING = {
     "impl", "torch_compile", "torch_compile_backend", "use_liger_kernel", "padding_free", "max_tokens_per_batch",
 }  # fmt: skip
+ROWS_OF_A_STEP = "the rows of a step (per_device_train_batch_size x gradient_accumulation_steps x processes)"
 LIBRARIES = ("prefuse", "torch", "transformers", "tokenizers", "peft", "triton", "bitsandbytes", "liger_kernel")
 
 
@@ -134,7 +135,7 @@ def check_same(before: dict, rows_before: Tensor, now: Identity, rows: Sequence[
     """What changed and may, in words; UserError names all that may not. `before`: `Identity.state()` of the checkpoint;
     `rows`: the names of the rows; `done`: the steps of the checkpoint."""
     faults = _changed(before["settings"], now.settings)
-    for name, what in ("command", "the command"), ("items_per_step", "items_per_step"):
+    for name, what in ("command", "the command"), ("items_per_step", ROWS_OF_A_STEP):
         if before[name] != getattr(now, name):
             faults.append(f"{what} was {before[name]} and is now {getattr(now, name)}")
     if now.total_steps < before["total_steps"]:

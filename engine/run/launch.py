@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefuse.engine.run.files import may_write
 from prefuse.engine.run.signals import LAUNCHER, SIGNALS
 
 POLL_SECONDS = 0.05
@@ -90,7 +91,7 @@ def _clear_meeting_places() -> None:
     """Removes the folders that killed launchers have left."""
     for path in Path(tempfile.gettempdir()).glob(f"{MEETING}*"):
         match = re.match(rf"{MEETING}(\d+)-", path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
+        if match and not may_write(int(match[1]), path):
             shutil.rmtree(path, ignore_errors=True)
 
 

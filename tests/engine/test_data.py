@@ -268,7 +268,7 @@ def test_a_prompt_is_cut_at_its_start_behind_its_bos_and_counted(tmp_path):
     assert [text(e.prompt) for e in dataset.examples] == ["<s>789", "<s>01"]
     assert [text(e.completion) for e in dataset.examples] == ["abc</s>"] * 2
     assert dataset.prompts_cut == 1
-    assert "prompts cut at their start to fit max_length: 1" in summarize_skipped(dataset)
+    assert "prompts cut to fit max_length (by truncation_mode): 1" in summarize_skipped(dataset)
 
 
 def test_the_longer_side_decides_how_much_prompt_a_pair_keeps(tmp_path):
@@ -415,4 +415,4 @@ def test_prompts_are_cut_to_max_length_and_bad_rows_are_logged(tmp_path, caplog)
         (prompt,) = load_prompts(source, PLAIN, 4)
     assert (text(prompt.ids), prompt.text) == ("<s>789", "0123456789")
     assert "rows.json:1" in caplog.text
-    assert "cut at their start to fit max_length: 1" in caplog.text
+    assert "cut to fit max_length (by truncation_mode): 1" in caplog.text

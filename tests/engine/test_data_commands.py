@@ -154,6 +154,39 @@ def test_what_was_converted_reads_back_as_the_same_records(tmp_path):
     assert [(r.prompt, r.sides, r.scores) for r in first] == [(r.prompt, r.sides, r.scores) for r in second]
 
 
+TALK = [*user("Q"), *assistant("early"), *user("R")]
+
+
+def test_demonstrations_of_several_turns_keep_what_is_learned(tmp_path):
+    """In "messages" every answer is learned: a pair, whose last answer alone is, becomes prompt and completion."""
+    pair = {"prompt": TALK, "chosen": assistant("A"), "rejected": assistant("B")}
+    told = {"messages": [*TALK, *assistant("A")]}
+    for name, row, expected in (
+        ("pair", pair, {"prompt": TALK, "completion": assistant("A")}),
+        ("label", told | {"label": True}, {"prompt": TALK, "completion": assistant("A")}),
+        ("whole", told, told),
+    ):
+        source = write_lines(tmp_path / f"{name}.jsonl", [row])
+        assert run("convert", source, tmp_path / f"{name}.out.jsonl", "--to", "sft") == 0
+        assert rows_of(tmp_path / f"{name}.out.jsonl") == [expected]
+
+
+def test_keys_of_turns_are_written_as_they_were(tmp_path):
+    turns = [*user("Q"), {"role": "assistant", "content": "A", "weight": 1, "thinking": "six sevens"}]
+    source = write_lines(tmp_path / "rows.jsonl", [{"messages": turns}])
+    assert run("convert", source, tmp_path / "out.jsonl", "--to", "sft") == 0
+    assert rows_of(tmp_path / "out.jsonl") == [{"messages": turns}]
+
+
+def test_filter_and_split_write_rows_of_the_configuration_that_they_read(tmp_path):
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [row | {"prompt": f"{name} {row['prompt']}"} for row in PAIRS])
+    head = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
+    assert run("filter", tmp_path, tmp_path / "out.jsonl", "--dataset_config", "b") == 0
+    assert [row["prompt"][0] for row in rows_of(tmp_path / "out.jsonl")] == ["b"] * len(PAIRS)
+
+
 def test_filter_keeps_rows_as_they_stand_and_counts_the_others(tmp_path, capsys):
     pair = {"prompt": "Q", "chosen": "aaaa", "rejected": "bb", "id": 7, "score_chosen": 5, "score_rejected": 1}
     rows = [
@@ -200,6 +233,13 @@ MISTAKES = {
     "an unknown flag": (("inspect", "{rows}", "--lenght", "3"), "unrecognized arguments: --lenght 3"),
     "a number that is none": (("inspect", "{rows}", "--good_from", "x"), "good_from must be a number or null, got 'x'"),
     "too few prompts": (("split", "{rows}", "{dir}/parts", "--eval_fraction", "1"), "too few to hold out"),
+    "a share of 7": (("split", "{rows}", "{dir}/parts", "--eval_fraction", "7"), "7 is no number from 0 to 1"),
+    "no number": (("filter", "{rows}", "{dir}/a.jsonl", "--min_score_gap", "nan"), "nan is no number from 0 on"),
+    "a length below 0": (("filter", "{rows}", "{dir}/a.jsonl", "--min_characters", "-1"), "-1 is no number from 0 on"),
+    "no room": (("inspect", "{rows}", "--max_length", "1"), "1 is no number from 2 on"),
+    "a picture of no known kind": (("inspect", "{rows}", "--picture", "{dir}/a.xyz"), "a name that ends in .png"),
+    "a picture nowhere": (("inspect", "{rows}", "--picture", "{dir}/b/a.png"), "in a folder that does not exist"),
+    "no such tokenizer": (("inspect", "{rows}", "--tokenizer", "{dir}/none"), "none does not exist"),
     "no such rows": (("inspect", "{dir}/none.jsonl"), "no such file or folder"),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ BROKEN_FILES = {
     "no rows": ("rows.json", "[]", "rows.json has no rows"),
     "no rows in an object": ("rows.json", {"data": []}, "rows.json has no rows"),
     "broken json": ("rows.json", '[{"a": 1},\n {"a" 2}]', "not valid JSON: .* line 2 column 7"),
-    "two arrays": ("rows.json", '[{"a": 1}]\n[{"a": 2}]', r"not valid JSON: Extra data: line 2 column 1"),
+    "an array and an object": ("rows.json", '[{"a": 1}]\n{"a": 2}', r"not valid JSON: Extra data: line 2 column 1"),
     "an array that ends early": (
         "rows.json",
         '[{"a": 1}',

@@ -180,7 +180,10 @@ def test_another_number_of_items_in_a_step_is_not_resumed(files, server, tmp_pat
     assert server.run(argv, 1, tmp_path / "log") == [0]
     (tmp_path / "run/model.safetensors").unlink()
     assert server.run([*argv, "--resume"], 2, tmp_path / "log") == [2, 2]
-    assert "cannot resume: items_per_step was 2 and is now 4" in (tmp_path / "log.0").read_text()
+    assert (
+        "a step (per_device_train_batch_size x gradient_accumulation_steps x processes) was 2 and is now 4"
+        in (tmp_path / "log.0").read_text()
+    )
 
 
 @pytest.mark.slow

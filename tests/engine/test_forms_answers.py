@@ -1,5 +1,7 @@
 """One answer a row: labels, scores, conversations, instructions; a bad answer is never a demonstration."""
 
+import json
+
 import pytest
 
 from prefuse.engine.data import DataError, load_examples
@@ -229,3 +231,48 @@ def test_prompts_alone_need_no_verdict_and_no_threshold(tmp_path):
     ):
         rows = [row | {"winner": "A"}] if "winner" in row else [row]
         assert read(tmp_path, [*rows, row], "prompt")[0] == [("user: Q",)] * 2
+
+
+def test_a_prompt_that_stands_at_the_start_of_nearly_all_answers_is_cut_off_and_counted(tmp_path):
+    said = "rows whose prompt stood at the start of the answer, and is cut off there: 2"
+    question, other = "what is the sky?", "what is the sea?"
+    rows = [{"prompt": q, "completion": f"{q} A", "label": True} for q in (question, other)]
+    for kind in ("sft", "labelled"):
+        records, reading, _ = read(tmp_path, rows, kind)
+        assert records == [(question, " A", True), (other, " A", True)]
+        assert said in reading.form.tally.lines
+    asked = [{"question": q, "answer": f"{q}\nA"} for q in (question, other)]
+    assert read(tmp_path, asked, "sft")[0] == [(f"user: {q}", "assistant: \nA") for q in (question, other)]
+    once = [rows[0], rows[1] | {"completion": "A"}]  # an answer that begins with its question, among others
+    assert read(tmp_path, once, "labelled")[0] == [(question, f"{question} A", True), (other, "A", True)]
+    short = [{"prompt": "hello", "completion": "hello there"}]
+    assert read(tmp_path, short, "sft")[0] == [("hello", "hello there")]
+
+
+def test_keys_of_turns_that_nothing_reads_are_said(tmp_path):
+    turn = GOOD | {"explanation": "some words", "model": "m-7b", "logprob": -0.5, "header": {"accept": "any"}}
+    _, reading, _ = read(tmp_path, [{"messages": [USER, turn]}] * 2, "sft")
+    assert reading.form.tally.lines == [
+        'turns of the first rows that also hold "explanation", for the chat template alone: 2',
+        'turns of the first rows that also hold "header", for the chat template alone: 2',
+    ]
+
+
+def test_turns_that_stand_as_json_text_are_read_as_turns_and_said(tmp_path):
+    question, reply = json.dumps([USER]), json.dumps([GOOD])
+    for kind, row, expected in (
+        ("sft", {"messages": json.dumps([USER, GOOD])}, CHAT),
+        ("pair", {"prompt": question, "chosen": reply, "rejected": json.dumps([GOOD | {"content": "B"}])},
+         (*CHAT, "assistant: B")),
+        ("pair", {"prompt": question, "chosen": "A", "rejected": "B"}, (*CHAT, "assistant: B")),
+    ):  # fmt: skip
+        records, reading, skipped = read(tmp_path, [row, row], kind)
+        assert records == [expected] * 2
+        assert not skipped
+        column = next(iter(row))
+        assert (
+            f'rows whose "{column}" is a text, the JSON of turns, and is read as turns: 2' in reading.form.tally.lines
+        )
+    mixed = [{"prompt": question, "completion": "A"}, {"prompt": "[x] y", "completion": "A"}]
+    assert read(tmp_path, mixed, "sft")[0] == [(question, "A"), ("[x] y", "A")]
+    assert read(tmp_path, [{"prompt": "[1, 2]", "completion": "3"}], "sft")[0] == [("[1, 2]", "3")]

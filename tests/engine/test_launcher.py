@@ -44,6 +44,8 @@ import os, pathlib, signal, sys, time
 folder, rank, attempt = pathlib.Path(sys.argv[1]), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 (folder / f"{attempt}.{rank}.{os.environ['WORLD_SIZE']}.{os.environ['LOCAL_RANK']}").touch()
 if attempt == "0" and rank == "1":
+    while not (folder / f"0.0.{os.environ['WORLD_SIZE']}.0").exists():  # the other rank has begun
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 if attempt == "0":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from prefuse.engine import train as train_module
 from prefuse.engine.errors import UserError
 from prefuse.engine.run import folder as folder_module
+from prefuse.engine.run.files import clear_dead, process_start
 from prefuse.engine.run.folder import LOCK, MARK, RunFolder, open_folder
 from prefuse.engine.train import train
 from tiny_run import PAIRS, read_log, save_model, settings, weights, write_rows
@@ -76,7 +79,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(holder, base, tmp_path):
 @pytest.mark.parametrize(
     ("holder", "lives"),
     [
-        ({"pid": os.getpid(), "process_start": folder_module._process_start(os.getpid())}, True),
+        ({"pid": os.getpid(), "process_start": process_start(os.getpid())}, True),
         ({"pid": os.getpid(), "process_start": 1}, False),  # another process had this number
         ({"pid": 2**22 + 1}, False),
         ({"pid": 7, "host": "elsewhere"}, True),
@@ -285,3 +288,23 @@ def test_leftovers_of_a_killed_save_are_cleared_and_what_it_replaced_comes_back(
     open_folder(out, True, {}).close()
     assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
     assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc")
+def test_what_a_killed_writer_left_goes_also_where_its_process_waits_for_its_parent_or_its_number_is_taken(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    assert Path(f"/proc/{ended.pid}").exists()
+    later = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    before = time.time() - 60  # older than the process that has the number now
+    host = socket.gethostname()
+    for name, pid, written in (("dead", ended.pid, None), ("taken", later.pid, before), ("mine", os.getpid(), None)):
+        folder = tmp_path / f"{name}.{pid}-{host}-0123abcd.tmp"
+        folder.mkdir()
+        if written is not None:
+            os.utime(folder, (written, written))
+    (tmp_path / "elsewhere.1-another-host-0123abcd.tmp").mkdir()
+    clear_dead(tmp_path)
+    assert sorted(path.name.split(".")[0] for path in tmp_path.iterdir()) == ["elsewhere", "mine"]
+    ended.wait()
+    later.communicate(b"")

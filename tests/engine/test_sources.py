@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from prefuse.engine.data import DataError
+from prefuse.engine.data import DataError, load_examples
 from prefuse.engine.data.sources import BadRow, open_source
 
 ROWS = [
@@ -41,6 +41,24 @@ def zstd(data):
     return sink.getvalue().to_pybytes()
 
 
+TURNS = [[{"role": "user", "content": q}, {"role": "assistant", "content": "A"}] for q in "QR"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["".join(json.dumps(turns) + "\n" for turns in TURNS), json.dumps(TURNS), json.dumps(TURNS, indent=1)],
+    ids=["a line each", "an array of arrays", "over several lines"],
+)
+def test_an_array_of_turns_in_the_place_of_a_row_is_its_conversation(tmp_path, content):
+    assert rows_of(write(tmp_path / "rows.jsonl", content)) == [{"messages": turns} for turns in TURNS]
+
+
+def test_other_arrays_in_the_place_of_rows_are_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '["a", "b"]\n[1, 2]\n[]\n[[{"role": "user"}]]\n')
+    with pytest.raises(DataError, match=r"none of its 4 rows is an object with columns:\n.*:1: the row is a list"):
+        load_examples(str(path), "pair", None, 64, cache="none")
+
+
 CSV = 'prompt,chosen,rejected\né字,"good, better","bad ""x""\nbad"\nR,c,d\n'
 FILES = {
     "array": ("rows.json", json.dumps(ROWS)),
@@ -54,6 +72,7 @@ FILES = {
     "splits": ("rows.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1)),
     "columns": ("rows.json", json.dumps(COLUMNS)),
     "columns of pandas": ("rows.json", json.dumps({c: dict(enumerate(v)) for c, v in COLUMNS.items()})),
+    "lines of arrays": ("rows.jsonl", "".join(json.dumps([row]) + "\n" for row in ROWS)),
     "byte-order mark": ("rows.jsonl", "\ufeff" + LINES),
     "csv": ("rows.csv", CSV),
     "csv, byte-order mark": ("rows.csv", "\ufeff" + CSV),
@@ -238,6 +257,14 @@ def test_the_readme_says_which_files_are_a_split(tmp_path):
     assert texts(tmp_path, "train", "other") == ["three/x.jsonl"]
     with pytest.raises(DataError, match='no configuration "more"; it has default, other'):
         texts(tmp_path, "train", "more")
+
+
+@pytest.mark.parametrize("entry", ["3", "{split: [], path: a}", "[{path: a.jsonl}]", "{train: a.jsonl}"])
+def test_a_readme_that_names_no_files_is_one_line(tmp_path, entry):
+    make(tmp_path, "a.jsonl")
+    write(tmp_path / "README.md", f"---\nconfigs:\n- config_name: [odd]\n  data_files: {entry}\n---\n")
+    with pytest.raises(DataError, match=r"README.md has .* among its data_files; expected a path, or {split, path}"):
+        texts(tmp_path, "train")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs and few links there")

@@ -217,6 +217,38 @@ def test_arguments_come_in_the_shape_that_the_template_prints(tmp_path, argument
     assert f"<tool_call>add:{expected}</tool_call>" in texts(tmp_path, row, template)[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ('{"city":"Oslo","days":2}', '{"city": "Oslo", "days": 2}'),  # as OpenAI writes them, without blanks
+        (r'{"city": "M\u00fcnchen", "note": "a \"b\""}', r'{"city": "München", "note": "a \"b\""}'),
+        ('{ "deep" : [ {"x":1.50} ] }', '{"deep": [{"x": 1.5}]}'),
+        ("{}", "{}"),
+    ],
+    ids=["no blanks", "escapes", "nested", "none"],
+)
+def test_arguments_as_json_text_may_be_spelled_otherwise_than_the_template_does(tmp_path, arguments, printed):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    row = {"prompt": [USER], "completion": [answer("", tool_calls=[call])], "tools": [ADD]}
+    assert f'"arguments": {printed}' in texts(tmp_path, row, TOOLS_TEMPLATE)[1]
+    silent = TOOLS_TEMPLATE.replace("{{ c.function | tojson }}", "{{ c.function.name }}")
+    if arguments != "{}":
+        assert 'drops or rewrites text of "completion": the tool call "add"' in refusal(tmp_path, row, silent)
+
+
+@pytest.mark.parametrize("result", ['{"temperature":21, "unit": "C"}', 'He said "hi"\nin München', "21"])
+@pytest.mark.parametrize("printed", ["m.content", "m.content | tojson"])
+def test_results_of_tools_may_be_printed_as_json_text(tmp_path, result, printed):
+    """As GPT-OSS and Llama 3.1 print them."""
+    template = CHATML.replace("m.content", f"({printed}) if m.role == 'tool' else m.content")
+    row = {"messages": [USER, answer("wait"), {"role": "tool", "content": result}, answer()]}
+    prompt, completion = texts(tmp_path, row, template)
+    said = json.dumps(result, ensure_ascii=False) if "tojson" in printed else result
+    assert f"<|im_start|>tool\n{said}<|im_end|>" in prompt + completion
+    silent = CHATML.replace("m.content", "'' if m.role == 'tool' else m.content")
+    assert 'drops or rewrites the text of a "tool" turn' in refusal(tmp_path, row, silent)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Contents
 
@@ -236,6 +268,15 @@ def test_a_template_that_reads_parts_gets_them(tmp_path):
     template = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     row = {"messages": [SYSTEM, USER, answer()]}
     assert texts(tmp_path, row, template) == texts(tmp_path, row, CHATML)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_used_or_missed_under_each_of_its_names(tmp_path, name):
+    row = {"messages": [USER, answer() | {name: "six sevens"}]}
+    assert texts(tmp_path, row, APART)[1].startswith("<think>\nsix sevens\n</think>\n\n")
+    assert f'drops or rewrites text of "completion": its "{name}". Fix:' in refusal(tmp_path, row, CHATML)
+    odd = {"messages": [USER, answer() | {name: ["six", "sevens"]}]}
+    assert f'"{name}" of a "assistant" turn in "messages" is a list, expected a string' in refusal(tmp_path, odd, APART)
 
 
 def test_a_null_content_is_an_empty_turn_where_the_template_takes_it_so(tmp_path):

@@ -185,3 +185,19 @@ def test_the_loss_of_such_a_pair_is_that_of_its_answers_alone(tmp_path):
     first, second = (line["loss"] for line in read_log(tmp_path / "run") if "loss" in line)
     assert first == pytest.approx(0.6931472, abs=1e-5)
     assert second < first
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss_weight"])
+def test_a_turn_is_learned_or_not_and_other_weights_are_refused(tmp_path, name):
+    def rows(value):
+        return [
+            {"messages": [user("u1"), answer("a1", **{name: value}), user("u2"), answer("a2")]},
+            {"messages": TURNS},
+        ]
+
+    for value, expected in ((0, ["a2"]), (False, ["a2"]), ("0", ["a2"]), ("False", ["a2"]), (1.0, ["a1", "a2"])):
+        tokenizer, examples = load(tmp_path, rows(value))
+        assert learned(tokenizer, examples[0]) == [f"{text}<|im_end|>" for text in expected], value
+    for value in (0.5, 2, -1, "half", [1]):
+        with pytest.raises(DataError, match=rf'"{name}" of a "assistant" turn .* is .*; expected 1 or true'):
+            load(tmp_path, rows(value)[:1])

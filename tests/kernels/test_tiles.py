@@ -29,7 +29,7 @@ def own_table(tmp_path, monkeypatch):
     """Puts rows into a file, and the file into PREFUSE_TILES."""
 
     def forget():
-        configs.table.cache_clear()
+        configs.tile_rows.cache_clear()
         configs.find.cache_clear()
 
     def install(*rows):

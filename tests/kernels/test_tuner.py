@@ -26,7 +26,7 @@ def own_table(tmp_path, monkeypatch):
     """Puts rows into a file, and the file into PREFUSE_TILES."""
 
     def forget():
-        configs.table.cache_clear()
+        configs.tile_rows.cache_clear()
         configs.find.cache_clear()
 
     def install(*rows):
@@ -260,7 +260,7 @@ def test_other_numbers_do_not_pass_for_the_same():
 
 def read_back(rows):
     """The rows, once through a line of text."""
-    return [replace(configs.rows_of(f"rows = [\n{line_of(row)}\n]", "line")[0], layer=row.layer) for row in rows]
+    return [replace(configs.parse_rows(f"rows = [\n{line_of(row)}\n]", "line")[0], layer=row.layer) for row in rows]
 
 
 def test_the_shipped_table_is_written_as_the_tuner_writes():
@@ -301,7 +301,7 @@ def test_writing_makes_a_file_and_keeps_rows_of_a_kind_together(tmp_path):
 
 
 def parse(change):
-    return configs.parse(GOOD | change, configs.OWN)
+    return configs.parse_row(GOOD | change, configs.OWN)
 
 
 def test_writing_refuses_a_file_whose_rows_do_not_stand_on_lines(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefuse.engine.data.forms.form import Form, ReadOptions, Row, make_record
+from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
@@ -22,6 +23,7 @@ class Conversation:
     system: str | None
     history: str | None
     repeated: str | None = None  # a column that says once more what a turn says
+    notes: Counter[str] = field(default_factory=Counter)
     as_turns = False
 
     @property
@@ -72,6 +74,7 @@ class PlainText:
     """A text that is learned from its first token on."""
 
     column: str
+    notes: Counter[str] = field(default_factory=Counter)
     optional = ()
     as_turns = False
 
@@ -92,12 +95,18 @@ class PlainText:
         return make_record(name, "", {"completion": read_text(row[self.column], self.column)}, **more)
 
 
+REPEATED = "rows whose prompt stood at the start of the answer, and is cut off there"
+NO_CHANCE = 12  # characters: an answer that begins with a prompt as long as this repeats it
+
+
 @dataclass(frozen=True)
 class AnswerColumns:
     """A prompt's columns and the column of its answer."""
 
     question: PromptColumns
     answer: str
+    repeats: bool = False  # (nearly) all answers begin with their prompt
+    notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def columns(self) -> list[str]:
@@ -120,6 +129,9 @@ class AnswerColumns:
 
     def read(self, name: str, row: Row, **more: Any) -> Record:
         prompt, answer = self.question.read(row), read_text(row[self.answer], self.answer)
+        if self.repeats and (asked := repeated_prompt(prompt, answer)):
+            self.notes[REPEATED] += 1
+            answer = answer[len(asked) :]
         if isinstance(prompt, list) and isinstance(answer, str):
             answer = [turn_of("assistant", answer, self.answer)]
         elif isinstance(prompt, str) and isinstance(answer, list):
@@ -128,6 +140,26 @@ class AnswerColumns:
 
 
 Answers = Conversation | AnswerColumns | PlainText
+
+
+def repeated_prompt(prompt: Text, answer: Text) -> str:
+    """The text of the prompt, or of its last turn, that the answer begins with as a whole; else ""."""
+    asked = prompt if isinstance(prompt, str) else (prompt[-1].get("content") or "") if prompt else ""
+    if len(asked.strip()) < NO_CHANCE or not isinstance(answer, str) or not answer.startswith(asked):
+        return ""
+    rest = answer[len(asked) :]
+    return asked if rest.strip() and not (asked[-1].isalnum() and rest[0].isalnum()) else ""
+
+
+def _repeating(look: Look, answer: AnswerColumns) -> AnswerColumns:
+    """With `repeats`, as (nearly) all of the first rows say."""
+    found = 0
+    for row in look.first:
+        try:
+            found += bool(repeated_prompt(answer.question.read(row), read_text(row[answer.answer], answer.answer)))
+        except (BadRow, KeyError):
+            continue  # the row is bad, and is named where it is read
+    return replace(answer, repeats=found >= 0.9 * len(look.first) > 0)
 
 
 def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
@@ -149,7 +181,7 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         return PlainText(text)
     look.used.add(answer)
     prompt = find_prompt(look, named)
-    return AnswerColumns(prompt, answer) if prompt else None
+    return _repeating(look, AnswerColumns(prompt, answer)) if prompt else None
 
 
 def _repeated_prompt(look: Look, conversation: str) -> str | None:
@@ -177,7 +209,7 @@ def find_demonstration(look: Look, named: dict[str, list[str]], options: ReadOpt
 
     return Form(
         "sft", "/".join(answers.columns), tuple(answers.columns), tuple(answers.became), read, answers.prompt,
-        as_turns=answers.as_turns, optional=tuple(answers.optional),
+        as_turns=answers.as_turns, optional=tuple(answers.optional), tally=Tally(answers.notes),
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ What a label's values mean is decided for the whole source, from the vocabulary 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +39,7 @@ def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions)
             raise SetAside(f'no value in "{column}"')
         yield answers.read(name, row, label=meaning(row[column]))
 
-    return _form("labelled", answers, (column, "label"), read, Counter())
+    return _form("labelled", answers, (column, "label"), read)
 
 
 def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
@@ -52,7 +51,6 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
     answers = find_answers(look, named)
     if answers is None:
         return None
-    notes: Counter[str] = Counter()
     good, bad = options.good_from, options.bad_to
     if good is not None and bad is not None and not bad < good:
         raise DataError(f"bad_to {bad:g} must be below good_from {good:g}")
@@ -77,7 +75,6 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
         answers,
         (column, "score" if options.keep_scores else f"label, {_thresholds(options)}"),
         read,
-        notes,
     )
 
 
@@ -117,10 +114,10 @@ def _ask_for_thresholds(look: Look, column: str) -> str:
     )
 
 
-def _form(kind: str, answers: Answers, role: tuple[str, str], read: Any, notes: Counter[str]) -> Form:
+def _form(kind: str, answers: Answers, role: tuple[str, str], read: Any) -> Form:
     return Form(
         kind, "/".join([*answers.columns, role[0]]), tuple(answers.columns), (*answers.became, role), read,
-        answers.prompt, as_turns=answers.as_turns, optional=(*answers.optional, role[0]), tally=Tally(notes),
+        answers.prompt, as_turns=answers.as_turns, optional=(*answers.optional, role[0]), tally=Tally(answers.notes),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.turns import other_keys, turns_in_text
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
@@ -44,18 +46,36 @@ def read_records(
 
 def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     """The same for one source that is open."""
-    rows = source.rows()
+    rows, notes = source.rows(), Counter()
     first = list(itertools.islice(rows, FIRST_ROWS))
     look = first_look(source.name, first)
+    as_text = [column for column, values in look.values.items() if all(map(turns_in_text, values or [None]))]
+    if as_text:
+        first = list(_with_turns(first, as_text, notes))
+        look = first_look(source.name, first)
     if not first:
         raise DataError(f"{source.name} has no rows")
     if not look.values:
         reasons = "\n".join(f"  {name}: {_problem(row)}" for name, row in first[:5])
         raise DataError(f"{source.name}: none of its {len(first)} rows is an object with columns:\n{reasons}")
     form = detect_form(look, kind, options)
+    form.tally.notes.update(notes)
+    rows = _with_turns(rows, as_text, form.tally.notes) if as_text else rows
+    for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
+        form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
     ignored = [column for column in look.values if column not in form.used]
     checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
     return Reading(_outcomes(checked, form, kind), form, ignored)
+
+
+def _with_turns(rows: Iterable[tuple[str, Any]], columns: list[str], notes: Counter[str]) -> Iterator[tuple[str, Any]]:
+    """With the turns that these columns hold as JSON text."""
+    for name, row in rows:
+        found = {column: turns_in_text(row.get(column)) for column in columns} if isinstance(row, dict) else {}
+        for column in [column for column, turns in found.items() if turns]:
+            notes[f'rows whose "{column}" is a text, the JSON of turns, and is read as turns'] += 1
+            row = row | {column: found[column]}
+        yield name, row
 
 
 def _problem(row: Any) -> str:

@@ -7,10 +7,15 @@ and `train` say what is learned.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from prefuse.engine.data.forms.look import holds_text
+from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
-from prefuse.engine.data.turns import CALL_ROLES, RESULT_ROLES, make_message
+from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPELLINGS = {role: role for role in ROLES}
@@ -19,6 +24,7 @@ SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "ai"), "assistant"
 SPELLINGS |= {role: role for role in CALL_ROLES} | dict.fromkeys(RESULT_ROLES, "tool")
 ROLE_KEYS = ("role", "from", "speaker")
 TEXT_KEYS = ("content", "value", "parts", "text")
+KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
 
 
 def read_text(value: Any, column: str) -> Text:
@@ -59,6 +65,30 @@ def read_history(value: Any, column: str) -> list[Message]:
 def turn_of(role: str, text: str, column: str) -> Message:
     check_unicode(text, column)
     return {"role": role, "content": text}
+
+
+def turns_in_text(value: Any) -> list[Any] | None:
+    """The turns whose JSON a string is; None if it is another text. Nothing else begins with the brackets of a list of
+    objects and names a role in each."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    is_turns = turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
+    return turns if is_turns else None
+
+
+def other_keys(values: Iterable[Any]) -> Counter[str]:
+    """How many turns in columns of turns also hold text under another key, which nothing but a template may read."""
+    found: Counter[str] = Counter()
+    for value in values:
+        turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+        for turn in turns:
+            if any(key in turn for key in ROLE_KEYS):
+                found.update(key for key, part in turn.items() if key not in KNOWN_KEYS and holds_text(part))
+    return Counter({key: count for key, count in found.items() if not is_metadata(key)})
 
 
 def _exchange(turn: Any) -> list[Message] | None:

@@ -116,7 +116,7 @@ def _keyword(file: Path) -> str | None:
 
 def _splits_of_readme(folder: Path, files: list[Path], config: str | None) -> dict[str, list[Path]] | None:
     """What the YAML at the top of README.md says in `configs`, if it says which files belong to which split."""
-    configs = {entry.get("config_name", "default"): entry for entry in _readme(folder) if entry.get("data_files")}
+    configs = {str(entry.get("config_name", "default")): entry for entry in _readme(folder) if entry.get("data_files")}
     if not configs:
         if config is not None:
             raise DataError(f'{folder}: no configuration "{config}"; its README.md names none')
@@ -156,6 +156,9 @@ def _patterns(data_files: Any) -> list[tuple[str, str]]:
     """(split, pattern) of a string, a list, or [{split, path}]."""
     pairs = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
-        split, paths = (entry["split"], entry["path"]) if isinstance(entry, dict) else ("train", entry)
-        pairs += [(split, path) for path in (paths if isinstance(paths, list) else [paths])]
+        split, paths = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        paths = paths if isinstance(paths, list) else [paths]
+        if not all(isinstance(text, str) for text in (split, *paths)):
+            raise DataError(f"README.md has {entry!r:.80} among its data_files; expected a path, or {{split, path}}")
+        pairs += [(split, path) for path in paths]
     return pairs

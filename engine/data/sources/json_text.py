@@ -1,4 +1,6 @@
-"""JSON in every layout that files have: lines, an array, objects one after another, or one document.
+"""JSON in every layout that files have: lines, an array, lines of arrays, objects one after another, or one document.
+
+An array of turns in the place of a row is the conversation of a row: {"messages": [...]}.
 
 A document is an object that holds the rows: {"data": [...]}, {"train": [...], "test": [...]}, {"prompt": [...],
 "chosen": [...]} or, as pandas writes it, {"prompt": {"0": ...}}. Lines and arrays are read as they come, a document
@@ -30,20 +32,39 @@ def read_json(path: Path, opener: Opener, name: str, suffix: str, split: str) ->
     layout = _layout(opener, suffix)
     if layout == "lines":
         yield from _read_lines(path, opener, name)
+    elif layout == "arrays":
+        for row, value in _read_lines(path, opener, name):
+            yield from _rows_of_line(row, value)
     elif layout == "values":
-        yield from _numbered(_read_values(path, opener), name)
+        yield from ((row, _as_row(value)) for row, value in _numbered(_read_values(path, opener), name))
     else:
         yield from _read_document(path, opener, name, suffix, split)
 
 
+def _as_row(value: Any) -> Any:
+    is_conversation = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    return {"messages": value} if is_conversation and all({"role", "from"} & set(turn) for turn in value) else value
+
+
+def _rows_of_line(name: str, value: Any) -> Rows:
+    """A conversation, or several rows, in one line."""
+    row = _as_row(value)
+    if isinstance(row, list) and row and all(isinstance(part, dict) for part in row):
+        yield from ((f"{name}.{index}", part) for index, part in enumerate(row))
+    else:
+        yield name, row
+
+
 def _layout(opener: Opener, suffix: str) -> str:
-    """ "lines": one object each. "values": an array, or objects that span lines. "document": one object."""
+    """ "lines": one object each. "arrays": one array each. "values": an array, or objects that span lines. "document":
+    one object."""
     with opener() as stream:
         lines = (line for line in map(_without_mark, stream) if line.strip())
         first = next(lines)
-        if first.lstrip().startswith(b"["):
-            return "values"
         second = next(lines, None)
+        if first.lstrip().startswith(b"["):
+            whole = second is not None and second.lstrip().startswith(b"[") and isinstance(_parse_line(first), list)
+            return "arrays" if whole else "values"
         if second is None:
             value = _parse_line(first)
             holds_rows = isinstance(value, BadRow) or any(isinstance(part, list | dict) for part in value.values())
