@@ -138,6 +138,7 @@ def backward_slices(
     slices: Iterable[tuple],  # (first column, weight (C, D), ...) of each slice
     dlogits: Callable[[Tensor, int, tuple], object],
     dtype: torch.dtype | None = None,  # of dweight and dbias; None: their own
+    overwrite: bool = False,  # dweight may take the weight's place
 ) -> Gradients:
     """dhidden (N, D) in the accumulator's dtype, dweight (V, D), dbias (V,): each row of dweight is written once.
 
@@ -146,10 +147,13 @@ def backward_slices(
     (n, d), weight, bias = hidden.shape, head.weight, head.bias
     hidden = operand(hidden, head.dtype)
     dhidden = hidden.new_zeros(n, d, dtype=head.acc) if needs.hidden else None
-    dweight, dbias = Sums.empty(weight, bias, needs, dtype)
     tiles = -(-n // head.rows)
     # One buffer for every slice: fresh memory costs a page fault where the product writes it.
     together = max(1, min(tiles, BUFFER_BYTES // (head.rows * head.columns * head.acc.itemsize)))
+    # With all rows in the buffer, a slice of the weight is not needed any more when its gradient is made.
+    overwrite = overwrite and needs.weight and weight.dtype == head.acc and together == tiles
+    dweight, dbias = Sums.empty(weight, bias, needs._replace(weight=needs.weight and not overwrite), dtype)
+    dweight = weight if overwrite else dweight
     buffer = hidden.new_empty(together * head.rows * head.columns, dtype=head.acc)
     for part in slices:
         first, w = part[:2]

@@ -275,7 +275,7 @@ def _backward_kept(head: SlicedHead, hidden: Tensor, targets: Tensor, row: RowGr
 
 def backward_measured(
     hidden: Tensor,  # (N, D) every row kept
-    weight: Tensor,  # (K, D)
+    weight: Tensor,  # (K, D), which its gradient may overwrite
     bias: Tensor | None,  # (K,)
     targets: Tensor,  # (N,)
     row: RowGrads,
@@ -305,7 +305,7 @@ def backward_measured(
         dz[target] = own[at][target[0]]
         head.slope_(dz, logits)
 
-    return kept, backward_slices(head, hidden, needs, head.slices(), dlogits, head.acc)
+    return kept, backward_slices(head, hidden, needs, head.slices(), dlogits, head.acc, overwrite=True)
 
 
 def stashed_slices(head: SlicedHead, stash: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
