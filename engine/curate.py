@@ -12,16 +12,15 @@ counted and said.
 import argparse
 import dataclasses
 import hashlib
-import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import known
-from prefuse.engine.config.tools import ToolParser
+from prefuse.engine.config.tools import ToolParser, number_from
 from prefuse.engine.config.values import from_words, literals
 from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read_records
 from prefuse.engine.data.forms.read import Reading
@@ -342,27 +341,13 @@ def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats, looked: "
 ROW_FIELDS = [field for field in dataclasses.fields(RowSettings) if field.name not in ("datasets", "max_skipped")]
 
 
-def _number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: numbers like `least`, from there on."""
-
-    def read(word: str) -> float:
-        number = type(least)(word)
-        if not least <= number <= most or math.isinf(number):
-            end = "on" if math.isinf(most) else f"to {most:g}"
-            raise argparse.ArgumentTypeError(f"{word} is no number from {least:g} {end}")
-        return number
-
-    read.__name__ = type(least).__name__  # for argparse's own words
-    return read
-
-
 def parser() -> ToolParser:
     parser = ToolParser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance")
     one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
-    one.add_argument("--max_length", type=_number(2), default=1024, help="with --tokenizer: most tokens of a row")
+    one.add_argument("--max_length", type=number_from(2), default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
     one.add_argument("--html", help="a page with the same and more: histograms, what to look at first, the first rows")
     one.set_defaults(run=inspect)
@@ -372,17 +357,19 @@ def parser() -> ToolParser:
     two.set_defaults(run=convert)
     three = verbs.add_parser("filter", help="rows that pass rules")
     three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
-    three.add_argument("--min_score_gap", type=_number(0.0), help="least difference of the scores of both sides")
-    three.add_argument("--min_characters", type=_number(0), help="of each answer")
-    three.add_argument("--max_characters", type=_number(1), help="of each answer")
-    three.add_argument("--max_prompt_characters", type=_number(0), help="of the prompt")
-    three.add_argument("--max_length_ratio", type=_number(1.0), help="of a pair's longer answer to its shorter one")
+    three.add_argument("--min_score_gap", type=number_from(0.0), help="least difference of the scores of both sides")
+    three.add_argument("--min_characters", type=number_from(0), help="of each answer")
+    three.add_argument("--max_characters", type=number_from(1), help="of each answer")
+    three.add_argument("--max_prompt_characters", type=number_from(0), help="of the prompt")
+    three.add_argument("--max_length_ratio", type=number_from(1.0), help="of a pair's longer answer to its shorter one")
     three.add_argument("--drop_duplicates", action="store_true", help="keep the first of equal rows")
     three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
     three.set_defaults(run=filter_rows)
     four = verbs.add_parser("split", help="train and test files, by prompt")
     four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
-    four.add_argument("--eval_fraction", type=_number(0.0, 1.0), default=0.1, help="share of prompts to test on (0.1)")
+    four.add_argument(
+        "--eval_fraction", type=number_from(0.0, 1.0), default=0.1, help="share of prompts to test on (0.1)"
+    )
     four.add_argument("--seed", type=int, default=42, help="decides which (42)")
     four.add_argument("--suffix", default=".jsonl", help="of the two files: .jsonl, .jsonl.gz or .parquet (.jsonl)")
     four.set_defaults(run=split_rows)

@@ -1,8 +1,9 @@
 """The parser of commands with flags of their own, such as `prefuse data`: its errors are one line with the fix."""
 
 import argparse
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from prefuse.engine.config.values import did_you_mean
@@ -43,3 +44,17 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():
                 yield from _flags(verb)
+
+
+def number_from(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: numbers like `least`, from there on."""
+
+    def read(word: str) -> float:
+        number = type(least)(word)
+        if not least <= number <= most or math.isinf(number):
+            end = "on" if math.isinf(most) else f"to {most:g}"
+            raise argparse.ArgumentTypeError(f"{word} is no number from {least:g} {end}")
+        return number
+
+    read.__name__ = type(least).__name__  # for argparse's own words
+    return read

@@ -78,7 +78,8 @@ def from_words(name: str, words: list[str]) -> object:
 
 def options_of(name: str) -> tuple[object, ...]:
     annotation = FIELDS[name]
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)  # the latter is `Literal[...] | None`
+    return typing.get_args(annotation) if union else (annotation,)
 
 
 def literals(name: str) -> tuple[str, ...]:
