@@ -163,7 +163,8 @@ def _cpu_seconds(seconds: float) -> Iterator[None]:
         raise _TooLong(f"one conversation takes more than {seconds} s")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # And again: Python drops what is raised while an object is freed.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield
     finally:

@@ -63,11 +63,13 @@ def test_the_first_commands_run_as_they_stand(name, tmp_path, monkeypatch):
     lines = [shlex.split(line, comments=True) for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     assert [words[0] for words in lines] == ["prefuse", "prefuse"]
     for _, command, *rest in lines:
-        assert cli.main([command, *rest, *SHORT[command], "--device", "cpu", "--impl", "torch"]) == 0
+        head = ["--impl", "torch"] if command in ("online", "eval") else []
+        assert cli.main([command, *rest, *SHORT[command], "--device", "cpu", *head]) == 0
     made = {"online.md": ["grpo/model.safetensors"], "ai_feedback.md": ["ai_pairs.jsonl", "revised.jsonl"]}
     assert all((tmp_path / path).exists() for path in made[name])
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
 def test_the_snippet_for_trl_runs():
     (snippet,) = re.findall(r"^```python\n(import prefuse.trl.*?)^```$", PAGES["online.md"], re.S | re.M)
     names: dict = {}

@@ -151,7 +151,7 @@ def test_control_text_stands_before_each_prompt_and_generation_asks_for_the_good
     words = [word for name, value in first.items() for word in (f"--{name}", value)]
     asked: list = []
     monkeypatch.setattr(
-        "prefuse.engine.generate.sample", lambda lm, tokenizer, prompts, *_: asked.append(prompts) or []
+        "prefuse.engine.generate.sample_for", lambda config, lm, tokenizer, prompts, *_: asked.append(prompts) or []
     )
     for more in (["--control", "bad"], []):
         with pytest.raises(IndexError):  # nobody answers here

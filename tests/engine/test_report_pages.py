@@ -170,7 +170,7 @@ def test_with_a_tokenizer_rows_are_tokens_and_what_is_cut_is_said(tmp_path):
     page = inspected(tmp_path, PAIRS, "--tokenizer", model, "--max_length", "30")
     assert page.count('<p class="tokens">') == 6
     assert 'class="token rejected"' in page
-    assert "prompts cut at their start to fit 30 tokens" in page
+    assert "prompts cut to fit 30 tokens" in page
     assert '<th scope="col">tokens</th>' in page
 
 
