@@ -17,7 +17,8 @@ PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}  # {page: file
 PACKAGE = ROOT / "build" / "package" / "prefuse"  # the four folders as one package, for who reads docstrings from files
 
 
-def on_config(config):
+def on_startup(**_):
+    """Before mkdocstrings looks where packages are: a folder that is not there yet is passed over."""
     PACKAGE.mkdir(parents=True, exist_ok=True)
     wanted = {path.name: path for path in (ROOT / "bindings").iterdir() if path.name != "__pycache__"}
     wanted |= {name: ROOT / name for name in ("kernels", "engine")}
@@ -28,6 +29,9 @@ def on_config(config):
             (PACKAGE / name).symlink_to(path)
         else:  # a package whose __init__.py is a link is taken to lie where that leads
             shutil.copyfile(path, PACKAGE / name)
+
+
+def on_config(config):
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     more = sorted(page for page in pages if page not in str(config.nav))
     config.nav += [{"More": more}] if more else []

@@ -1,5 +1,6 @@
 """How much memory a call takes at its peak, to the byte, as the allocators of torch report it."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch.autograd.profiler import profile
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most that is allocated at once during `run()` beyond what was there before; on a GPU, of its memory."""
+    gc.collect()  # what others left, freed meanwhile, would count against the run
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
