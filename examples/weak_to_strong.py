@@ -25,7 +25,8 @@ from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 FOLDER = Path("runs/weak_to_strong")
-WEAK = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+# (One layer would not do: what its last token sees depends hardly on the order of the others.)
+WEAK = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
 FEW = 150  # true pairs of the weak labeller
 
@@ -63,7 +64,7 @@ def make_models(folder: Path) -> None:
     for name, model in (("small", LlamaForCausalLM(config)), ("large", large)):
         model.save_pretrained(folder / f"{name}-base")
         tokenizer.save_pretrained(folder / f"{name}-base")
-    for name, data, epochs in (("small", "few_shown", 2), ("large", "many_shown", 3)):
+    for name, data, epochs in (("small", "few_shown", 4), ("large", "many_shown", 3)):
         demo.prefuse(
             "sft", model_name_or_path=folder / f"{name}-base", dataset_name=folder / f"{data}.jsonl",
             output_dir=folder / name, num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=4e-3,
