@@ -44,7 +44,7 @@ from prefuse.bench.implementations import (
     sequence_sums,
 )
 from prefuse.bench.record import RESULTS, cpu_model, environment, slug, version_of, write_result
-from prefuse.bench.timing import interleaved, paired_ratio, peak_bytes
+from prefuse.bench.timing import gemms, interleaved, paired_ratio, peak_bytes
 from prefuse.bench.truth import oracle
 
 GEMMS = "bare GEMMs"
@@ -168,20 +168,6 @@ def same_in_any_batch(name: str, x: HeadInputs) -> bool | None:
     return torch.equal(made[0], whole[order.to(whole.device)]) and torch.equal(made[1], whole)
 
 
-def gemms(units: int, x: HeadInputs) -> Callable[[], None]:
-    """`units` large products of N * D * V in the inputs' dtype, into buffers made beforehand."""
-    hidden, weight = x.hidden.detach(), x.weight.detach()
-    z = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-    products = [
-        lambda: torch.mm(hidden, weight.T, out=z),
-        lambda: torch.mm(z, weight, out=dhidden),
-        lambda: torch.mm(z.T, hidden, out=dweight),
-        lambda: torch.mm(hidden, weight.T, out=z),
-    ]
-    return lambda: [product() for product in products[:units]]
-
-
 def first_line(error: Exception) -> str:
     return str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
@@ -189,7 +175,7 @@ def first_line(error: Exception) -> str:
 def measure_group(truth: Truth, key: Row, names: list[str], rounds: int) -> tuple[list[Row], dict[str, list[float]]]:
     """One shape, dtype, mode and loss: rows of all implementations, timed in turn; and their seconds by round."""
     mode, loss_type, device = key["mode"], key["loss_type"], truth.x.hidden.device.type
-    rows, runs = [], {GEMMS: gemms(UNITS[mode], truth.x)}
+    rows, runs = [], {GEMMS: gemms(UNITS[mode], truth.x.hidden, truth.x.weight)}
     for name in names:
         row: Row = {**key, "implementation": name}
         rows.append(row)

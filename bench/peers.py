@@ -167,22 +167,3 @@ def step(variant: Variant, x: TimedInputs) -> None:
         return
     out = variant(x)
     out.backward(x.grad.to(out.dtype) if out.dim() else None)
-
-
-def gemms(units: int, x: TimedInputs) -> Callable[[], None]:
-    """`units` large bf16 products of N * D * V, into buffers made beforehand."""
-    hidden, weight = x.hidden.detach(), x.weight.detach()
-    z = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-    products = [
-        lambda: torch.mm(hidden, weight.T, out=z),
-        lambda: torch.mm(z, weight, out=dhidden),
-        lambda: torch.mm(z.T, hidden, out=dweight),
-        lambda: torch.mm(hidden, weight.T, out=z),
-    ]
-
-    def run() -> None:
-        for product in products[:units]:
-            product()
-
-    return run

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler says on stderr that it begins and ends
 
@@ -46,6 +47,20 @@ def interleaved(runs: Mapping[str, Run], rounds: int, device: str = "cpu", seed:
         for name in order:
             seconds[name].append(seconds_of(runs[name], device))
     return seconds
+
+
+def gemms(units: int, hidden: Tensor, weight: Tensor) -> Run:  # (N, D), (V, D)
+    """`units` large products of N * D * V in the inputs' dtype, into buffers made beforehand."""
+    hidden, weight = hidden.detach(), weight.detach()
+    z = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    products = [
+        lambda: torch.mm(hidden, weight.T, out=z),
+        lambda: torch.mm(z, weight, out=dhidden),
+        lambda: torch.mm(z.T, hidden, out=dweight),
+        lambda: torch.mm(hidden, weight.T, out=z),
+    ]
+    return lambda: [product() for product in products[:units]]
 
 
 def paired_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:

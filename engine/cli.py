@@ -21,7 +21,7 @@ from prefuse.engine.config.help import help_of, needed_of
 from prefuse.engine.config.settings import LOSS_TYPES, TRAINING_COMMANDS, Config, validate
 from prefuse.engine.config.values import did_you_mean
 from prefuse.engine.errors import OtherRankFailed, UserError
-from prefuse.engine.run.launch import launch, what_is_there
+from prefuse.engine.run.launch import LOST_A_RANK, launch, what_is_there
 from prefuse.engine.run.ranks import launched, leave
 from prefuse.engine.run.signals import Stopped
 
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rank {rank} lost another rank, which has died or is stuck ({str(error).splitlines()[0]}); "
             f"{what_is_there(config.output_dir)}"
         )
-        return 75
+        return LOST_A_RANK
     return 0
 
 

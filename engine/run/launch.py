@@ -24,7 +24,9 @@ from prefuse.engine.run.signals import LAUNCHER, SIGNALS
 POLL_SECONDS = 0.05
 MEETING = "prefuse-ranks-"  # folders in which ranks find each other, with the launcher's process id
 GRACE_SECONDS = 15  # for the other ranks, once one is dead
+CAUSE_SECONDS = 3  # a large process needs so long to die, and another rank may have noticed and ended before that
 MENDED_BY_HAND = 2  # the exit code of a UserError
+LOST_A_RANK = 75  # the exit code of a rank that noticed that another is gone: seldom the cause
 
 
 def launch(argv: Sequence[str], nproc: int, max_restarts: int, output_dir: str | None = None) -> int:
@@ -69,12 +71,15 @@ def _run(
         if received:  # while they were started
             for worker in workers:
                 _signal(worker, received[0])
-        failed = None
+        failed, lost = None, None
         deadline = float("inf")
         while any(worker.poll() is None for worker in workers):
             time.sleep(POLL_SECONDS)
             if failed is None:
-                failed = next(((rank, w.returncode) for rank, w in enumerate(workers) if w.poll()), None)
+                failed = _failure(workers)
+                if failed is not None and failed[1] == LOST_A_RANK:
+                    lost = lost or time.monotonic()
+                    failed = failed if time.monotonic() > lost + CAUSE_SECONDS else None
                 if failed is not None and not received:
                     deadline = time.monotonic() + GRACE_SECONDS
                     for worker in workers:
@@ -82,9 +87,13 @@ def _run(
             if time.monotonic() > deadline:
                 for worker in workers:
                     _signal(worker, signal.SIGKILL)
-        if failed is None:
-            failed = next(((rank, w.returncode) for rank, w in enumerate(workers) if w.returncode), (0, 0))
-        return failed
+        return failed or _failure(workers) or (0, 0)
+
+
+def _failure(workers: Sequence[subprocess.Popen]) -> tuple[int, int] | None:
+    """(rank, exit code) of one that failed: of one that lost another rank only where no rank failed otherwise."""
+    failed = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.poll()]
+    return min(failed, key=lambda rank_and_code: rank_and_code[1] == LOST_A_RANK, default=None)
 
 
 def _clear_meeting_places() -> None:

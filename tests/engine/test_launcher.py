@@ -61,6 +61,20 @@ def test_the_launcher_says_who_died_ends_the_others_and_starts_again(monkeypatch
     assert "starting again from the last checkpoint (1 of 1)" in said
 
 
+@pytest.mark.parametrize(("cause", "code"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(2)", 2)])
+def test_the_rank_that_noticed_a_death_is_not_the_one_that_died(monkeypatch, tmp_path, cause, code):
+    """A large process takes its time to die, and the other rank may end before it with the code of a lost rank."""
+    program = f"import os, sys, time\nif os.environ['RANK'] == '0': sys.exit(75)\ntime.sleep(1); {cause}"
+    assert launched(monkeypatch, tmp_path, program) == code
+
+
+def test_a_lost_rank_is_named_where_no_other_failed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(launch, "CAUSE_SECONDS", 0.3)
+    program = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(75)\ntime.sleep(60)"
+    assert launched(monkeypatch, tmp_path, program) == 75
+    assert "rank 1 of 2 ended with exit code 75" in capsys.readouterr().err
+
+
 def test_without_restarts_the_launcher_ends_as_the_rank_did(monkeypatch, tmp_path, capsys):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3/manifest.json").touch()

@@ -11,7 +11,7 @@ import torch._dynamo.utils
 from transformers.models.llama import modeling_llama
 
 import prefuse
-from memory import peak_bytes
+from prefuse.bench.timing import peak_bytes
 from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.errors import UserError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prefuse
-from memory import peak_bytes
+from prefuse.bench.timing import peak_bytes
 from prefuse.bench.truth.head_cases import random_inputs
 from prefuse.kernels import HeadOptions, slices
 from prefuse.kernels.cost import Cost, count_cost

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import prefuse
-from memory import peak_bytes
+from prefuse.bench.timing import peak_bytes
 from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
