@@ -100,17 +100,16 @@ def test_the_same_run_has_the_same_bits_and_another_seed_other_samples(model, tm
         assert torch.equal(x, y)
 
 
+CUT = {name: {"num_iterations": 2} for name in SETTINGS} | {
+    "grpo": {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.05}, "best_of_n": {"steps_per_generation": 2},
+    "online_dpo": {"num_iterations": 2, "pairs": "all"},
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"algorithm": "grpo", "num_iterations": 2, "steps_per_generation": 2, "beta": 0.05},
-        {"algorithm": "iterative_dpo", "num_iterations": 2},
-        {"algorithm": "ppo", "num_iterations": 2},
-    ],
-    ids=lambda changes: changes["algorithm"],
-)
-def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(changes, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", CUT)
+def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(algorithm, model, tmp_path, monkeypatch):
+    changes = CUT[algorithm] | {"algorithm": algorithm}
     whole = online(model, tmp_path, out="whole", max_steps=5, **changes)
     calls = []
 
