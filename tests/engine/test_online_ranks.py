@@ -74,7 +74,7 @@ def test_two_ranks_learn_what_one_process_learns(name, runs):
 
 
 KILLED = {"grpo": "ddp", "iterative_dpo": "fsdp", "ppo": "ddp"}  # each kill costs a launch of its own
-STOPPED = {  # the other algorithms, within one launch: the fourth step raises on both ranks, and nothing more is written
+STOPPED = {  # the others, within one launch: the fourth step raises on both ranks, and nothing more is written
     "rloo": "fsdp", "reinforce": "ddp", "online_dpo": "ddp", "kto": "fsdp", "best_of_n": "ddp"
 }  # fmt: skip
 
