@@ -38,6 +38,7 @@ ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"typ
 TOOLS = [{"type": "function", "function": ADD}]
 CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 41}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+COMPACT = CALLING | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a":41}'}}]}
 RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "42"}
 
 
@@ -59,6 +60,8 @@ KINDS = {
     "reasoning_content": Kind([USER], REASONING, (THOUGHT, "42")),
     "tool call": Kind([USER], CALLING, ("add", "41"), TOOLS),
     "tool result": Kind([USER, CALLING, RESULT], ANSWER, ("42",), TOOLS),
+    "JSON result": Kind([USER, CALLING, RESULT | {"content": '{"sum": 42, "exact": true}'}], ANSWER, ("42",), TOOLS),
+    "text arguments": Kind([USER], COMPACT, ("add", "41"), TOOLS),
 }
 
 

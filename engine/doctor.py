@@ -222,9 +222,11 @@ def measure_needs(config: "Config", command: str) -> RunNeeds:
     """From the model's config and the rows, which are tokenized; no weight is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from prefuse.engine.hub import require_repository
     from prefuse.engine.model.adapters import add_adapters
     from prefuse.engine.run.setup import loss_of, read_rows
 
+    require_repository(config.model_name_or_path)
     about = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(about, trust_remote_code=config.trust_remote_code)
