@@ -77,7 +77,8 @@ def test_a_scorer_while_training_on_two_ranks(files, tmp_path):
     same_logs(tmp_path / "1", tmp_path / "2")
     looks = [row for row in read_log(tmp_path / "2") if "eval_gold_score" in row]
     assert [row["step"] for row in looks] == [0, 2, 4]
-    assert looks[0]["eval_kl"] == pytest.approx(0, abs=1e-9) < looks[1]["eval_kl"]
+    assert looks[0]["eval_kl"] == pytest.approx(0, abs=1e-9)
+    assert looks[1]["eval_kl"] > 1e-3
     same_weights(tmp_path / "1", tmp_path / "2", 1e-4)
     best = [[line for line in said[size].splitlines() if "best eval_kl" in line] for size in (1, 2)]
     assert len(best[0]) == len(best[1]) == 1  # the main rank alone speaks
