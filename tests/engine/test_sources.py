@@ -221,7 +221,10 @@ def test_shards_name_their_split(tmp_path):
 def test_files_with_a_word_and_more_can_be_asked_for_by_their_whole_name(tmp_path):
     make(tmp_path, "train_prefs.jsonl", "train_sft.jsonl", "test_prefs.jsonl")
     assert texts(tmp_path, "train_prefs") == ["train_prefs.jsonl"]
-    assert texts(tmp_path, "train") == ["train_prefs.jsonl", "train_sft.jsonl"]  # as datasets.load_dataset
+    with pytest.raises(DataError, match=r"several purposes \(train_prefs.jsonl, train_sft.jsonl\).* train_prefs,"):
+        texts(tmp_path, "train")
+    make(tmp_path / "parts", "train_a.jsonl", "train_b.jsonl")
+    assert texts(tmp_path / "parts", "train") == ["train_a.jsonl", "train_b.jsonl"]  # as datasets.load_dataset
 
 
 def test_splits_are_those_of_datasets(tmp_path):
@@ -289,6 +292,7 @@ def test_what_is_no_file_is_refused(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_rows_are_not_held_in_memory(tmp_path):
     """Reading 60 MB of lines or of an array takes less memory than the file has."""
     row = json.dumps({"text": "x" * 3000})

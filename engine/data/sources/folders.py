@@ -2,7 +2,8 @@
 
 Splits are named as `datasets.load_dataset` names them: by the `configs` of the folder's README, by shards
 ("data/train_prefs-00000-of-00002.parquet" is the split train_prefs), or by words in the names of folders and files
-("dev.jsonl" is validation). Files that name no split are train; without any split, a folder is read whole.
+("dev.jsonl" is validation). Files that name no split are train; without any split, a folder is read whole. Files of
+several purposes (train_prefs.jsonl beside train_sft.jsonl) are no one split here, where `datasets` reads them as one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WORDS = {
 }
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
 NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+PURPOSES = {"prefs", "preference", "preferences", "sft", "gen", "rm", "reward", "dpo", "kto", "ppo", "grpo", "rl"}
 SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-\d{5}")
 
 
@@ -38,9 +40,21 @@ def files_of_split(folder: Path, split: str, config: str | None) -> list[Path]:
         return files
     wanted = split if split in splits else SPLIT_OF_WORD.get(split, split)
     if wanted in splits:
+        _refuse_several_purposes(folder, wanted, splits[wanted])
         return splits[wanted]
     named = [file for file in files if file.name.split(".")[0] == split]  # train_prefs.jsonl beside train_sft.jsonl
     return named or pick(splits, split, str(folder))
+
+
+def _refuse_several_purposes(folder: Path, split: str, files: list[Path]) -> None:
+    purposes = {file: PURPOSES.intersection(re.split(r"[-._ 0-9]+", file.name.lower())) for file in files}
+    if len(set(map(frozenset, purposes.values()))) > 1:
+        names = ", ".join(map(str, files[:6])) + (", ..." if len(files) > 6 else "")
+        one = next(file for file, found in purposes.items() if found)
+        raise DataError(
+            f"{folder}: the files of the split {split} have several purposes ({names}); name the split by a file's "
+            f"whole name, as in --dataset_train_split {one.name.split('.')[0]}, or name one file as the data set"
+        )
 
 
 def pick(splits: dict[str, Any], split: str, source: str) -> Any:
