@@ -6,8 +6,8 @@
     prefuse bench architectures --checks engine lora        # two steps of `prefuse train`: most of the time
 
 Each type is examined in a process of its own with a time limit, so that no failure ends the sweep. It prints one line a
-type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes docs/architectures.md.
-The exit status is 1 if anything is WRONG.
+type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes docs/architectures.md
+and results/architectures.json. The exit status is 1 if anything is WRONG.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 from prefuse.bench.checkout import ROOT
+from prefuse.bench.record import RESULTS, environment, write_result
 
 PAGE = ROOT / "docs" / "architectures.md"
 
@@ -57,6 +58,8 @@ def main() -> int:
         print(f"{kind:<28} {line_of(found[kind])}", flush=True)
     if not options.only and not options.checks:
         PAGE.write_text(page(types, found), encoding="utf-8")
+        result = {"environment": environment(), "settings": {"seconds": options.seconds}, "types": found}
+        write_result(RESULTS / "architectures.json", "architectures", result, seed=None)
         print(f"wrote {PAGE}")
     return int(any(verdict(result) == "WRONG" for result in found.values()))
 

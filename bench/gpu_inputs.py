@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prefuse.kernels.tiles.heads import RELEASED_HEADS
+
 
 @dataclass(frozen=True)
 class Model:
@@ -18,13 +20,8 @@ class Model:
     softcap: float | None = None
 
 
-MODELS = [
-    Model("Llama-3-8B", 4096, 128256),
-    Model("Qwen2.5-0.5B", 896, 151936),
-    Model("Gemma-2-2B", 2304, 256000, softcap=30.0),
-    Model("Llama-3.2-1B", 2048, 128256),
-    Model("Qwen2.5-7B", 3584, 152064),
-]
+_TIMED = ("Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Llama-3.2-1B", "Qwen2.5-7B")
+MODELS = [Model(name, RELEASED_HEADS[name].d, RELEASED_HEADS[name].v, RELEASED_HEADS[name].softcap) for name in _TIMED]
 TOKENS = 8192
 SEQUENCE = 1024
 # Of the tail's timings: (sequences, tokens of each).

@@ -1,6 +1,6 @@
 """The policy losses beside TRL's own, on the same numbers: values, gradients and metrics.
 
-    prefuse bench policy            # a table; exit status 1 if a difference exceeds 1e-6
+    prefuse bench policy            # a table and results/policy-float64.json; exit status 1 beyond 1e-6
 
 `GRPOTrainer._compute_loss` and `RLOOTrainer._compute_loss` run as they stand, on a stand-in for the trainer that has
 their settings and hands them log-probabilities and entropies. What is compared: the loss, its gradient of every
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.bench.record import markdown
+from prefuse.bench.record import RESULTS, environment, markdown, write_result
 from prefuse.losses.sampled import PolicyObjective
 
 LENGTHS = (7, 12, 1, 9, 16, 4, 12, 3)
@@ -174,8 +174,8 @@ def main() -> int:
     import trl
 
     batch, rows, worst = draw(dtype=getattr(torch, args.dtype)), [], 0.0
-    for name, loss in LOSSES.items():
-        found = compare(loss, batch)
+    losses = {name: compare(loss, batch) for name, loss in LOSSES.items()}
+    for name, found in losses.items():
         worst = max(worst, found["loss"], found["gradient"], found["metrics"])
         numbers = [f"{found[key]:.7f}" for key in ("ours", "TRL")]
         differences = [f"{found[key]:.1e}" for key in ("loss", "gradient", "metrics")]
@@ -184,4 +184,8 @@ def main() -> int:
     print(f"Policy losses on {len(LENGTHS)} answers of {min(LENGTHS)} to {max(LENGTHS)} tokens, {args.dtype}\n")
     print(markdown(header, rows))
     print(f"\nlargest difference: {worst:.1e}, expected at most {BOUND:.0e}")
+    settings = {"dtype": args.dtype, "answers": len(LENGTHS), "lengths": list(LENGTHS), "bound": BOUND}
+    peers = {"TRL": {"version": trl.__version__, "absent": None}}
+    path = RESULTS / f"policy-{args.dtype}.json"
+    write_result(path, "policy", {"environment": environment(), "settings": settings, "losses": losses}, peers=peers)
     return int(worst > BOUND)

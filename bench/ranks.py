@@ -5,7 +5,8 @@
 
 A small Llama with random weights, a byte-level BPE learned from the rows, `prefuse train` from the command line. The
 three runs make the same updates but for the rounding of sums, so their last held-out metrics are equal to TOLERANCE;
-the exit status is 1 if they are not, or if a step has no line in the log. Prints a table; writes nothing.
+the exit status is 1 if they are not, or if a step has no line in the log. Prints a table and writes
+results/ranks-<data>-<loss>.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from prefuse.bench.record import markdown
+from prefuse.bench.record import RESULTS, environment, markdown, slug, write_result
 from prefuse.bench.rows import SEED, add_model_arguments, read_case, save_model
 
 WAYS = {"1 process": [], "2, ddp": ["--nproc", "2"], "2, fsdp": ["--nproc", "2", "--parallel", "fsdp"]}
@@ -73,6 +74,11 @@ def main() -> None:
     rates = [rate for rate in RATES if rate in steps[first][-1]]
     rows += [[f"{rate}, last step", *(f"{steps[way][-1][rate]:.4g}" for way in WAYS)] for rate in rates]
     print(markdown([f"{arguments.dataset_name.name}, {arguments.loss_type}", *WAYS], rows))
+    given = {name: getattr(arguments, name) for name in ("loss_type", "max_steps", "items", "learning_rate", "device")}
+    rated = {way: {rate: steps[way][-1][rate] for rate in rates} for way in WAYS}
+    found = {"settings": given | {"data": arguments.dataset_name.name}, "held_out": last, "rates": rated}
+    path = RESULTS / f"ranks-{slug(arguments.dataset_name.stem)}-{arguments.loss_type}.json"
+    write_result(path, "ranks", {"environment": environment(), **found}, seed=SEED)
     if failures:
         raise SystemExit("\n".join(failures))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from prefuse.bench.record import markdown
 from prefuse.kernels.slices import BUFFER_BYTES
+from prefuse.kernels.tiles.heads import RELEASED_HEADS
 from prefuse.kernels.tiles.report import DATA_SHEETS, DataSheet
 
 TOKENS = 8192
@@ -30,14 +31,7 @@ SOURCES = {
     "RTX 5090": "NVIDIA RTX Blackwell GPU architecture whitepaper, float32 accumulation",
     "MI300X": "AMD Instinct MI300X datasheet",
 }
-# (D, V) of their config.json.
-MODELS = {
-    "Llama 3 8B": (4096, 128256),
-    "Qwen2.5 7B": (3584, 152064),
-    "Gemma 3 4B": (2560, 262208),
-    "SmolLM2 1.7B": (2048, 49152),
-    "SmolLM2 135M": (576, 49152),
-}
+MODELS = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-3-4B", "SmolLM2-1.7B", "SmolLM2-135M")
 MODES = {
     "no grad": ("fold",),
     "frozen": ("fold and direction", "dhidden"),
@@ -103,6 +97,11 @@ def fewest_tokens(gpu: DataSheet, d: int, v: int) -> int | None:
 # ------------------------------------------------------------------------------------------ pages
 
 
+def heads() -> list[tuple[str, int, int]]:
+    """(model, D, V)"""
+    return [(name, RELEASED_HEADS[name].d, RELEASED_HEADS[name].v) for name in MODELS]
+
+
 def chips_table(_: Any) -> str:
     rows = [[gpu.gpu, f"{gpu.tflops:g}", f"{gpu.tb_per_s:g}", f"{ridge(gpu):.0f}", SOURCES[gpu.gpu]] for gpu in GPUS]
     return markdown(["chip", "bf16 TFLOP/s", "TB/s", "ridge, FLOP/byte", "source"], rows)
@@ -110,7 +109,7 @@ def chips_table(_: Any) -> str:
 
 def passes_table(_: Any) -> str:
     gpu, rows = DATA_SHEETS[90], []
-    for model, (d, v) in MODELS.items():
+    for model, d, v in heads():
         for name, one in passes(TOKENS, d, v).items():
             if name == "fold and keep":
                 continue  # moves what "fold and direction" moves
@@ -124,7 +123,7 @@ def passes_table(_: Any) -> str:
 
 def bounds_table(_: Any) -> str:
     rows = []
-    for model, (d, v) in MODELS.items():
+    for model, d, v in heads():
         for gpu in GPUS:
             found = passes(TOKENS, d, v)
             times = [f"{1e3 * seconds(mode, gpu, TOKENS, d, v):.1f}" for mode in MODES]
@@ -150,7 +149,7 @@ def draw(figure: Any, _: Any) -> None:
     for gpu, color in zip(GPUS, PEERS, strict=True):
         axes.plot(x, np.minimum(gpu.tflops, x * gpu.tb_per_s), color=color, linewidth=1.5, label=gpu.gpu)
     roof = DATA_SHEETS[90]
-    for (model, (d, v)), mark in zip(MODELS.items(), MARKS, strict=False):
+    for (model, d, v), mark in zip(heads(), MARKS, strict=False):
         found = [one for name, one in passes(TOKENS, d, v).items() if name != "fold and keep"]
         rate = [one.operations / one.seconds(roof) / 1e12 for one in found]
         axes.plot([one.intensity for one in found], rate, mark, color="#333333", markersize=5, label=f"{model}, passes")

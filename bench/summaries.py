@@ -66,6 +66,13 @@ MEASURES: dict[str, tuple[str, str]] = {
     "batch_invariant": ("", "higher"),
     "exponent": ("log-log slope", "neither"),
     "residual": ("log", "neither"),
+    "gradient_difference": ("relative", "lower"),
+    "metrics_difference": ("", "lower"),
+    "metrics_compared": ("", "neither"),
+    "value": ("", "neither"),
+    "away_from_one_process": ("relative to max(1, |value|)", "lower"),
+    "right": ("", "higher"),
+    "wrong": ("", "lower"),
     "error": ("", "neither"),
     "detail": ("", "neither"),
 }
@@ -146,6 +153,51 @@ def sampling(found: dict[str, Any]) -> list[Row]:
          "tokens": statistics.median(found["tokens"][name]), "ratio_to_generate": found["generate_over"][name]}
         for name, seconds in found["seconds"].items()
     ]  # fmt: skip
+
+
+def policy(found: dict[str, Any]) -> list[Row]:
+    return [
+        {"loss_type": name, "loss": x["ours"], "largest_difference": x["loss"], "gradient_difference": x["gradient"],
+         "metrics_difference": x["metrics"], "metrics_compared": x["compared"]}
+        for name, x in found["losses"].items()
+    ]  # fmt: skip
+
+
+def ranks(found: dict[str, Any]) -> list[Row]:
+    """The last held-out metrics of each way to run, and the rates of its last step."""
+    (_, first), *_ = found["held_out"].items()
+    rows = [
+        {"what": name, "implementation": way, "value": value,
+         "away_from_one_process": abs(value - first[name]) / max(1.0, abs(first[name]))}
+        for way, metrics in found["held_out"].items()
+        for name, value in metrics.items()
+    ]  # fmt: skip
+    return rows + [
+        {"what": f"{name}, last step", "implementation": way, "value": value}
+        for way, rates in found["rates"].items()
+        for name, value in rates.items()
+    ]
+
+
+def _outcome(word: str, why: str) -> Row:
+    return {"right": word == "right", "wrong": word == "WRONG", **({"detail": why} if why else {})}
+
+
+def templates(found: dict[str, Any]) -> list[Row]:
+    return [
+        {"package": package, "template": template, "row": kind, **_outcome(x["word"], x["why"])}
+        for package, templates in found["packages"].items()
+        for template, row in templates.items()
+        for kind, x in row.items()
+    ]
+
+
+def architectures(found: dict[str, Any]) -> list[Row]:
+    return [
+        {"model_type": kind, "check": check, **_outcome(*(part.strip() for part in said.partition(":")[::2]))}
+        for kind, result in found["types"].items()
+        for check, said in result.items()
+    ]
 
 
 def packing(found: dict[str, Any]) -> list[Row]:
@@ -281,13 +333,14 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "accuracy": accuracy, "cpuhead": cpuhead, "data": data, "evaluation": evaluation, "gpu": gpu, "head": given_rows,
-    "losses": losses, "memory": given_rows, "model": model, "online": online, "packing": packing, "real": real,
-    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse,
-    "tolerance": tolerance, "train": train,
+    "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
+    "gpu": gpu, "head": given_rows, "losses": losses, "memory": given_rows, "model": model, "online": online,
+    "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward, "sampling": sampling,
+    "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates, "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("implementation", "what", "tokens_of_sequence"),
+    "architectures": ("model_type", "check"),
     "cpuhead": ("pass", "implementation", "shape"),
     "data": ("implementation",),
     "evaluation": ("implementation",),
@@ -298,12 +351,15 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model": ("implementation",),
     "online": ("implementation",),
     "packing": ("batches",),
+    "policy": ("loss_type",),
+    "ranks": ("what", "implementation"),
     "real": ("implementation",),
     "reward": ("what", "implementation"),
     "sampling": ("implementation",),
     "scale": ("what", "implementation", "size"),
     "seam": ("trained", "implementation"),
     "sparse": ("what", "implementation"),
+    "templates": ("package", "template", "row"),
     "tolerance": ("implementation",),
     "train": ("rows", "implementation"),
 }

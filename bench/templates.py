@@ -1,6 +1,6 @@
 """Every chat template that the installed trl and axolotl ship, through the reader of rows.
 
-prefuse bench templates --write docs/chat_templates.md
+prefuse bench templates --write docs/chat_templates.md       # and results/templates.json
 
 Each template gets a tokenizer made on the spot that has its special tokens, and rows of the kinds below. A row is read
 ("right"), or refused with a reason and a fix. What is read is checked against transformers' own rendering, by code that
@@ -10,6 +10,7 @@ text up to the stop token, the answer stands in it, and the stop token is last. 
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from prefuse.bench.record import RESULTS, environment, write_result
 
 FOLDERS = {"trl": "chat_templates", "axolotl": "utils/chat_templates/templates"}
 MARKUP = re.compile(r"<[/|｜]?[A-Za-z_][^<>\s'\"{}]{0,40}>|\[/?[A-Z_]{2,24}\]|\[\|[a-z]+\|\]")
@@ -83,9 +86,20 @@ def main() -> int:
     if options.write is not None:
         text = options.write.read_text(encoding="utf-8") if options.write.exists() else ""
         options.write.write_text(page(text, found), encoding="utf-8")
+        write_result(RESULTS / "templates.json", "templates", record_of(found), seed=None)
     wrong = sum(o.word == "WRONG" for results in found.values() for row in results.values() for o in row.values())
     print(f"{wrong} rows are read wrong")
     return 1 if wrong or not found else 0
+
+
+def record_of(found: dict[str, dict[str, dict[str, RowOutcome]]]) -> dict[str, Any]:
+    """What stands in the result: every row's outcome, and of which package's version."""
+    versions = {name: version(name) for name in found}
+    outcomes = {
+        name: {template: {kind: dataclasses.asdict(x) for kind, x in row.items()} for template, row in own.items()}
+        for name, own in found.items()
+    }
+    return {"environment": environment(), "settings": {"packages": versions}, "packages": outcomes}
 
 
 def _of_package(name: str, folder: str) -> dict[str, dict[str, RowOutcome]]:

@@ -2,9 +2,10 @@
 
 prefuse doctor
 prefuse doctor --config runs/dpo/config.yaml
+prefuse doctor --command online --config grpo.yaml
 
 Versions, devices, which kernels run and why, a self-test of the head against its float64 definition, and with a
-config what the run needs of memory, disk and time. Exit code 0, or 2 where a check says "wrong".
+config what the command needs of memory, disk and time. Exit code 0, or 2 where a check says "wrong".
 """
 
 import dataclasses
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prefuse.engine.config.setting import EVERY, TRAINING
 from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.report.log import duration, print_table
 
 if TYPE_CHECKING:
     from prefuse.engine.config.settings import Config
+    from prefuse.engine.run.needs import RunNeeds
 
 GIB = 2**30
 OPTIONAL = ("triton", "trl", "liger-kernel", "flash-attn", "bitsandbytes", "math-verify")
@@ -40,7 +43,7 @@ class Check:
 def parser() -> ToolParser:
     parser = ToolParser(prog="prefuse doctor", description=__doc__)
     parser.add_argument("--config", type=Path, default=None, help="settings of a run: what it needs is estimated")
-    parser.add_argument("--command", default="train", choices=("sft", "train"), help="the command the config is for")
+    parser.add_argument("--command", choices=EVERY, help="the command that the config is for (a run's own, else train)")
     return parser
 
 
@@ -159,48 +162,49 @@ def _head_numbers(impl: str, dtype: torch.dtype, device: torch.device) -> tuple[
 # What a run needs
 
 
-@dataclasses.dataclass(frozen=True)
-class RunNeeds:
-    """What a run computes with: numbers of weights and tokens, and bytes of its activations."""
-
-    weights: int
-    trained: int
-    largest: int  # of the single weights
-    tokens: int  # of an epoch; a pair's prompt counts once
-    epochs: float
-    activations: int
-
-
-def needs_of_run(path: Path, command: str) -> Iterator[Check]:
+def needs_of_run(path: Path, command: str | None = None) -> Iterator[Check]:
+    """`command`: None for the one of the run that wrote the file, and `train` for a file of a user."""
     from prefuse.engine.config.flags import given_settings
     from prefuse.engine.config.settings import Config, validate
+    from prefuse.engine.config.yaml_file import command_of_run
     from prefuse.engine.model.load import device_of
+    from prefuse.engine.run.needs import estimate_needs
+    from prefuse.engine.score.scorers import model_of
 
+    if command is None:
+        command = (command_of_run(path) if path.is_file() else None) or "train"
     config = validate(Config(**given_settings(command, ["--config", str(path)])[0]), command)
     device = device_of(config)
-    needs = measure_needs(config, command)
-    weights, trained = needs.weights, needs.trained
-    yield Check("model", "ok", f"{weights / 1e6:,.1f} M weights, {trained / 1e6:,.1f} M of them trained")
+    folders = [model_of(spec) for spec in [*(config.scorer or ()), *(config.gold_scorer or ())]]
+    needs = estimate_needs(config, command, [folder for folder in folders if folder is not None])
+    if needs.model is not None:
+        weights, trained = needs.model.weights / 1e6, needs.model.trained / 1e6
+        yield Check("model", "ok", f"{weights:,.1f} M weights, {trained:,.1f} M of them trained")
+    yield _memory_of_run(needs, device)
+    if command in TRAINING:
+        yield _disk_of_run(config, needs)
+    yield _time_of_run(needs, device)
 
-    width = 2 if config.dtype == "bfloat16" else 4
-    reference = 0 if command == "sft" or config.use_peft else weights * width
-    # Trained weights have a gradient and two states of Adam; the reference is gone after it was asked.
-    memory = weights * width + trained * 3 * 4 + needs.largest * width + needs.activations
-    needed = max(memory, weights * width + reference)
-    if device.type == "cpu":  # Python and the libraries, as they are loaded here
-        needed += resident_memory()
+
+def _memory_of_run(needs: "RunNeeds", device: torch.device) -> Check:
+    needed = needs.memory + (resident_memory() if device.type == "cpu" else 0)  # Python and the libraries, loaded here
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    parts = [f"{needs.activations / GIB:.2f} of it activations"]
+    parts += [f"{needs.cache / GIB:.2f} keys and values of answers as they are sampled"] if needs.cache else []
+    parts += [f"{needs.standing / GIB:.2f} other models"] if needs.standing else []
     state = "ok" if needed < 0.9 * free else "wrong"
-    hint = "" if state == "ok" else ": --use_peft true, or --parallel fsdp over several devices, needs less"
-    parts = f"{needs.activations / GIB:.2f} of it activations"
-    yield Check("memory", state, f"about {needed / GIB:.2f} GiB, {parts}; {free / GIB:.2f} GiB are free{hint}")
-    yield _disk_of_run(config, trained, width)
-    yield _time_of_run(needs, command, device)
+    hint = ""
+    if state == "wrong":
+        hint = ": a smaller per_device_eval_batch_size needs less"
+        if needs.model is not None and needs.model.trained:
+            hint = ": --use_peft true, or --parallel fsdp over several devices, needs less"
+    said = f"about {needed / GIB:.2f} GiB, {', '.join(parts)}; {free / GIB:.2f} GiB are free{hint}"
+    return Check("memory", state, said)
 
 
-def _disk_of_run(config: "Config", trained: int, width: int) -> Check:
+def _disk_of_run(config: "Config", needs: "RunNeeds") -> Check:
     count = 1 + (config.save_total_limit or 1) + 1 if config.save_steps else 0
-    disk = trained * width + count * trained * (width + 8)
+    disk = needs.model.trained * (needs.width + count * (needs.width + 8))
     home = next(
         p for p in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents) if p.exists()
     )
@@ -218,53 +222,17 @@ def resident_memory() -> int:
     return 0
 
 
-def measure_needs(config: "Config", command: str) -> RunNeeds:
-    """From the model's config and the rows, which are tokenized; no weight is loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from prefuse.engine.hub import require_repository
-    from prefuse.engine.model.adapters import add_adapters
-    from prefuse.engine.run.setup import loss_of, read_rows
-
-    require_repository(config.model_name_or_path)
-    about = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(about, trust_remote_code=config.trust_remote_code)
-        if config.use_peft:
-            add_adapters(model, config)
-    sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
-    trained = sum(size for size, trains in sizes.values() if trains)
-    _, examples, _, _ = read_rows(config, loss_of(config, command))
-    tokens = int(examples.prompts.lengths.sum() + examples.completions.lengths.sum())
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    epochs = config.max_steps * per_step / len(examples) if config.max_steps > 0 else config.num_train_epochs
-    at_once = tokens * min(1.0, config.per_device_train_batch_size / len(examples))  # of a microbatch
-    return RunNeeds(
-        sum(size for size, _ in sizes.values()), trained, max(size for size, _ in sizes.values()), tokens, epochs,
-        int(at_once * activations_per_token(config, about.get_text_config())),
-    )  # fmt: skip
-
-
-def activations_per_token(config: "Config", about: object) -> int:
-    """Bytes that the backward of the decoder layers reads: about 10 hidden and 4 inner numbers for each layer; with
-    gradient_checkpointing the hidden state of each, and one layer's as it is computed again."""
-    hidden, layers = about.hidden_size, about.num_hidden_layers
-    one = 10 * hidden + 4 * (getattr(about, "intermediate_size", None) or 4 * hidden)
-    kept = layers * hidden + one if config.gradient_checkpointing else layers * one
-    return kept * (2 if config.bf16 or config.dtype == "bfloat16" else 4)
-
-
-def _time_of_run(needs: RunNeeds, command: str, device: torch.device) -> Check:
-    """6 operations for each trained weight and token, 4 for a frozen one, at half of what the device can do."""
+def _time_of_run(needs: "RunNeeds", device: torch.device) -> Check:
+    """Its operations at half of what the device can do."""
     from prefuse.engine.model.flops import PEAK_FLOPS, measured_flops
 
+    if not needs.operations:
+        return Check("time", "note", "; ".join([needs.tokens, *needs.notes]).removeprefix("; "))
     rate = measured_flops(torch.float32) if device.type == "cpu" else None
     if device.type == "cuda":
         rate = next((r for n, r in PEAK_FLOPS.items() if n in torch.cuda.get_device_name(device)), None)
-    epoch = f"{needs.tokens:,} tokens an epoch"
     if rate is None:
-        return Check("time", "note", f"{epoch}; the speed of {device} is not known")
-    passes = 6 * needs.trained + 4 * (needs.weights - needs.trained) + (2 * needs.weights if command != "sft" else 0)
-    seconds = needs.tokens * needs.epochs * passes / (0.5 * rate)
-    said = f"about {duration(seconds)}: {epoch}, {needs.epochs:.3g} epochs, half of {rate:.2g} FLOP/s"
-    return Check("time", "ok", said)
+        return Check("time", "note", f"{needs.tokens}; the speed of {device} is not known")
+    seconds = duration(needs.operations / (0.5 * rate))
+    about = f"at most about {seconds}" if needs.at_most else f"about {seconds}"
+    return Check("time", "ok", "; ".join([f"{about}: {needs.tokens}, half of {rate:.2g} FLOP/s", *needs.notes]))

@@ -43,9 +43,8 @@ def _require_on_hub(name: str, kind: str) -> None:
             return
         url = huggingface_hub.hf_hub_url(name, FIRST_FILE[kind], repo_type=kind)
         huggingface_hub.get_hf_file_metadata(url)
-    except errors.EntryNotFoundError:
-        if kind == "model":
-            raise UserError(f"{refusal}it has no {FIRST_FILE[kind]}") from None
+    except errors.EntryNotFoundError:  # it is there: a data set without a page, a model that is one .gguf file
+        return
     except errors.OfflineModeIsEnabled:
         raise UserError(f"{refusal}HF_HUB_OFFLINE is set, and it is not in the cache") from None
     except errors.GatedRepoError:

@@ -42,10 +42,10 @@ from prefuse.engine.rounds.learn import (
     answers_of,
     batch_of,
     material_of,
-    mismatches_of,
     parts_of,
     spare_of,
     summary_of,
+    with_mismatches,
 )
 from prefuse.engine.rounds.reference import reference_of
 from prefuse.engine.rounds.sampler import Sampler, seed_of, texts_of
@@ -326,10 +326,10 @@ class Rounds:
         material = self.material(made)
         parts = [[] for _ in range(self.config.steps_per_generation)]
         mismatches = None
+        if self.config.algorithm == "kto":
+            material, mismatches = with_mismatches(material, made, self.config, self.ranks)
         if material is not None:
             parts = parts_of(material, len(made.prompts), self.config)
-            if self.config.algorithm == "kto":
-                mismatches = mismatches_of(material, self.config, made.number)
 
         def share(part: int) -> Share | None:
             own = parts[part]

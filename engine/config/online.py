@@ -107,6 +107,11 @@ class OnlineSettings(Topic):
     def algorithm_beta(self) -> float:
         return BETAS.get(self.algorithm, 0.0) if self.beta is None else self.beta
 
+    def reads_first_model(self) -> bool:
+        """Whether samples are compared with the model that the run starts from."""
+        penalty = self.algorithm in OVER_TOKENS and self.algorithm_beta() > 0
+        return penalty or self.algorithm in ("online_dpo", "kto") or self.kl_target is not None
+
     def policy_loss(self) -> PolicyLoss:
         """Of an algorithm over tokens."""
         rest = {"entropy_coef": self.entropy_coef}

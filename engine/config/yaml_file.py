@@ -55,6 +55,14 @@ def is_of_a_run(path: str | Path) -> bool:
         return file.readline().startswith(OF_A_RUN)
 
 
+def command_of_run(path: str | Path) -> str | None:
+    """The command whose settings `write_yaml` wrote into the file; None for a file of a user."""
+    if not is_of_a_run(path):
+        return None
+    with Path(path).open(encoding="utf-8") as file:
+        return file.readline().removeprefix(OF_A_RUN).split()[0]
+
+
 def write_yaml(config: Config, path: Path, command: str) -> None:
     """The settings of `command`, by topic. `read_yaml` is the inverse."""
     text = f"{OF_A_RUN}{command} --config {path.name}\n"

@@ -70,9 +70,14 @@ def examples_of(dataset: Sequence[Example], bos: int | None = None, parts: Chara
     return replace(examples, bos=bos, parts=parts)
 
 
-def mismatched(examples: Examples, others: Sequence[int], max_length: int) -> Examples:
-    """Each prompt with the completion of another example; a prompt that leaves it no room loses its start."""
-    completions = examples.completions.take(np.asarray(others, np.int64))
+def mismatched(
+    examples: Examples, others: Sequence[int], max_length: int, completions: Ragged | None = None
+) -> Examples:
+    """Each prompt with the completion of another example; a prompt that leaves it no room loses its start.
+
+    `completions`: those that `others` are places of; None: the examples' own.
+    """
+    completions = (examples.completions if completions is None else completions).take(np.asarray(others, np.int64))
     rooms = max_length - completions.lengths
     prompts = examples.prompts
     too_long = np.flatnonzero(prompts.lengths > rooms)

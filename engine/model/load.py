@@ -75,7 +75,7 @@ def load_tokenizer(
     base = base_of(Path(path))
     if base is not None and not any(Path(path).glob("tokenizer*")):
         path, base = base, None
-    gguf = _gguf_of(path, gguf_file or getattr(settings, "gguf_file", None))
+    gguf = gguf_of(path, gguf_file or getattr(settings, "gguf_file", None))
     if base is None and not gguf:
         _require_model_folder(path)
     try:
@@ -152,7 +152,7 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
     """The whole causal LM of a folder or of the hub, in the settings' dtype."""
     from transformers import AutoModelForCausalLM
 
-    gguf = _gguf_of(path, config.gguf_file)
+    gguf = gguf_of(path, config.gguf_file)
     if config.gguf_file is not None and not gguf and path == config.model_name_or_path:
         raise UserError(f"gguf_file {config.gguf_file} does not exist in {path}: give a name in that folder")
     model = read_weights(AutoModelForCausalLM, "a causal LM", path, config, **gguf)
@@ -220,7 +220,7 @@ def _generation_config(folder: Path) -> "GenerationConfig":
         raise UserError(f"cannot read generation_config.json of {folder}: {_fault(error)}") from None
 
 
-def _gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:
+def gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:
     """transformers' argument for a folder in which the GGUF file stands; for another, none."""
     if gguf_file is None or not (Path(path) / gguf_file).is_file():
         return {}

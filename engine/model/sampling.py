@@ -8,7 +8,7 @@ the tokens that end an answer are taken.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -58,6 +58,13 @@ class Answer:
     logps: list[float] | None = None  # of ids, by a server that sampled them
 
 
+class AnswerStore(Protocol):
+    """Answers that outlive the process (rounds/kept.py)."""
+
+    def answers(self, asked: Any, make: Callable[[], list[Answer]]) -> list[Answer]:
+        """What `asked` was answered before, else what `make` samples now."""
+
+
 def shape_of(config: Config) -> Shape:
     return Shape(config.max_new_tokens, config.temperature, config.top_p, config.min_p)
 
@@ -73,6 +80,7 @@ def sample(
     *,
     synced: bool = False,  # over ranks: all of them generate until the last is done
     continuous: bool = False,  # a new prompt takes the place of an answer that has ended; one seed for all
+    store: AnswerStore | None = None,  # with a seed for each batch
     what: str = "generating",
 ) -> list[Answer]:
     """One answer to each of `prompts`, in their order; repeat a prompt for more.
@@ -100,11 +108,15 @@ def sample(
                 said = _generate_continuously(lm, prompts, own, batch_size, what)
                 return [_answer(tokenizer, *both, stops) for both in zip(prompts, said, strict=True)]
             for number, start in enumerate(progress(starts, what, len(starts))):
-                if callable(seeds) or number == 0:
-                    torch.manual_seed(seeds(number) if callable(seeds) else seeds)
                 batch = prompts[start : start + batch_size]
-                said = _generate(lm, batch, own, synced)
-                answers += [_answer(tokenizer, *both, stops) for both in zip(batch, said, strict=True)]
+
+                def of_batch(number: int = number, batch: Sequence[Sequence[int]] = batch) -> list[Answer]:
+                    if callable(seeds) or number == 0:
+                        torch.manual_seed(seeds(number) if callable(seeds) else seeds)
+                    said = _generate(lm, batch, own, synced)
+                    return [_answer(tokenizer, *both, stops) for both in zip(batch, said, strict=True)]
+
+                answers += of_batch() if store is None else store.answers([seeds(number), *batch], of_batch)
     finally:
         lm.model.generation_config = kept
     return answers

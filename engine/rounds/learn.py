@@ -6,9 +6,11 @@ round becomes the examples that `prefuse train` reads from a file, and the same 
 P prompts with K answers each; N tokens of all of them, end to end.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from prefuse.engine.config.online import OVER_TOKENS, PAIRED
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate, mismatched
 from prefuse.engine.data.order import mismatches_of_epoch
+from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.table import Demonstration, Example, Labelled, Pair
 from prefuse.engine.model.policy import SampledTokens
 from prefuse.engine.rounds.sampler import seed_of
@@ -58,8 +61,6 @@ def material_of(
         found = _examples_of(made, p, group, list(prompts[made.prompts[p]]), config)
         rows += found
         owners += [p] * len(found)
-    if config.algorithm == "kto" and len(set(owners)) < 2:  # z0 reads answers after another prompt
-        return None
     return Material(Examples.of(rows), owners) if rows else None
 
 
@@ -222,10 +223,24 @@ def batch_of(
     return replace(batch, sampled=sampled, ref_logps=picked(made.ref_logps) if needs_ref else None)
 
 
-def mismatches_of(material: Material, config: Config, number: int) -> Examples:
-    """KTO: each prompt with a completion of another prompt of the round."""
-    draw = mismatches_of_epoch(material.examples.prompts, config.seed, number)
-    return mismatched(material.examples, draw, config.max_length)
+def with_mismatches(
+    material: Material | None, made: Round, config: Config, ranks: Ranks
+) -> tuple[Material | None, Examples | None]:
+    """KTO: the examples, and each prompt with a completion of another prompt of the round, of whichever rank: as one
+    process with all prompts draws them. (None, None) where the prompts of all ranks with examples are one."""
+    own = []
+    if material is not None:
+        examples = material.examples
+        own = list(zip(material.owners, examples.prompts, examples.completions, strict=True))
+    # Prompts are dealt to the ranks in turn.
+    placed = [[p * ranks.size + ranks.rank, list(prompt), list(ids)] for p, prompt, ids in own]
+    everyone = sorted((x for said in ranks.texts(json.dumps(placed)) for x in json.loads(said)), key=itemgetter(0))
+    places, prompts, completions = ([x[i] for x in everyone] for i in range(3))
+    if len(set(map(tuple, prompts))) < 2 or material is None:
+        return None, None
+    draw = mismatches_of_epoch(prompts, config.seed, made.number)
+    others = [j for place, j in zip(places, draw, strict=True) if place % ranks.size == ranks.rank]
+    return material, mismatched(material.examples, others, config.max_length, Ragged.of(completions))
 
 
 def summary_of(made: Round, ranks: Ranks, name: str) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prefuse.engine.config.online import OVER_TOKENS
 from prefuse.engine.config.settings import Config
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model
@@ -13,11 +12,9 @@ from prefuse.engine.run.ranks import Ranks
 
 def reference_of(lm: LanguageModel, config: Config, ranks: Ranks) -> LanguageModel | None:
     """The model that samples are compared with: the first one. With adapters it is the same model without them."""
-    needs = config.algorithm in ("online_dpo", "kto") or (config.algorithm in OVER_TOKENS and config.algorithm_beta())
-    needs = needs or config.kl_target is not None
     if config.algorithm == "iterative_dpo" and config.ref_model_name_or_path is None:
         return lm  # as it is when a round begins
-    if not needs and config.ref_model_name_or_path is None:
+    if not config.reads_first_model() and config.ref_model_name_or_path is None:
         return None
     if lm.adapters is not None and config.ref_model_name_or_path is None:
         return lm

@@ -13,7 +13,7 @@ from torch import Tensor
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.limits import check_prompts
-from prefuse.engine.model.sampling import Answer, Shape, sample
+from prefuse.engine.model.sampling import Answer, AnswerStore, Shape, sample
 from prefuse.engine.score.contract import Scorer, Scores, say_reasons
 
 
@@ -37,12 +37,13 @@ class OwnModel:
     batch_size: int
     synced: bool = False
     continuous: bool = False
+    store: AnswerStore | None = None
 
     def answers(self, prompts: Sequence[Prompt], count: int, seed: int, what: str) -> list[list[Answer]]:
         ids = [prompt.ids for prompt in prompts for _ in range(count)]
         answers = sample(
             self.lm, self.tokenizer, ids, self.shape, self.batch_size, partial(seed_of, seed), synced=self.synced,
-            continuous=self.continuous, what=what,
+            continuous=self.continuous, store=self.store, what=what,
         )  # fmt: skip
         return [answers[start : start + count] for start in range(0, len(answers), count)]
 

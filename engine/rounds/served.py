@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -28,8 +28,9 @@ from prefuse.engine.data.encode import Encoder, continuation
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.load import load_model
-from prefuse.engine.model.sampling import Answer, Shape, ending_tokens, shape_of
+from prefuse.engine.model.sampling import Answer, AnswerStore, Shape, ending_tokens, shape_of
 from prefuse.engine.report.log import progress, say
+from prefuse.engine.rounds.kept import kept_of_model, kept_of_server
 from prefuse.engine.rounds.sampler import AnswerSource, OwnModel, seed_of
 from prefuse.engine.rounds.samples import Round
 from prefuse.engine.run.ranks import ALONE, Ranks
@@ -88,6 +89,7 @@ class Served:
     model: Callable[[], str]  # the name to ask for; where weights change, they are handed over first
     workers: int = 8
     ranks: Ranks = ALONE
+    store: AnswerStore | None = None
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.tokenizer)
@@ -111,8 +113,12 @@ class Served:
             p, k = place
             body = {"model": model, "prompt": prompts[p].ids if texts is None else texts[p]}
             body |= {"seed": seed_of(seed, p, k) & 0x7FFFFFFF} | ({"n": count} if at_once > 1 else {})
-            choices = self._ask(body | self.kind.body(self.shape, self.stops), at_once, prompts[p].row)
-            return [self._answer(prompts[p].ids, choice) for choice in choices]
+            body |= self.kind.body(self.shape, self.stops)
+
+            def of_request() -> list[Answer]:
+                return [self._answer(prompts[p].ids, choice) for choice in self._ask(body, at_once, prompts[p].row)]
+
+            return of_request() if self.store is None else self.store.answers([body, prompts[p].ids], of_request)
 
         self.client.lost = 0
         with ThreadPoolExecutor(1 if self.kind.one_at_a_time else self.workers) as pool:
@@ -204,12 +210,14 @@ def served_by(config: Config, tokenizer: Any, shape: Shape, stops: list[int], mo
 
 
 def source_of(config: Config, tokenizer: Any, device: torch.device) -> AnswerSource:
-    """Answers of model_name_or_path, by the server that has it or loaded here, for `label` and `revise`."""
+    """Answers of model_name_or_path, by the server that has it or loaded here, for `label` and `revise`: kept in
+    score_cache."""
     if config.server_type is not None:
-        return sampling_server(config, tokenizer)
+        return replace(sampling_server(config, tokenizer), store=kept_of_server(config))
     lm = load_model(config.model_name_or_path, config, device)
-    continuous = config.use_transformers_continuous_batching
-    return OwnModel(lm, tokenizer, shape_of(config), config.per_device_eval_batch_size, False, continuous)
+    store = kept_of_model(config, lm, tokenizer)
+    size, continuous = config.per_device_eval_batch_size, config.use_transformers_continuous_batching
+    return OwnModel(lm, tokenizer, shape_of(config), size, continuous=continuous, store=store)
 
 
 def sampling_server(config: Config, tokenizer: Any) -> Served:

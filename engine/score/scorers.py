@@ -22,6 +22,8 @@ from prefuse.engine.score.ensemble import Ensemble
 from prefuse.engine.score.function import load_function
 from prefuse.engine.score.rules import RULES, TextRule
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 
 def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Scorer:
     """The scorer that the setting names: one, or an ensemble of all."""
@@ -40,6 +42,16 @@ def scorer_of(specs: Sequence[str], config: Config, device: torch.device) -> Sco
     return Ensemble(members, config.scorer_combine, config.scorer_spread_weight)
 
 
+def model_of(spec: str) -> str | None:
+    """The folder, or the name on the hub, of the model that a scorer loads into this process; None for the others."""
+    kind, equals, argument = spec.partition("=")
+    if kind == "judge" and equals:
+        return None if argument.startswith(("http://", "https://")) else argument
+    if (kind in RULES and (equals or not Path(spec).exists())) or re.search(r"\.py:\w+$", spec):
+        return None
+    return spec if Path(spec).is_dir() or _HUB_NAME.fullmatch(spec) else None
+
+
 def _one(spec: str, config: Config, device: torch.device) -> Scorer:
     kind, equals, argument = spec.partition("=")
     if kind == "judge" and equals:
@@ -50,7 +62,7 @@ def _one(spec: str, config: Config, device: torch.device) -> Scorer:
         return TextRule(kind, argument)
     if re.search(r"\.py:\w+$", spec):
         return load_function(spec, config.scorer_timeout)
-    if Path(spec).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+    if Path(spec).is_dir() or _HUB_NAME.fullmatch(spec):
         return _reward_model(spec, config, device)
     raise UserError(
         f"scorer {spec}: expected a reward model's folder, FILE.py:FUNCTION, judge=FOLDER, judge=URL#MODEL, or a rule: "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from prefuse.kernels.tiles.aot import CHIPS, Resources
+from prefuse.kernels.tiles.heads import RELEASED_HEADS
 from prefuse.kernels.tiles.shipped import Shipped, compile_shipped, shipped
 from prefuse.kernels.tiles.table import OPERANDS, Chip, Tile, chip_name, parse_chip
 
@@ -34,14 +35,6 @@ DATA_SHEETS: dict[Chip, DataSheet] = {
     100: DataSheet("B200", 2250, 8.0),
     120: DataSheet("RTX 5090", 210, 1.79),
     "gfx942": DataSheet("MI300X", 1307, 5.3),
-}
-# (hidden size, vocabulary) of heads people train.
-HEADS = {
-    "Llama-3-8B": (4096, 128256),
-    "Llama-3.2-1B": (2048, 128256),
-    "Qwen2.5-0.5B": (896, 151936),
-    "Qwen2.5-7B": (3584, 152064),
-    "Gemma-2-2B": (2304, 256000),
 }
 TOKENS = 8192
 # Units of N * D * V multiply-adds, forward and backward together (see `portable.MODES`).
@@ -72,8 +65,8 @@ def _kernel_row(kernel: Shipped, made: Resources) -> str:
 def floor_rows(chip: Chip) -> list[str]:
     """Milliseconds that each mode takes at least, by the chip's data sheet."""
     lines = []
-    for name, (d, v) in HEADS.items():
-        costs = "  ".join(f"{mode} {floor(chip, mode, TOKENS, d, v):.1f} ms" for mode in UNITS)
+    for name, head in RELEASED_HEADS.items():
+        costs = "  ".join(f"{mode} {floor(chip, mode, TOKENS, head.d, head.v):.1f} ms" for mode in UNITS)
         lines.append(f"{name:14} {costs}")
     return lines
 

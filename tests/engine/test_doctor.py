@@ -10,6 +10,8 @@ from prefuse.engine import doctor
 from prefuse.engine.cli import main
 from prefuse.engine.config.flags import given_settings
 from prefuse.engine.config.settings import Config, validate
+from prefuse.engine.model.size import activations_per_token
+from prefuse.engine.run.needs import estimate_needs
 from tiny_run import PAIRS, save_model, settings, write_rows
 
 
@@ -105,7 +107,7 @@ def test_activations_are_estimated_within_a_factor_of_two(checkpointing):
     config = settings(
         model_name_or_path="m", dataset_name="d", output_dir="o", gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    estimate = tokens * doctor.activations_per_token(config, about)
+    estimate = tokens * activations_per_token(config, about)
     if checkpointing:  # the forward keeps no layer; the backward computes one after the other again
         estimate -= tokens * 4 * (10 * 96 + 4 * 256)
     assert 0.5 < estimate / measured < 2, (estimate, measured)
@@ -121,5 +123,5 @@ def test_a_model_that_needs_more_by_its_rows_than_by_its_weights_says_so(config,
     whole = validate(Config(**given_settings("train", ["--config", str(tmp_path / "run.yaml")])[0]), "train")
     small = dataclasses.replace(whole, per_device_train_batch_size=1)
     large = dataclasses.replace(whole, per_device_train_batch_size=12)
-    one, all_of_them = (doctor.measure_needs(c, "train").activations for c in (small, large))
+    one, all_of_them = (estimate_needs(c, "train", []).activations for c in (small, large))
     assert all_of_them == pytest.approx(12 * one, rel=0.01)

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,17 +102,16 @@ def test_the_same_run_has_the_same_bits_and_another_seed_other_samples(model, tm
         assert torch.equal(x, y)
 
 
+CUT = {name: {"num_iterations": 2} for name in SETTINGS} | {
+    "grpo": {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.05}, "best_of_n": {"steps_per_generation": 2},
+    "online_dpo": {"num_iterations": 2, "pairs": "all"},
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"algorithm": "grpo", "num_iterations": 2, "steps_per_generation": 2, "beta": 0.05},
-        {"algorithm": "iterative_dpo", "num_iterations": 2},
-        {"algorithm": "ppo", "num_iterations": 2},
-    ],
-    ids=lambda changes: changes["algorithm"],
-)
-def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(changes, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", CUT)
+def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(algorithm, model, tmp_path, monkeypatch):
+    changes = CUT[algorithm] | {"algorithm": algorithm}
     whole = online(model, tmp_path, out="whole", max_steps=5, **changes)
     calls = []
 
@@ -303,3 +304,23 @@ def test_several_objectives_are_learned_by_their_weights(model, tmp_path):
         for row in rows:
             vowels, gold = row["parts"].values()
             assert row["scores"] == pytest.approx([a + 0.25 * b for a, b in zip(vowels, gold, strict=True)])
+
+
+def test_mismatches_of_a_round_are_of_other_prompts_and_one_prompt_alone_teaches_nothing():
+    """KTO's z0 reads a prompt's answer after another prompt; a prompt that stands twice in the round is one prompt."""
+    scores = [[1.0, 3.0, 2.0, math.nan], [0.0, 1.0, 1.0, 0.0]]
+    material, round_ = made(scores, "kto")
+    config = settings("online", model_name_or_path="m", dataset_name="d", output_dir="o", scorer=["length=5"],
+                      algorithm="kto", num_generations=4, max_length=64)  # fmt: skip
+    kept, mismatches = learn.with_mismatches(material, round_, config, ALONE)
+    assert kept is material
+    both = {tuple(PROMPT_IDS[p]): {tuple(ids) for ids in round_.ids[p]} for p in (0, 1)}
+    for i, (prompt, completion) in enumerate(zip(mismatches.prompts, mismatches.completions, strict=True)):
+        assert list(prompt) == PROMPT_IDS[material.owners[i]]
+        assert any(tuple(completion) in own for other, own in both.items() if other != tuple(prompt))
+    alone, round_ = made(scores[:1], "kto")
+    assert learn.with_mismatches(alone, round_, config, ALONE) == (None, None)
+    twice, round_ = made(scores, "kto")
+    first = twice.examples.prompts.take(np.zeros(len(twice.owners), np.int64))
+    same = replace(twice, examples=replace(twice.examples, prompts=first))
+    assert learn.with_mismatches(same, round_, config, ALONE) == (None, None)

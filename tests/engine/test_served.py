@@ -84,6 +84,7 @@ def test_text_alone_is_tokenized_again_and_staleness_grows(model, tmp_path):
                 assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_answers_of_the_server(model, tmp_path, monkeypatch):
     """Killed after four steps with a checkpoint after two: the two rounds behind it are read from their files, for the
     server refuses to be asked again, and the weights come out the same."""
@@ -188,11 +189,16 @@ def test_label_and_generate_ask_the_same_server(model, tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text("def longer(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
     with serving(TOKENIZER) as fake:
-        rest = {"num_generations": 3, "scorer": [f"{rule}:longer"], "score_cache": "none", "max_new_tokens": 9}
+        rest = {"num_generations": 3, "scorer": [f"{rule}:longer"], "max_new_tokens": 9}
+        rest["score_cache"] = str(tmp_path / "kept")
         out = str(tmp_path / "labels.jsonl")
         label.label(validate(Config(**given, **rest, output_file=out, **at(fake)), "label"))
         assert len(fake.completions()) == len(PROMPTS)
         assert {body["model"] for body in fake.completions()} == {model}
+        again = str(tmp_path / "again.jsonl")
+        label.label(validate(Config(**given, **rest, output_file=again, **at(fake)), "label"))
+        assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "labels.jsonl").read_text()
+        assert len(fake.completions()) == len(PROMPTS)  # what it said is kept
         found = generate(validate(Config(**given, max_new_tokens=9, num_prompts=2, **at(fake)), "generate"))
     assert len(found) == 2
     assert len(fake.completions()) == len(PROMPTS) + 2

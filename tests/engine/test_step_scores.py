@@ -5,6 +5,7 @@ with which a model comes out right from there.
 import json
 import math
 import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from prefuse.engine import cli
 from prefuse.engine.data.steps import load_steps
+from prefuse.engine.model import sampling
 from prefuse.engine.model.load import load_tokenizer
 from prefuse.engine.score.scorers import scorer_of
 from prefuse.engine.score.steps import StepClassifier, load_step_classifier
@@ -210,3 +212,43 @@ def test_hard_labels_and_rows_whose_rollouts_have_no_score(tmp_path, capsys):
     del words[3:5]
     assert cli.main([*words, "--output_file", str(tmp_path / "no.jsonl")]) == 2
     assert "come from rollouts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("killed_after", [0, 2])
+def test_rollouts_are_kept_across_a_kill(killed_after, labelled, tmp_path, monkeypatch, capsys):
+    """The labels of a run that was killed between two batches and asked again, and only what was missing is sampled."""
+    rows = write_rows(tmp_path / "rows.jsonl", SOLVED[:2])
+    words = ["label", "--label_form", "steps", "--model_name_or_path", labelled["model"], "--dataset_name", rows,
+             "--scorer", f"regex={RIGHT}", "--num_generations", "4", "--max_new_tokens", "2", "--step_labels", "soft",
+             "--per_device_eval_batch_size", "2", "--device", "cpu"]  # fmt: skip
+    whole, cut = ([*words, "--score_cache", str(tmp_path / n), "--output_file", str(tmp_path / f"{n}.jsonl")]
+                  for n in ("whole", "cut"))  # fmt: skip
+    calls, real = [], sampling._generate
+
+    def counted(*given):
+        calls.append(given)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(sampling, "_generate", counted)
+    limit = None
+    assert cli.main(whole) == 0
+    batches = len(calls)
+    assert batches == 6  # three steps that something follows, four rollouts of each
+    calls.clear()
+    limit = killed_after + 1
+    with suppress(KeyboardInterrupt):
+        assert cli.main(cut) != 0
+    assert not (tmp_path / "cut.jsonl").exists()
+    calls.clear()
+    capsys.readouterr()
+    limit = None
+    assert cli.main(cut) == 0
+    assert len(calls) == batches - killed_after
+    assert ("not sampled again" in capsys.readouterr().out) == bool(killed_after)
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    calls.clear()
+    other = [*cut, "--seed", "7", "--output_file", str(tmp_path / "other.jsonl")]
+    assert cli.main(other) == 0
+    assert len(calls) == batches  # another seed, other rollouts

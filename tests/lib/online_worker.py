@@ -3,9 +3,11 @@
 python online_worker.py CASES.json FOLDER          with RANK, WORLD_SIZE and PREFUSE_RENDEZVOUS set, or alone
 
 A case holds settings, and besides: "drawn", answers that depend on the prompt alone, so that one process and several
-learn from the same; "kill_at", the step before which the process ends as if by SIGKILL.
+learn from the same; "kill_at", the step before which the process ends as if by SIGKILL; "stop_at", the step before
+which the case alone ends, by an error that nothing catches.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -24,6 +26,10 @@ from prefuse.engine.train import train
 from tiny_run import settings
 
 
+class CutOffError(Exception):
+    pass
+
+
 def drawn(source, prompts, count, seed, what):
     """(P, count) short answers of tokens 20 to 290, some of them cut off."""
 
@@ -37,7 +43,7 @@ def drawn(source, prompts, count, seed, what):
 
 
 def run_case(case: dict) -> None:
-    fixed, kill_at = case.pop("drawn", False), case.pop("kill_at", None)
+    fixed, kill_at, stop_at = case.pop("drawn", False), case.pop("kill_at", None), case.pop("stop_at", None)
     train_module.plot_curves = lambda *_: None
     sampled, step = OwnModel.answers, train_module.optimizer_step
     done = []
@@ -45,13 +51,16 @@ def run_case(case: dict) -> None:
     def stepped(run, *args):
         if len(done) == kill_at:
             os._exit(9)
+        if len(done) == stop_at:
+            raise CutOffError
         done.append(1)
         return step(run, *args)
 
     OwnModel.answers = drawn if fixed else sampled
     train_module.optimizer_step = stepped
     try:
-        train(settings("online", **case), "online", PromptRows())
+        with contextlib.suppress(CutOffError):
+            train(settings("online", **case), "online", PromptRows())
     finally:
         OwnModel.answers, train_module.optimizer_step = sampled, step
 
