@@ -11,3 +11,12 @@ class OtherRankFailed(UserError):
 
 class Diverged(UserError):
     """The weights of a run are broken (not finite, or far too large). Earlier checkpoints may still be good."""
+
+
+def fault_of(error: Exception) -> str:
+    """One line, with the fix where it is a flag."""
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if "trust_remote_code" in str(error):
+        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
+    return said

@@ -1,5 +1,6 @@
 """Settings of scorers and judges: what says how good an answer is."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,8 +47,8 @@ class ScoringSettings(Topic):
     )
     score_cache: str = setting(
         "auto",
-        "Where scores of reward models and replies of judges are kept, by content: a folder; auto, prefuse/scores in "
-        "the user's cache folder (or scores in $PREFUSE_CACHE); none.",
+        "Where scores of reward models, replies of judges and what `label` and `revise` sample are kept, by content: a "
+        "folder; auto, prefuse/scores in the user's cache folder (or scores in $PREFUSE_CACHE); none.",
         may_differ=True,
     )
     judge_rubric: str | None = setting(
@@ -83,6 +84,7 @@ class ScoringSettings(Topic):
     )
 
     def check(self, command: str) -> None:
+        prices_of(self.judge_price)
         if self.scorer_weights is not None:
             if len(self.scorer_weights) != len(self.scorer or []):
                 raise UserError(
@@ -93,3 +95,16 @@ class ScoringSettings(Topic):
                 raise UserError("scorer_weights are of a weighted sum: drop scorer_combine, or the weights")
         if self.gold_scorer and not self.scorer:
             raise UserError("gold_scorer is a second scorer: give --scorer too")
+
+
+def prices_of(text: str | None) -> tuple[float, float] | None:
+    """USD a million tokens read and written."""
+    if text is None:
+        return None
+    try:
+        read, written = (float(part) for part in text.split(","))
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"judge_price must be two numbers, USD a million tokens read and written, got {text}") from None
+    return read, written

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 from prefuse.engine.config.settings import Config
 from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
-from prefuse.engine.errors import UserError
+from prefuse.engine.errors import UserError, fault_of
 from prefuse.engine.hub import require_repository
 from prefuse.engine.model.adapters import add_adapters, base_of, go_on_with, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
@@ -87,7 +87,7 @@ def load_tokenizer(
             tokenizer = own if getattr(own, "eos_token", None) is not None else tokenizer
     except Exception as error:  # whatever a file of another's making makes transformers do
         refuse_foreign(path)
-        raise UserError(f"no tokenizer in {path}: {_fault(error)}") from None
+        raise UserError(f"no tokenizer in {path}: {fault_of(error)}") from None
     refuse_foreign(path, tokenizer)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UserError(
@@ -159,13 +159,26 @@ def _read_model(path: str, config: Config) -> "PreTrainedModel":
     return _that_can_be_saved(model) if gguf else model
 
 
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Hides transformers' table of the weights that are new or left over: what is wrong there is said in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def read_weights(auto: type, what: str, path: str, config: Config, new: str = "", **options) -> "PreTrainedModel":
     """The model of a folder or of the hub, by one of transformers' Auto classes. Weights whose names begin with `new`
     may be absent: transformers draws them."""
     if "gguf_file" not in options:
         _require_model_folder(path)
     try:
-        with file_faults_as_oserror():
+        with file_faults_as_oserror(), without_report():
             model, info = auto.from_pretrained(
                 path,
                 dtype=getattr(torch, config.dtype),
@@ -175,7 +188,7 @@ def read_weights(auto: type, what: str, path: str, config: Config, new: str = ""
                 **_in_4_bits(config),
             )
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"cannot load {what} from {path}: {_fault(error)}") from None
+        raise UserError(f"cannot load {what} from {path}: {fault_of(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     absent = [name for name in absent if not (new and name.startswith(new))]
     if absent:
@@ -217,7 +230,7 @@ def _generation_config(folder: Path) -> "GenerationConfig":
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"cannot read generation_config.json of {folder}: {_fault(error)}") from None
+        raise UserError(f"cannot read generation_config.json of {folder}: {fault_of(error)}") from None
 
 
 def gguf_of(path: str, gguf_file: str | None) -> dict[str, str]:
@@ -262,7 +275,7 @@ def check_model(lm: LanguageModel, examples: Examples) -> None:
     except (UnsupportedModel, RuntimeError) as error:  # RuntimeError: an impl that cannot run here
         raise UserError(str(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {_fault(error)}") from None
+        raise UserError(f"{type(lm.model).__name__} cannot run with its config.json: {fault_of(error)}") from None
 
 
 def without_padding(examples: Examples, models: Sequence[LanguageModel], config: Config) -> Examples:
@@ -363,12 +376,3 @@ def _require_model_folder(path: str) -> None:
         raise UserError(f"{path} is no model folder: expected config.json in it")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
-
-
-def _fault(error: Exception) -> str:
-    """One line, with the fix where it is a flag."""
-    lines = str(error).strip().splitlines() or [""]
-    said = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
-    if "trust_remote_code" in str(error):
-        return f"{said.rstrip('.')}. Read that code, then give --trust_remote_code true to run it"
-    return said

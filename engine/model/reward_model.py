@@ -174,16 +174,9 @@ def _read_steps(path: str, config: Config) -> PreTrainedModel:
 
 
 def _with_head(auto: type, what: str, path: str, config: Config, labels: int) -> PreTrainedModel:
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports the head that is new, and that of tokens which is left out
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # the new head: every rank draws the same
-            model = read_weights(auto, what, path, config, new=NEW, num_labels=labels)
-    finally:
-        transformers_logging.set_verbosity(level)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # the new head: every rank draws the same
+        model = read_weights(auto, what, path, config, new=NEW, num_labels=labels)
     try:
         score_layer(model)
     except UnsupportedModel as error:

@@ -22,9 +22,10 @@ from prefuse.engine.config.yaml_file import is_of_a_run
 from prefuse.engine.data.records import Record, Skipped
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
-from prefuse.engine.errors import UserError
+from prefuse.engine.errors import UserError, fault_of
 from prefuse.engine.hub import require_repository
 from prefuse.engine.model.adapters import base_of, quiet
+from prefuse.engine.model.load import without_report
 from prefuse.engine.model.reward_model import heads_of
 from prefuse.engine.report.log import progress
 from prefuse.engine.run.files import sha256_of
@@ -221,7 +222,7 @@ def tokenizer_of(path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"no tokenizer in {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no tokenizer in {path}: {fault_of(error)}") from None
 
 
 def can_share(model: Any) -> bool:
@@ -247,9 +248,10 @@ def load_whole(path: str, trust_remote_code: bool, *, steps: bool = False) -> An
     if base is not None:
         return _with_adapters(auto, path, base, trust_remote_code)
     try:
-        model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code)
+        with without_report():
+            model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file of another's making makes transformers do
-        raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load a reward model from {path}: {fault_of(error)}") from None
     if info["missing_keys"]:
         raise UserError(
             f"{path} is no reward model: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; expected a "
@@ -269,11 +271,12 @@ def _with_adapters(auto: Any, path: str, base: str, trust_remote_code: bool) -> 
     try:
         labels = heads_of(path) or 1
         with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn, and then read from the folder
-            model = auto.from_pretrained(base, num_labels=labels, trust_remote_code=trust_remote_code)
+            with without_report():
+                model = auto.from_pretrained(base, num_labels=labels, trust_remote_code=trust_remote_code)
         with quiet():
             return PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:  # whatever files of another's making make peft and transformers do
-        raise UserError(f"cannot load a reward model from {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load a reward model from {path}: {fault_of(error)}") from None
 
 
 def digest_of(folder: Path, model: Any) -> str:

@@ -170,6 +170,8 @@ def judge_of(argument: str, config: Config, device: torch.device) -> Judge:
         from prefuse.engine.score.server import server_of
 
         backend = server_of(argument, config)
+    elif "://" in argument:
+        raise UserError(f"judge={argument}: expected a folder, or a URL that begins with http:// or https://")
     else:
         from prefuse.engine.score.local import local_of
 

@@ -66,6 +66,9 @@ def read_verdict(text: str) -> str | NoScore:
         return bare
     if bare in ("TIE", "ATIE", "BOTH", "EQUAL", "NEITHER"):
         return "C"
+    pair = re.match(r"\W*([AB])[\s)*\"']*(?:and|or|[,/&+])[\s(*\"']*([AB])\b", text)  # "A and B are both fine"
+    if pair and pair[1] != pair[2]:
+        return NoScore("both options", f"{text.strip()[:60]!r}")
     said = set(re.findall(r"(?:^|\b(?:answer|verdict|option|choice)\W{1,3})([AB])\b", text.strip(), re.IGNORECASE))
     letters = {letter.upper() for letter in said if letter.isupper()}
     if len(letters) == 1:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from prefuse.engine.config.scoring import prices_of
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import progress, say
@@ -141,17 +142,5 @@ def server_of(argument: str, config: Config) -> Server:
     most = 16 if config.judge_mode == "letter" else config.judge_max_tokens
     return Server(
         url, model, os.environ.get(config.judge_api_key_env), config.judge_timeout, config.judge_retries,
-        config.judge_workers, most, _prices(config.judge_price),
+        config.judge_workers, most, prices_of(config.judge_price),
     )  # fmt: skip
-
-
-def _prices(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        read, written = (float(part) for part in text.split(","))
-        if not (0 <= read < math.inf and 0 <= written < math.inf):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"judge_price must be two numbers, USD a million tokens read and written, got {text}") from None
-    return read, written

@@ -68,7 +68,7 @@ ASKED = {
     "a column that is none": (
         {"prompt": "Q", "chosen": "A", "rejected": "B"},
         {"columns": "prompt=frage"},
-        '--columns names "frage", and its columns are prompt, chosen, rejected',
+        'has no column "frage", which --columns or a scorer names: its columns are prompt, chosen, rejected',
     ),
     "nearly the name": ({"prompt": "Q", "chosen": "A", "rejcted": "B"}, {}, '"rejcted" may be rejected'),
 }

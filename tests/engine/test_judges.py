@@ -30,6 +30,7 @@ KEY = "sk-secret-0123456789"
         ("A", "A"), (" b.", "B"), ("[[B]]", "B"), ("I prefer it. [[A]]", "A"), ("both fine [[C]]", "C"), ("tie", "C"),
         ("Answer: B", "B"), ("A is better", "A"), ("The verdict: A, since B is short", "A"), ("(A)", "A"),
         ("[[A]] or [[B]]", "both options"), ("Answer A or Answer B", "both options"),
+        ("A and B", "both options"), ("(B) / (A): equal", "both options"), ("A, and B is worse", "A"),
         ("банан лучше", "another language"),
         ("回答", "another language"), ("a question of taste", "nonsense"), ("", "nothing said"), ("hello", "nonsense"),
     ],
@@ -339,7 +340,11 @@ def test_the_key_is_written_nowhere(tmp_path, monkeypatch, capsys, caplog):
 
 
 def test_urls_that_cannot_be():
-    for argument, said in (("http://localhost:1/v1", "URL#MODEL"), ("http://me:pw@h/v1#m", "no user or password")):
+    for argument, said in (
+        ("http://localhost:1/v1", "URL#MODEL"),
+        ("http://me:pw@h/v1#m", "no user or password"),
+        ("ftp://h/v1#m", "begins with http"),
+    ):
         with pytest.raises(UserError, match=said):
             scorer_of([f"judge={argument}"], judge_settings(), CPU)
     with pytest.raises(UserError, match="two numbers"):

@@ -16,7 +16,7 @@ from prefuse.engine.score.ensemble import Ensemble, combined
 from prefuse.engine.score.function import Function, load_function
 from prefuse.engine.score.rules import TextRule
 from prefuse.engine.score.scorers import scorer_of
-from tiny_run import SHAPE, settings
+from tiny_run import SHAPE, save_model, settings
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -359,3 +359,17 @@ def test_scores_are_a_type(tmp_path):
     scores = scorer.score(PROMPTS, ANSWERS)
     assert isinstance(scores, Scores)
     assert scores.values[0].nan_to_num(9).tolist() == [1, 1, 9]
+
+
+def test_a_causal_lm_is_refused_without_a_table(tmp_path, monkeypatch):
+    """transformers would print one of all that the weights lack."""
+    from transformers.utils import logging
+
+    said = []
+    logging.set_verbosity_warning()
+    monkeypatch.setattr(logging.get_logger(), "handle", said.append)
+    monkeypatch.setattr(logging.get_logger("transformers.modeling_utils"), "handle", said.append)
+    with pytest.raises(UserError, match=r"is no reward model: its weights lack score\.weight"):
+        load_classifier(save_model(tmp_path / "model"), torch.device("cpu"), 4, None)
+    assert not said
+    assert logging.get_verbosity() == logging.WARNING

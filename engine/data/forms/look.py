@@ -105,7 +105,10 @@ def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str,
         if role not in ROLES or not column or not isinstance(column, str):
             raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
         if column not in look.values:
-            raise DataError(f'{look.source}: --columns names "{column}", and its columns are {", ".join(look.values)}')
+            raise DataError(
+                f'{look.source} has no column "{column}", which --columns or a scorer names: its columns are '
+                f"{', '.join(look.values)}"
+            )
         if role in named and role != "unused":
             raise DataError(f"--columns names {role} twice")
         named.setdefault(role, []).append(column)
