@@ -7,51 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefuse.bench import roofline
-from prefuse.bench.record import Record, markdown
-from prefuse.bench.show import number
-
-Row = dict
-
-
-class Results:
-    """Records, found by what they measured."""
-
-    def __init__(self, records: list[Record]) -> None:
-        self.records = sorted(records, key=lambda record: record.environment["time"])
-
-    def newest(self, verb: str, **settings: object) -> Record:
-        """The last one of a verb whose settings have these values."""
-        for record in reversed(self.records):
-            if record.verb == verb and settings.items() <= record.settings.items():
-                return record
-        raise KeyError(f"no result of `prefuse bench {verb}` with {settings}: run it, or remove its table")
-
-    def every(self, verb: str) -> list[Record]:
-        """All of a verb, by the names of their files."""
-        return sorted((record for record in self.records if record.verb == verb), key=lambda record: record.path.name)
-
-
-def row(record: Record, **keys: object) -> Row:
-    """The one row that has these keys."""
-    (found,) = (x for x in record.rows if keys.items() <= x.items())
-    return found
-
-
-def link(record: Record, text: str = "numbers", up: str = "../") -> str:
-    return f"[{text}]({up}bench/results/{record.path.name})"
-
-
-def where(record: Record) -> str:
-    """`one thread of an AMD EPYC, torch 2.13.0`"""
-    device, torch = record.device, record.environment["packages"]["torch"].split("+")[0]
-    threads = {1: "one thread", 2: "two threads"}.get(device["threads"], f"{device['threads']} threads")
-    return (
-        f"{threads} of an {device['name']}, torch {torch}"
-        if device["kind"] == "cpu"
-        else f"{device['name']}, torch {torch}"
-    )
-
+from prefuse.bench import roofline, tables
+from prefuse.bench.found import Results, link, row, where
+from prefuse.bench.record import Record
 
 # ------------------------------------------------------------------------------------------ README
 
@@ -190,183 +148,25 @@ def _reward(results: Results) -> list[str]:
             _by(record, "reward")]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ docs
-
-
-def accuracy(results: Results) -> str:
-    record = results.newest("accuracy")
-    lengths = sorted({x["tokens_of_sequence"] for x in record.rows})
-    names = dict.fromkeys(x["implementation"] for x in record.rows)
-    cells = [
-        [name, *(_mean_and_worst(row(record, implementation=name, tokens_of_sequence=n)) for n in lengths)]
-        for name in names
-    ]
-    return markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
-
-
-def _mean_and_worst(x: Row) -> str:
-    return f"{x['error_nats']:.1e} ({x['error_nats_max']:.1e})"
-
-
-DOORS = {
-    "TRL": "TRL",
-    "TRL, prefuse.trl.enable()": "`enable()`",
-    "TRL, prefuse.trl.enable(workspace=1 << 30)": "`enable(workspace=1 << 30)`",
-    "prefuse.trl.DPOTrainer": "[`prefuse.trl.DPOTrainer`](trl_trainers.md)",
-}
-
-
-def trl_step(results: Results) -> str:
-    record = results.newest("seam")
-    cells = [
-        [f"{x['trained']}: {DOORS[x['implementation']]}", f"{x['seconds_per_step']:.2f}", f"{x['ratio_to_trl']:.2f}",
-         f"{x['peak_mib']:.0f}"]
-        for x in record.rows
-    ]  # fmt: skip
-    return markdown(["trained: head", "s per step", "speed / TRL's", "peak MiB"], cells)
-
-
-def trl_trainers(results: Results) -> str:
-    record = results.newest("seam")
-    cells = []
-    for trained in ("all weights", "LoRA"):
-        both = [row(record, trained=trained, implementation=x) for x in ("TRL", "prefuse.trl.DPOTrainer")]
-        cells.append(
-            [trained, *(f"{x['seconds_per_step']:.2f}" for x in both), *(f"{x['peak_mib']:.0f}" for x in both)]
-        )
-    return markdown(["trained", "TRL: s per step", "here", "TRL: peak MiB", "here"], cells)
-
-
-def trl_real(results: Results) -> str:
-    record = results.newest("real", train="lora")
-    tolerance = f"`prefuse train --gradient_tolerance {record.settings['tolerance']}`"
-    names = {
-        "TRL": f"TRL {record.environment['packages']['trl']}",
-        "prefuse.trl.DPOTrainer": "`prefuse.trl.DPOTrainer`",
-        "engine": "`prefuse train`",
-        "engine, tolerance": tolerance,
-    }
-    measured = {x["implementation"]: x for x in record.rows}
-    cells = [
-        [text, f"{x['seconds_per_step']:.1f}", f"{x['ratio_to_trl']:.2f}", f"{x['peak_mib']:.0f}"]
-        for name, text in names.items()
-        if (x := measured.get(name))
-    ]
-    return markdown([f"{record.settings['model']}, LoRA", "CPU s per step", "times TRL", "peak MiB"], cells)
-
-
-def model_step(results: Results) -> str:
-    record = results.newest("model")
-    cells = [[x["implementation"], f"{x['seconds']:.2f}", f"{x['peak_mib']:.0f}"] for x in record.rows]
-    return markdown(["forward and backward", "s", "peak MiB"], cells)
-
-
-def liger_losses(results: Results) -> str:
-    record = results.newest("losses")
-    names = ("prefuse", "lean", "Liger")
-    cells = []
-    for loss in dict.fromkeys(x["loss_type"] for x in record.rows):
-        found = [row(record, loss_type=loss, implementation=name) for name in names]
-        seconds = [f"{x['cpu_seconds']:.2f}" for x in found]
-        cells.append([loss, *seconds, f"{found[0]['ratio_to_liger']:.2f}",
-                      *(f"{x['peak_mib_beyond_gradients']:.0f}" for x in found)])  # fmt: skip
-    header = ["loss", *(f"{x}, s" for x in names), "Liger / prefuse", *(f"{x}, MiB" for x in names)]
-    return markdown(header, cells)
-
-
-def whole(verb: str) -> Callable[[Results], str]:
-    """Every row of the newest record of a verb, as it is, with what was absent."""
-
-    def block(results: Results) -> str:
-        from prefuse.bench.show import absent, columns
-
-        record = results.newest(verb)
-        names = [name for name in columns(record) if name not in ("ms_low", "ms_high")]
-        cells = [[number(x.get(name)) for name in names] for x in record.rows]
-        said = [f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}.", *record.notes]
-        return "\n".join([" ".join(said), "", markdown(names, cells), *(f"\n{line}" for line in absent(record))])
-
-    return block
-
-
-def dpo_steps(record: Record) -> list[Row]:
-    """Times of a DPO step in which everything is trained."""
-    chosen = {"mode": "trainable", "loss_type": "dpo"}
-    return [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
-
-
-def head_steps(results: Results) -> str:
-    """A DPO step with everything trained, by dtype, and whether log-probabilities keep their bits in any batch."""
-    texts = []
-    for record in results.every("head"):
-        rows = dpo_steps(record)
-        if not rows:  # measured for something else
-            continue
-        bits = {x["implementation"]: x.get("batch_invariant") for x in record.rows if x["loss_type"] == "logps"}
-        cells = [
-            [x["implementation"], f"{x['ratio_to_gemms']:.2f}", number(x.get("peak_mib")),
-             *(f"{x[key]:.1e}" if key in x else "" for key in ("log_ratio_error_nats", "gradient_error")),
-             number(x.get("deterministic")), number(bits.get(x["implementation"]))]
-            for x in rows
-        ]  # fmt: skip
-        header = ["DPO step, all trained", "time / 4 bare products", "peak MiB", "log-ratio error, nats"]
-        header += ["gradient error", "same bits again", "in any batch"]
-        shape, dtype = record.rows[0]["shape"], record.rows[0]["dtype"]
-        about = f"{dtype}, N x D x V = {shape}, {where(record)}, {link(record)}. {' '.join(record.notes)}"
-        missing = sorted({f"{name}: {peer['absent']}" for name, peer in record.peers.items() if peer["absent"]})
-        texts.append("\n".join([about, "", markdown(header, cells), "", f"Not measured: {'; '.join(missing)}."]))
-    return "\n\n".join(texts)
-
-
-def memory_peaks(results: Results) -> str:
-    """MiB beyond inputs and gradients of a DPO step, by shape."""
-    record, texts = results.newest("memory"), []
-    shapes = list(dict.fromkeys(x["shape"] for x in record.rows))
-    for mode in ("trainable", "frozen"):
-        found = {
-            (x["implementation"], x["shape"]): x["peak_mib_beyond_gradients"]
-            for x in record.rows
-            if x["mode"] == mode and "peak_mib" in x
-        }
-        names = dict.fromkeys(name for name, _ in found)
-        cells = [[name, *(f"{found[name, shape]:.1f}" for shape in shapes)] for name in names]
-        texts.append(markdown([f"MiB, {mode}, N x D x V =", *shapes], cells))
-    said = f"{where(record)[0].upper()}{where(record)[1:]}, {record.rows[0]['dtype']}, {link(record)}."
-    return "\n\n".join([said, *texts])
-
-
-def scale_exponents(results: Results) -> str:
-    """How time and peak memory grow: slopes of the line through the logarithms."""
-    record = results.newest("scale")
-    slopes = {(x["what"], x["implementation"]): x for x in record.rows if "exponent" in x}
-    axes = [(measure, axis) for axis in ("tokens", "vocabulary", "ranks") for measure in ("ms", "peak_mib")]
-    words = {"ms": "time", "peak_mib": "memory"}
-
-    def cell(name: str, measure: str, axis: str) -> str:
-        found = slopes.get((f"exponent of {measure} in {axis}", name))
-        return f"{found['exponent']:.2f}" if found else ""
-
-    names = dict.fromkeys(x["implementation"] for x in record.rows if "ms" in x)
-    cells = [[name, *(cell(name, *axis) for axis in axes)] for name in names]
-    ranks = ", ".join(f"{x['size']}: {x['ms']:.0f} ms" for x in record.rows if x["what"] == "ranks" and "ms" in x)
-    said = f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}. {' '.join(record.notes)}"
-    table = markdown(["exponent of", *(f"{words[measure]} in {axis}" for measure, axis in axes)], cells)
-    return "\n\n".join([said, table, f"CPU milliseconds of the slowest rank, by ranks: {ranks}."])
-
-
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "measured": measured,
-    "accuracy": accuracy,
-    "trl step": trl_step,
-    "trl trainers": trl_trainers,
-    "trl real": trl_real,
-    "model step": model_step,
-    "liger losses": liger_losses,
-    "head steps": head_steps,
-    "memory peaks": memory_peaks,
-    "scale exponents": scale_exponents,
+    "accuracy": tables.accuracy,
+    "trl step": tables.trl_step,
+    "trl trainers": tables.trl_trainers,
+    "trl real": tables.trl_real,
+    "model step": tables.model_step,
+    "liger losses": tables.liger_losses,
+    "head steps": tables.head_steps,
+    "memory peaks": tables.memory_peaks,
+    "scale exponents": tables.scale_exponents,
     "roofline chips": roofline.chips_table,
     "roofline passes": roofline.passes_table,
     "roofline bounds": roofline.bounds_table,
-    **{verb: whole(verb) for verb in ("data", "evaluation", "online", "packing", "reward")},
+    "cpu shares": tables.cpu_shares,
+    "policy parity": tables.policy_parity,
+    "real steps": tables.real_steps,
+    "sparse heads": tables.sparse_heads,
+    "sparse trained": tables.sparse_trained,
+    "data": tables.every("data"),
+    **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "reward", "sampling")},
 }

@@ -14,7 +14,8 @@ import argparse
 import re
 from pathlib import Path
 
-from prefuse.bench.blocks import BLOCKS, Results
+from prefuse.bench.blocks import BLOCKS
+from prefuse.bench.found import Results
 from prefuse.bench.record import RESULTS, ROOT, BadRecord, load_results, write_text
 
 FIGURES = Path("docs") / "figures"

@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib
 
 from prefuse.bench import roofline
-from prefuse.bench.blocks import Results, dpo_steps
+from prefuse.bench.found import Results
+from prefuse.bench.tables import dpo_steps
 
 OURS, MODES = "#1b7f5c", {"no grad": "#8fa3c8", "frozen": "#a07d1c", "trainable": "#1b7f5c"}
 PEERS = ("#b5432e", "#8fa3c8", "#a07d1c", "#6b4f9e", "#4a9aa8", "#7a7a7a", "#c07aa1")

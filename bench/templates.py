@@ -41,6 +41,7 @@ ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"typ
 TOOLS = [{"type": "function", "function": ADD}]
 CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 41}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+COMPACT = CALLING | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a":41}'}}]}
 RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "42"}
 
 
@@ -62,6 +63,8 @@ KINDS = {
     "reasoning_content": Kind([USER], REASONING, (THOUGHT, "42")),
     "tool call": Kind([USER], CALLING, ("add", "41"), TOOLS),
     "tool result": Kind([USER, CALLING, RESULT], ANSWER, ("42",), TOOLS),
+    "JSON result": Kind([USER, CALLING, RESULT | {"content": '{"sum": 42, "exact": true}'}], ANSWER, ("42",), TOOLS),
+    "text arguments": Kind([USER], COMPACT, ("add", "41"), TOOLS),
 }
 
 
@@ -160,17 +163,29 @@ def outcome(tokenizer: Any, kind: Kind) -> RowOutcome:
     return next((found for found in checks if found.word == "right"), checks[0])
 
 
-# What templates want to be given: strings, lists of parts (models that see images), arguments as JSON text.
+# What templates want: strings, lists of parts (models that see images), arguments as JSON text or as an object.
 def as_parts(turn: dict[str, Any]) -> dict[str, Any]:
     return turn | {"content": [{"type": "text", "text": turn["content"]}]}
 
 
+def with_arguments(turn: dict[str, Any], kind: type, write: Callable) -> dict[str, Any]:
+    """The turn with those arguments of its calls that are of this kind written otherwise."""
+    if "tool_calls" not in turn:
+        return turn
+    functions = [call["function"] for call in turn["tool_calls"]]
+    functions = [f | {"arguments": write(f["arguments"])} if isinstance(f["arguments"], kind) else f for f in functions]
+    return turn | {"tool_calls": [CALL | {"function": function} for function in functions]}
+
+
 def with_text_arguments(turn: dict[str, Any]) -> dict[str, Any]:
-    function = CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}
-    return turn | {"tool_calls": [CALL | {"function": function}]} if "tool_calls" in turn else turn
+    return with_arguments(turn, dict, json.dumps)
 
 
-SHAPES = (dict, as_parts, with_text_arguments)
+def with_object_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    return with_arguments(turn, str, json.loads)
+
+
+SHAPES = (dict, as_parts, with_text_arguments, with_object_arguments)
 
 
 def check(tokenizer: Any, kind: Kind, prompt: list[int], completion: list[int], shape: Callable) -> RowOutcome:
@@ -192,6 +207,8 @@ def check(tokenizer: Any, kind: Kind, prompt: list[int], completion: list[int], 
         return RowOutcome("WRONG", "decode(prompt + completion) is not the rendered text")
     if any(part not in said for part in kind.said):
         return RowOutcome("WRONG", "text of the answer is missing")
+    if '\\"a\\"' in said:
+        return RowOutcome("WRONG", "arguments of a call stand as JSON text within JSON text")
     if said.count("<think>") + asked.rstrip().endswith("<think>") > 1:
         return RowOutcome("WRONG", "<think> stands twice")
     specials = tokenizer.get_added_vocab()

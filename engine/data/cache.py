@@ -1,6 +1,7 @@
 """Tokenized rows kept on disk: a second run on the same rows starts without reading them again.
 
-An entry is a folder named by all that its ids depend on: the content of the files, the tokenizer with its template,
+An entry is a folder named by all that its ids depend on: the content of the files (for a dataset of the hub, of those
+that `datasets` keeps of it), the tokenizer with its template,
 every setting of `load_examples`, the code of this folder and the versions of the libraries below it. It holds the flat
 arrays, which are mapped into memory, and about.json with their hashes, the skipped rows and what was said on the way,
 which is said again. It is written aside and renamed, so it is whole or absent, whoever else writes or is killed; where
@@ -96,7 +97,7 @@ Files = tuple[str, tuple[Path, ...]]  # a path as it was given, which names its 
 
 
 def _parts(source: str | Sequence[Any], split: str, config: str | None) -> list[Files]:
-    """The files of a source, or of each part of a mixture; none where some of it comes from the hub."""
+    """The files of a source, or of each part of a mixture; none where a part has no file (rows in memory)."""
     if isinstance(source, str):
         asked = [(source, split, config)]
     else:
@@ -112,12 +113,17 @@ def _key(parts: list[Files], tokenizer: Any, settings: dict) -> dict:
     elif text["date"] is None:
         text = text | {"date": str(datetime.date.today())}
     return {
-        "sources": [[Path(path).name, [_about(file, Path(path)) for file in files]] for path, files in parts],
+        "sources": [[_named(path), [_about(file, Path(path)) for file in files]] for path, files in parts],
         "tokenizer": _tokenizer_hash(tokenizer),
         "settings": settings | {"text": text},
         "code": _code_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+
+
+def _named(path: str) -> str:
+    """As its rows are named: a file or folder by its own name, a dataset of the hub by all of it."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def _about(file: Path, source: Path) -> list:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import logging
@@ -17,6 +16,7 @@ from prefuse.engine.config.settings import Config
 from prefuse.engine.config.text import TextSettings
 from prefuse.engine.data.batches import Examples
 from prefuse.engine.errors import UserError, fault_of
+from prefuse.engine.hub import require_repository
 from prefuse.engine.model.adapters import add_adapters, base_of, go_on_with, load_adapters, save_adapters
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.layers import prepare_layers, use_liger
@@ -367,29 +367,12 @@ def _refuse_no_numbers(model: torch.nn.Module, path: str) -> None:
 
 
 def _require_model_folder(path: str) -> None:
-    """A path that exists must be a whole model; any other name is left to the hub."""
+    """A path that exists must be a whole model; any other name must be one of the hub."""
+    require_repository(path)
     folder = Path(path)
     if not folder.exists():
-        siblings = [str(other) for other in folder.parent.glob("*") if (other / "config.json").is_file()]
-        near = difflib.get_close_matches(path, siblings, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        if path.startswith((".", "/", "~")) or path.count("/") > 1 or near:
-            raise UserError(f"model folder {path} does not exist{hint}")
-        _require_on_hub(path)
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no model folder: expected config.json in it")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"model folder {path} has no weights: expected {' or '.join(SAFETENSORS)} beside config.json")
-
-
-@functools.cache  # the hub is asked once
-def _require_on_hub(name: str) -> None:
-    from transformers.utils import cached_file
-
-    try:
-        cached_file(name, "config.json")
-    except Exception as error:  # no network, no such repository, no right to read it, no valid name
-        raise UserError(
-            f"{name} is no folder here, and no model of the hub that can be read: {fault_of(error)}"
-        ) from None

@@ -10,6 +10,7 @@ import torch
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.hub import require_repository
 from prefuse.engine.model.adapters import WEIGHTS, add_adapters, base_of
 from prefuse.engine.model.load import gguf_of
 
@@ -43,6 +44,7 @@ def config_of(path: str, config: Config, **options: object) -> Any:
     from transformers import AutoConfig
 
     options |= gguf_of(path, config.gguf_file)
+    require_repository(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # whatever a file of another's making makes transformers do

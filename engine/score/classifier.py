@@ -23,6 +23,7 @@ from prefuse.engine.data.records import Record, Skipped
 from prefuse.engine.data.templates import render
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.errors import UserError, fault_of
+from prefuse.engine.hub import require_repository
 from prefuse.engine.model.adapters import base_of, quiet
 from prefuse.engine.model.load import without_report
 from prefuse.engine.model.reward_model import heads_of
@@ -243,6 +244,7 @@ def load_whole(path: str, trust_remote_code: bool, *, steps: bool = False) -> An
 
     auto = AutoModelForTokenClassification if steps else AutoModelForSequenceClassification
     base = base_of(Path(path))
+    require_repository(base or path)
     if base is not None:
         return _with_adapters(auto, path, base, trust_remote_code)
     try:

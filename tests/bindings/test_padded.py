@@ -246,6 +246,7 @@ def test_numbers_that_are_no_pairs():
 # The example
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_learns():
     command = [sys.executable, "-W", "error", ROOT / "examples/padded_loop.py"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -51,6 +51,7 @@ def test_dpo_goes_on_with_the_adapters_of_sft_and_they_are_its_reference(sft, pa
     assert config.lora_r == 16  # the adapters' own rank counts
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_resumes_bit_by_bit(sft, pairs, tmp_path):
     out = tmp_path / "run"
     config = run("train", sft, pairs, out, max_steps=4, save_steps=2)

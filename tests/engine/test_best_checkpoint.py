@@ -164,6 +164,7 @@ def test_a_reward_of_sampled_answers_decides(files, tmp_path, capsys):
             assert log[step][f"eval_{name}"] == pytest.approx(points[step][name], rel=1e-4), (step, name)
 
 
+@pytest.mark.slow
 def test_a_scorer_leaves_the_training_as_it_is(files, tmp_path):
     scored = run_of(files, tmp_path / "scored", scorer=["length"], num_prompts=2, max_new_tokens=3)
     train(scored, "train", ScoredRows())

@@ -337,14 +337,15 @@ def test_the_hub_reader_reads_what_datasets_loads(tmp_path, monkeypatch):
     """No network here: `datasets.load_dataset` is given a local folder by the same call."""
     import datasets
 
-    from prefuse.engine.data.sources.source import read_hub
+    from prefuse.engine.data.sources.source import _of_hub
 
     datasets.disable_progress_bars()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "hub" / "train.parquet")
-    rows = read_hub(str(tmp_path / "hub"), "train")
-    assert list(rows) == [(f"{tmp_path}/hub:{i}", row) for i, row in enumerate(ROWS)]
+    source = _of_hub(str(tmp_path / "hub"), "train", None)
+    assert all(file.is_relative_to(tmp_path / "cache") for file in source.files)
+    assert list(source.rows()) == [(f"{tmp_path}/hub:{i}", row) for i, row in enumerate(ROWS)]
 
 
 def test_missing_keys_of_nested_columns_do_not_matter_in_parquet(tmp_path):

@@ -85,9 +85,12 @@ def test_a_source_that_is_not_there_stops_the_run(source):
 def test_a_hub_name_that_does_not_load_stops_the_run(monkeypatch):
     import datasets
 
+    from prefuse.engine.data.sources import source
+
     def refuse(path, name, split):
         raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
 
+    monkeypatch.setattr(source, "require_repository", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"org/name: no such file or folder here, .* Couldn't reach 'org/name'"):
         load_examples("org/name", "pair", PLAIN, 64)

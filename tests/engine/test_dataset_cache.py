@@ -137,6 +137,31 @@ def test_what_they_do_not_depend_on_is_not(rows, reads, tmp_path, monkeypatch):
     assert second.examples == first.examples
 
 
+def test_a_dataset_of_the_hub_is_kept_under_its_whole_name(reads, tmp_path, monkeypatch, caplog):
+    """No network here: `datasets.load_dataset` reads the same rows for each name into the cache of `datasets`."""
+    import datasets
+
+    from prefuse.engine.data.sources import source
+
+    def load_dataset(path, **_):
+        rows = write_rows(tmp_path / "hub.jsonl", [*PAIRS, BAD | {"prompt": None}])
+        return real("json", data_files=str(rows), split="train", cache_dir=str(tmp_path / "hub"))
+
+    datasets.disable_progress_bars()
+    real = datasets.load_dataset
+    monkeypatch.setattr(source, "require_repository", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    caplog.set_level(logging.INFO, logger="prefuse")
+    first = load_examples("ann/pairs", "pair", tiny_tokenizer(), 24)
+    second = load_examples("ann/pairs", "pair", tiny_tokenizer(), 24)
+    assert len(reads) == 1
+    assert second == first
+    assert "the tokens of ann/pairs are read from" in caplog.text
+    other = load_examples("bob/pairs", "pair", tiny_tokenizer(), 24)
+    assert len(reads) == 2
+    assert (second.skipped[0].row, other.skipped[0].row) == ("ann/pairs:12", "bob/pairs:12")
+
+
 def test_the_day_counts_where_the_template_prints_it(tmp_path, reads, monkeypatch):
     source = write_rows(tmp_path / "talks.jsonl", TALKS)
     template = "{{ strftime_now('%d %b %Y') }}" + CHATML

@@ -36,6 +36,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_to_stop_when_one_is_told_and_go_on_alike(files, server, tmp_path):
     argv = lambda name: command(files, tmp_path / name, save_steps=3, save_total_limit=0)  # noqa: E731
     assert server.run(argv("straight"), 2, tmp_path / "log", noise=True) == [0, 0]
@@ -59,6 +60,7 @@ def chat(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
 
 
+@pytest.mark.slow
 def test_the_first_day_of_a_run_holds_on_a_rank_behind_midnight_and_after_a_resume(server, tmp_path):
     """The template prints the date. `days`: what the calendars of both ranks show."""
     rows = [

@@ -60,7 +60,10 @@ def assert_same_training(one, two):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "kto"])
+ANOTHER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "kto")]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", *ANOTHER])
 def test_training_is_the_same_as_with_padded_batches(name, model, pairs, tmp_path):
     command = "sft" if name == "sft" else "train"
     changes = {"loss_type": name.replace("sft", "dpo"), "eval_fraction": 0.2, "num_train_epochs": 2.0}
@@ -75,6 +78,7 @@ def test_training_is_the_same_as_with_padded_batches(name, model, pairs, tmp_pat
     assert name in ("sft", "kto") or min(saved[1]) > 0.25  # a prompt of each pair less
 
 
+@pytest.mark.slow
 def test_the_first_rewards_are_exactly_zero_in_flat_batches_of_any_size(model, pairs, tmp_path, caplog):
     for budget in (None, 30, 64):
         for loss_type in ("dpo", "kto"):

@@ -351,6 +351,7 @@ def test_a_run_with_a_full_cache_equals_one_with_an_empty_cache(tmp_path):
     assert read_log(tmp_path / "one")[0] == read_log(tmp_path / "two")[0]
 
 
+@pytest.mark.slow
 def test_a_short_run_asks_about_its_own_rows_and_a_longer_one_goes_on_from_there(tmp_path, passes):
     base = {
         "model_name_or_path": save_model(tmp_path / "m"), "dataset_name": write_rows(tmp_path / "p.jsonl", PAIRS),

@@ -167,7 +167,7 @@ def test_supervised_fine_tuning_learns_and_leaves_a_loadable_model(model, pairs,
     assert (out / "config.yaml").read_text().startswith("# prefuse sft --config config.yaml\n")
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("name", ["sft", "dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_how_a_step_is_accumulated_does_not_change_the_update(name, model, tmp_path):
     """11 pairs in steps of 8. In twos the last step is a microbatch of 2 and one of 1; sft counts tokens, so there no
     two microbatches weigh the same."""

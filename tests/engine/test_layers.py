@@ -102,6 +102,7 @@ def test_a_layer_runs_twice_where_a_gradient_is_taken_and_once_elsewhere(model, 
     assert len(calls) == 2 * 2 + 2
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_need_less_memory(tmp_path, pairs):
     """At its peak a layer holds what its own backward needs, and of the other seven their inputs."""
     deep = save_model(tmp_path / "deep", num_hidden_layers=8)
@@ -150,6 +151,7 @@ def compilations():
     counters.clear()
 
 
+@pytest.mark.slow
 def test_batches_of_any_shape_share_what_is_compiled(model, pairs, compilations):
     """Lengths, numbers of pairs and who shares a prompt all differ: the layers are compiled for the first of them."""
     examples = examples_at(pairs, model)

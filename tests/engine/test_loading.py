@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers
 
@@ -65,7 +66,7 @@ def test_code_of_a_model_folder_runs_only_with_the_flag(files, tmp_path, capsys,
     ],
 )
 def test_a_mistyped_folder_is_one_line_and_no_question_to_the_hub(name, message, files, capsys, monkeypatch):
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_: pytest.fail("the hub was asked"))
     folder = Path(files["model"]).parent
     assert generate(name.format(folder=folder), files) == 2
     error = capsys.readouterr().err
@@ -76,16 +77,16 @@ def test_a_mistyped_folder_is_one_line_and_no_question_to_the_hub(name, message,
 def test_the_hub_is_asked_once_for_a_name_that_it_does_not_have(files, capsys, monkeypatch):
     asked = []
 
-    def cached_file(name, file):
-        asked.append(name)
-        raise OSError(f"{name} is not a valid model identifier\nand more lines")
+    def get_hf_file_metadata(url):
+        asked.append(url)
+        raise OSError("Name or service not known\nand more lines")
 
-    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", get_hf_file_metadata)
     assert generate("someone/no-such-model", files) == 2
     error = capsys.readouterr().err
     assert "someone/no-such-model is no folder here, and no model of the hub that can be read" in error
     assert error.count("\n") == 1
-    assert asked == ["someone/no-such-model"]
+    assert [url.partition("/someone/")[2] for url in asked] == ["no-such-model/resolve/main/config.json"]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_the_loss_is_the_mean_of_the_heads_own(files):
     assert even == pytest.approx(torch.nn.functional.softplus(-margins).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "lora"])
 def test_transformers_reads_all_heads_and_the_scorer_combines_them(trained, kind, tmp_path):
     folder = trained[kind]

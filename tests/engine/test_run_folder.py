@@ -59,6 +59,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_that_a_living_run_works_in_is_refused_by_the_number_of_its_process(resume, holder, base, tmp_path):
     before = everything(tmp_path / "run")
@@ -67,6 +68,7 @@ def test_a_folder_that_a_living_run_works_in_is_refused_by_the_number_of_its_pro
     assert everything(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_run_is_taken_over(holder, base, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -54,6 +54,7 @@ def test_a_refusal_into_a_closed_stderr_still_exits_2(files, tmp_path):
     assert run.returncode == 2
 
 
+@pytest.mark.slow
 def test_what_the_terminal_cannot_show_is_replaced_and_control_characters_never_reach_it(files, tmp_path):
     hostile = [pair | {"prompt": "\x1b]0;title\x07\x1b[2J sky é 漢 " + pair["prompt"]} for pair in PAIRS]
     rows = write_rows(tmp_path / "rows.jsonl", hostile)

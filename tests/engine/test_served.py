@@ -84,6 +84,7 @@ def test_text_alone_is_tokenized_again_and_staleness_grows(model, tmp_path):
                 assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_answers_of_the_server(model, tmp_path, monkeypatch):
     """Killed after four steps with a checkpoint after two: the two rounds behind it are read from their files, for the
     server refuses to be asked again, and the weights come out the same."""

@@ -292,6 +292,7 @@ def test_what_is_no_file_is_refused(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_rows_are_not_held_in_memory(tmp_path):
     """Reading 60 MB of lines or of an array takes less memory than the file has."""
     row = json.dumps({"text": "x" * 3000})

@@ -28,6 +28,7 @@ def made(tmp_path_factory):
     return {"model": model, "pairs": pairs, "run": folder / "run", "text": str(folder / "plain.txt")}
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_looked_at(made, tmp_path, capsys):
     out = tmp_path / "watch.json"
     words = ["eval", "--checkpoints", str(made["run"]), "--eval_dataset", made["pairs"], "--scorer", "length",

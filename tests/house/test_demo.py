@@ -126,6 +126,7 @@ def test_claims(demo):
     assert len(demo.broken_claims({"sft": aligned, "dpo": aligned, "kto": aligned})) == 1
 
 
+@pytest.mark.slow
 def test_a_run_too_short_to_learn_goes_through_every_command_and_then_fails(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

@@ -37,6 +37,7 @@ def hooks():
     return module
 
 
+@pytest.mark.slow
 def test_every_public_name_has_its_place_with_its_docstring(site):
     pages = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     for name in prefuse.__all__:

@@ -83,10 +83,12 @@ def show_help(environment):
         assert command in help_text
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_imports_everything(environment):
     import_everything(environment)
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_runs_its_command(environment):
     show_help(environment)
 

@@ -59,6 +59,7 @@ def known(job, made):
     return (beside_descriptors or bias) and only
 
 
+@pytest.mark.slow
 def test_the_common_kernels_compile_clean(pool):
     check(pool, [(*path, name) for path in OWN_PATH for name in COMMON])
 

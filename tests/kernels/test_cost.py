@@ -62,6 +62,7 @@ def test_a_forward_writes_nothing_that_grows_with_the_vocabulary(device):
     assert large.read - small.read == 300 * 16 * 2  # the other half of the weight, once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "stash", "lean"])
 def test_the_tiles_pass_memory_once_out_and_once_for_each_product(mode, device):
     """Half-precision numbers of (N, V): no float32 ones, and no more passes than products need."""

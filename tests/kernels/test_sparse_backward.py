@@ -299,6 +299,7 @@ def test_the_page_that_explains_it_runs(monkeypatch):
         exec(compile(snippet, "docs/sparse_backward.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_it_takes_the_gathered_rows_beyond_the_exact_mode():
     """The kept rows of the weight, whose gradient takes their place, and some numbers for each column."""
     n, d, v = 64, 64, 6000

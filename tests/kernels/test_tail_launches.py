@@ -355,6 +355,7 @@ def check_compiled(chips, names):
     assert not {job: found for job, found in problems.items() if found}
 
 
+@pytest.mark.slow
 def test_the_common_variants_compile_without_spills():
     check_compiled([90], ["tail, dpo", "tail, kto, mismatched", "tail, backward"])
 

@@ -368,6 +368,7 @@ def test_a_tile_that_makes_other_numbers_is_out(monkeypatch):
     assert tuned.entrants[2].out.startswith("ArithmeticError: result 0 is off by")
 
 
+@pytest.mark.slow
 @interpreted
 def test_what_the_command_writes_is_what_runs_next(tmp_path, monkeypatch, own_table, capsys):
     monkeypatch.setattr(tune, "candidates", lambda row, _: [replace(row, config=tile) for tile in SMALL_TILES])

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).parents[1] / "lib" / "vocab_worker.py"
-RANKS = [("torch", 1), ("torch", 2), ("torch", 3), ("triton", 2), pytest.param("triton", 3, marks=pytest.mark.slow)]
+QUICK = ("torch", 2)
+EVERY = [("torch", 1), QUICK, ("torch", 3), ("triton", 2), ("triton", 3)]
+RANKS = [pytest.param(*one, marks=() if one == QUICK else pytest.mark.slow) for one in EVERY]
 CHECKS = ["check_values_and_gradients", "check_bits", "check_losses", "check_errors"]
 
 

@@ -10,6 +10,7 @@ A row is named after its place: "pairs.jsonl:17" is line 17, counted from 1; eve
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from prefuse.engine.data.records import DataError
 from prefuse.engine.data.sources.arrow import ROWS_PER_BATCH, rows_of_batches
 from prefuse.engine.data.sources.files import is_data_file, read_file
 from prefuse.engine.data.sources.folders import files_of_split, pick, refuse_what_is_no_file
+from prefuse.engine.errors import UserError
+from prefuse.engine.hub import require_repository
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -27,7 +30,7 @@ Rows = Iterator[tuple[str, Any]]
 @dataclass(frozen=True)
 class Source:
     name: str
-    files: tuple[Path, ...]  # what it is read from, for whoever keeps results; () for the hub
+    files: tuple[Path, ...]  # what it is read from, for whoever keeps results
     rows: Callable[[], Rows]  # a fresh pass
 
 
@@ -49,7 +52,7 @@ def open_source(source: str, split: str = "train", config: str | None = None) ->
         refuse_what_is_no_file(path)
     if is_data_file(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise DataError(f"{source}: no such file or folder")
-    return Source(source, (), lambda: read_hub(source, split, config))
+    return _of_hub(source, split, config)
 
 
 def _read_files(folder: Path, files: list[Path], split: str) -> Rows:
@@ -71,14 +74,24 @@ def _saved(path: Path, split: str) -> Source:
     return Source(str(path), files, lambda: _rows_of_dataset(saved, name))
 
 
-def read_hub(name: str, split: str, config: str | None = None) -> Rows:
+def _of_hub(name: str, split: str, config: str | None) -> Source:
+    loaded = load_from_hub(name, split, config)
+    files = tuple(Path(file["filename"]) for file in loaded.cache_files)  # where datasets keeps it
+    return Source(name, files, lambda: _rows_of_dataset(loaded, name))
+
+
+@functools.lru_cache(maxsize=16)  # who asks for the files and who asks for the rows, once
+def load_from_hub(name: str, split: str, config: str | None = None) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, name=config, split=split)
+        require_repository(name, "dataset")
+    except UserError as error:
+        raise DataError(str(error)) from None
+    try:
+        return datasets.load_dataset(name, name=config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: no such file or folder here, and not from the hub either: {error}") from error
-    return _rows_of_dataset(loaded, name)
 
 
 def _rows_of_dataset(dataset: Any, name: str) -> Rows:

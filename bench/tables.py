@@ -1,0 +1,280 @@
+"""Tables of the docs, made of the results. blocks.py says which stands where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prefuse.bench.found import Results, Row, link, row, where
+from prefuse.bench.record import Record, markdown
+from prefuse.bench.show import absent, columns, number
+
+TRAINED = {"full": "all weights", "lora": "LoRA"}
+
+
+def accuracy(results: Results) -> str:
+    record = results.newest("accuracy")
+    lengths = sorted({x["tokens_of_sequence"] for x in record.rows})
+    names = dict.fromkeys(x["implementation"] for x in record.rows)
+    cells = [
+        [name, *(_mean_and_worst(row(record, implementation=name, tokens_of_sequence=n)) for n in lengths)]
+        for name in names
+    ]
+    return markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
+
+
+def _mean_and_worst(x: Row) -> str:
+    return f"{x['error_nats']:.1e} ({x['error_nats_max']:.1e})"
+
+
+DOORS = {
+    "TRL": "TRL",
+    "TRL, prefuse.trl.enable()": "`enable()`",
+    "TRL, prefuse.trl.enable(workspace=1 << 30)": "`enable(workspace=1 << 30)`",
+    "prefuse.trl.DPOTrainer": "[`prefuse.trl.DPOTrainer`](trl_trainers.md)",
+}
+
+
+def trl_step(results: Results) -> str:
+    record = results.newest("seam")
+    cells = [
+        [f"{x['trained']}: {DOORS[x['implementation']]}", f"{x['seconds_per_step']:.2f}", f"{x['ratio_to_trl']:.2f}",
+         f"{x['peak_mib']:.0f}"]
+        for x in record.rows
+    ]  # fmt: skip
+    return markdown(["trained: head", "s per step", "speed / TRL's", "peak MiB"], cells)
+
+
+def trl_trainers(results: Results) -> str:
+    record = results.newest("seam")
+    cells = []
+    for trained in ("all weights", "LoRA"):
+        both = [row(record, trained=trained, implementation=x) for x in ("TRL", "prefuse.trl.DPOTrainer")]
+        cells.append(
+            [trained, *(f"{x['seconds_per_step']:.2f}" for x in both), *(f"{x['peak_mib']:.0f}" for x in both)]
+        )
+    return markdown(["trained", "TRL: s per step", "here", "TRL: peak MiB", "here"], cells)
+
+
+def trl_real(results: Results) -> str:
+    record = results.newest("real", train="lora")
+    tolerance = f"`prefuse train --gradient_tolerance {record.settings['tolerance']}`"
+    names = {
+        "TRL": f"TRL {record.environment['packages']['trl']}",
+        "prefuse.trl.DPOTrainer": "`prefuse.trl.DPOTrainer`",
+        "engine": "`prefuse train`",
+        "engine, tolerance": tolerance,
+    }
+    measured = {x["implementation"]: x for x in record.rows}
+    cells = [
+        [text, f"{x['seconds_per_step']:.1f}", f"{x['ratio_to_trl']:.2f}", f"{x['peak_mib']:.0f}"]
+        for name, text in names.items()
+        if (x := measured.get(name))
+    ]
+    return markdown([f"{record.settings['model']}, LoRA", "CPU s per step", "times TRL", "peak MiB"], cells)
+
+
+def model_step(results: Results) -> str:
+    record = results.newest("model")
+    cells = [[x["implementation"], f"{x['seconds']:.2f}", f"{x['peak_mib']:.0f}"] for x in record.rows]
+    return markdown(["forward and backward", "s", "peak MiB"], cells)
+
+
+def liger_losses(results: Results) -> str:
+    record = results.newest("losses")
+    names = ("prefuse", "lean", "Liger")
+    cells = []
+    for loss in dict.fromkeys(x["loss_type"] for x in record.rows):
+        found = [row(record, loss_type=loss, implementation=name) for name in names]
+        seconds = [f"{x['cpu_seconds']:.2f}" for x in found]
+        cells.append([loss, *seconds, f"{found[0]['ratio_to_liger']:.2f}",
+                      *(f"{x['peak_mib_beyond_gradients']:.0f}" for x in found)])  # fmt: skip
+    header = ["loss", *(f"{x}, s" for x in names), "Liger / prefuse", *(f"{x}, MiB" for x in names)]
+    return markdown(header, cells)
+
+
+def whole(verb: str) -> Callable[[Results], str]:
+    """Every row of the newest record of a verb, as it is, with what was absent."""
+    return lambda results: _as_it_is(results.newest(verb))
+
+
+def _as_it_is(record: Record, titled: bool = False) -> str:
+    names = [name for name in columns(record) if name not in ("ms_low", "ms_high")]
+    cells = [[number(x.get(name)) for name in names] for x in record.rows]
+    title = [f"{record.settings['rows']:,} rows, {record.settings['name']}."] if titled else []
+    said = [*title, f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}.", *record.notes]
+    return "\n".join([" ".join(said), "", markdown(names, cells), *(f"\n{line}" for line in absent(record))])
+
+
+def dpo_steps(record: Record) -> list[Row]:
+    """Times of a DPO step in which everything is trained."""
+    chosen = {"mode": "trainable", "loss_type": "dpo"}
+    return [x for x in record.rows if chosen.items() <= x.items() and "ms" in x]
+
+
+def head_steps(results: Results) -> str:
+    """A DPO step with everything trained, by dtype, and whether log-probabilities keep their bits in any batch."""
+    texts = []
+    for record in results.every("head"):
+        rows = dpo_steps(record)
+        if not rows:  # measured for something else
+            continue
+        bits = {x["implementation"]: x.get("batch_invariant") for x in record.rows if x["loss_type"] == "logps"}
+        cells = [
+            [x["implementation"], f"{x['ratio_to_gemms']:.2f}", number(x.get("peak_mib")),
+             *(f"{x[key]:.1e}" if key in x else "" for key in ("log_ratio_error_nats", "gradient_error")),
+             number(x.get("deterministic")), number(bits.get(x["implementation"]))]
+            for x in rows
+        ]  # fmt: skip
+        header = ["DPO step, all trained", "time / 4 bare products", "peak MiB", "log-ratio error, nats"]
+        header += ["gradient error", "same bits again", "in any batch"]
+        shape, dtype = record.rows[0]["shape"], record.rows[0]["dtype"]
+        about = f"{dtype}, N x D x V = {shape}, {where(record)}, {link(record)}. {' '.join(record.notes)}"
+        missing = sorted({f"{name}: {peer['absent']}" for name, peer in record.peers.items() if peer["absent"]})
+        texts.append("\n".join([about, "", markdown(header, cells), "", f"Not measured: {'; '.join(missing)}."]))
+    return "\n\n".join(texts)
+
+
+def memory_peaks(results: Results) -> str:
+    """MiB beyond inputs and gradients of a DPO step, by shape."""
+    record, texts = results.newest("memory"), []
+    shapes = list(dict.fromkeys(x["shape"] for x in record.rows))
+    for mode in ("trainable", "frozen"):
+        found = {
+            (x["implementation"], x["shape"]): x["peak_mib_beyond_gradients"]
+            for x in record.rows
+            if x["mode"] == mode and "peak_mib" in x
+        }
+        names = dict.fromkeys(name for name, _ in found)
+        cells = [[name, *(f"{found[name, shape]:.1f}" for shape in shapes)] for name in names]
+        texts.append(markdown([f"MiB, {mode}, N x D x V =", *shapes], cells))
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {record.rows[0]['dtype']}, {link(record)}."
+    return "\n\n".join([said, *texts])
+
+
+def scale_exponents(results: Results) -> str:
+    """How time and peak memory grow: slopes of the line through the logarithms."""
+    record = results.newest("scale")
+    slopes = {(x["what"], x["implementation"]): x for x in record.rows if "exponent" in x}
+    axes = [(measure, axis) for axis in ("tokens", "vocabulary", "ranks") for measure in ("ms", "peak_mib")]
+    words = {"ms": "time", "peak_mib": "memory"}
+
+    def cell(name: str, measure: str, axis: str) -> str:
+        found = slopes.get((f"exponent of {measure} in {axis}", name))
+        return f"{found['exponent']:.2f}" if found else ""
+
+    names = dict.fromkeys(x["implementation"] for x in record.rows if "ms" in x)
+    cells = [[name, *(cell(name, *axis) for axis in axes)] for name in names]
+    ranks = ", ".join(f"{x['size']}: {x['ms']:.0f} ms" for x in record.rows if x["what"] == "ranks" and "ms" in x)
+    said = f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}. {' '.join(record.notes)}"
+    table = markdown(["exponent of", *(f"{words[measure]} in {axis}" for measure, axis in axes)], cells)
+    return "\n\n".join([said, table, f"CPU milliseconds of the slowest rank, by ranks: {ranks}."])
+
+
+def every(verb: str) -> Callable[[Results], str]:
+    """The same of each result of a verb, by what was measured."""
+
+    def block(results: Results) -> str:
+        return "\n\n".join(_as_it_is(record, titled=True) for record in results.every(verb))
+
+    return block
+
+
+def cpu_shares(results: Results) -> str:
+    """Of the portable head on one thread: how near it is to its own products, and where its time goes."""
+    records = [r for r in results.every("cpuhead") if r.settings.get("clock") == "cpu" and "shares" in r.details]
+    records.sort(key=lambda record: record.settings["D"])
+    kinds = ("forward", "forward+backward")
+    names = list(records[0].details["shares"]["forward"])
+    cells = [["of its own bare products' speed"], *([name] for name in names)]
+    for record in records:
+        for kind in kinds:
+            ours = row(record, **{"pass": kind, "implementation": "prefuse"})
+            shares = [1 / ours["ratio_to_gemms"], *(record.details["shares"][kind][name] for name in names)]
+            for cell, share in zip(cells, shares, strict=True):
+                cell.append(f"{share:.1%}")
+    header = [f"{kind}, D = {record.settings['D']}" for record in records for kind in kinds]
+    shapes = (link(r, ", ".join(f"{name} = {r.settings[name]}" for name in "NDV")) for r in records)
+    said = f"{where(records[0])[0].upper()}{where(records[0])[1:]}, CPU time: {', '.join(shapes)}."
+    return "\n\n".join([said, markdown(["", *header], cells)])
+
+
+def policy_parity(results: Results) -> str:
+    """Ours and TRL's loss of each variant, and what lies between them."""
+    record = results.newest("policy")
+    cells = [
+        [x["loss_type"], f"{x['loss']:.6f}", *(f"{x[name]:.0e}" for name in
+         ("largest_difference", "gradient_difference", "metrics_difference")), str(x["metrics_compared"])]
+        for x in record.rows
+    ]  # fmt: skip
+    trl = record.environment["packages"]["trl"]
+    bound = f"a difference above {record.settings['bound']:g} fails"
+    said = f"{record.settings['dtype']}, beside TRL {trl}, {link(record)}; {bound}."
+    header = ["variant", "loss", "off by", "its gradient", "its metrics", "metrics compared"]
+    return "\n\n".join([said, markdown(header, cells)])
+
+
+def sparse_heads(results: Results) -> str:
+    """What the sparse backward takes and what it leaves out, by model."""
+    records = results.every("sparse")
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        ours = {x["what"]: x for x in record.rows if x["implementation"] == "tolerance 2^-9"}
+        trl = {x["what"]: x for x in record.rows if x["implementation"] == "TRL"}
+        errors = {x["implementation"]: x for x in record.rows if x["what"] == "error"}
+        for what in ("all weights", "frozen head"):
+            rows.setdefault(f"{what}, times as fast as the exact mode", []).append(
+                f"{ours[what]['ratio_to_exact']:.2f}"
+            )
+            if what in trl:
+                times = ours[what]["ratio_to_exact"] / trl[what]["ratio_to_exact"]
+                rows.setdefault(f"{what}, times as fast as TRL's head", []).append(f"{times:.1f}")
+        rows.setdefault("columns kept", []).append(f"{ours['error']['kept_columns']:.1%}")
+        rows.setdefault("mass skipped", []).append(f"{ours['error']['skipped_mass']:.1e}")
+        for name in ("dhidden", "dweight"):
+            others = "; ".join(
+                f"{errors[x][f'{name}_error']:.1e}" for x in ("dlogits rounded to bfloat16", "eager bfloat16")
+            )
+            said = f"{ours['error'][f'{name}_error']:.1e} ({others})"
+            rows.setdefault(f"error of {name} (dlogits rounded to bfloat16; eager bfloat16)", []).append(said)
+    names = [link(record, record.settings["name"]) for record in records]
+    rows = {name: cells for name, cells in rows.items() if len(cells) == len(records)}
+    return markdown(["", *names], [[name, *cells] for name, cells in rows.items()])
+
+
+def sparse_trained(results: Results) -> str:
+    """Runs with an exact head, a sparse backward and rounded dlogits."""
+    cells = []
+    for record in results.every("tolerance"):
+        what = link(record, TRAINED[record.settings["train"]])
+        for x in record.rows:
+            cells.append([
+                f"{what}: {x['implementation']}",
+                *(f"{x[name]:.5f}" for name in ("last_loss", "held_out_loss")), f"{x['held_out_accuracy']:.2f}",
+                f"{x['held_out_margin']:.5f}", f"{x['away_from_exact']:.1%}",
+            ])  # fmt: skip
+    header = [
+        "trained: head's gradient",
+        "last loss",
+        "held-out loss",
+        "accuracy",
+        "margin",
+        "weights off exact",
+    ]
+    return markdown(header, cells)
+
+
+def real_steps(results: Results) -> str:
+    """A DPO step of real models on real rows."""
+    names = {
+        "TRL": "TRL", "prefuse.trl.DPOTrainer": "`prefuse.trl.DPOTrainer`", "engine": "`prefuse train`",
+        "engine, tolerance": "`prefuse train`, a tolerance",
+    }  # fmt: skip
+    cells = []
+    for record in results.every("real"):
+        found = {x["implementation"]: x for x in record.rows}
+        what = link(record, f"{record.settings['model']}, {TRAINED[record.settings['train']]}")
+        for name, text in names.items():
+            if x := found.get(name):
+                numbers = [f"{x['seconds_per_step']:.1f}", f"{x['ratio_to_trl']:.2f}", f"{x['peak_mib']:.0f}"]
+                cells.append([f"{what}: {text}", *numbers])
+    return markdown(["a step by", "CPU s", "times TRL", "peak MiB"], cells)
