@@ -11,7 +11,6 @@ P prompts with K answers each.
 """
 
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -35,12 +34,10 @@ from prefuse.engine.rounds.step_labels import label_steps
 from prefuse.engine.run.files import json_text, write_whole
 from prefuse.engine.score.constitution import Constitution, drawn, read_constitution
 from prefuse.engine.score.contract import Preferences, Scorer, Scores, Text, preferences_of, say_reasons
-from prefuse.engine.score.itself import is_judge_of
+from prefuse.engine.score.itself import warn_of_self_judge
 from prefuse.engine.score.rubric import Rubric
 from prefuse.engine.score.scorers import scorer_of
 from prefuse.engine.score.winrate import cohen_kappa
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,7 @@ def label(config: Config) -> dict[str, float]:
 
 def sample_candidates(config: Config, device: torch.device, scorer: Scorer, gold: Scorer | None) -> Candidates:
     """num_generations answers of the model to each prompt."""
-    if is_judge_of(scorer, config.model_name_or_path):
-        logger.warning(
-            "%s judges its own answers, which models prefer (arXiv 2404.13076): the labels say more about its taste "
-            "than about quality. Take another judge where you can", scorer.name,
-        )  # fmt: skip
+    warn_of_self_judge(scorer, config.model_name_or_path)
     columns = list(dict.fromkeys([*scorer.columns, *(gold.columns if gold is not None else ())]))
     tokenizer = load_tokenizer(config.model_name_or_path, config)
     prompts = read_prompts(config, tokenizer, columns)

@@ -82,13 +82,16 @@ class PromptRows(FileRows):
     def read(
         self, config: Config, loss: Loss, home: RunFolder, ranks: Ranks
     ) -> tuple[object, Examples, Examples | None]:
-        from prefuse.engine.score import scorer_of
+        from prefuse.engine.score.itself import warn_of_self_judge
+        from prefuse.engine.score.scorers import scorer_of
 
         def read_all() -> None:
             device = device_of(config)
             self.tokenizer = load_tokenizer(config.model_name_or_path, config)
             self.scorer = scorer_of(config.scorer, config, device)
             self.gold = scorer_of(config.gold_scorer, config, device) if config.gold_scorer else None
+            for one in (self.scorer, self.gold):
+                warn_of_self_judge(one, config.model_name_or_path)
             asked = [*self.scorer.columns, *(self.gold.columns if self.gold is not None else ())]
             columns = tuple(dict.fromkeys(asked))
             self.prompts, self.held = read_training_prompts(config, self.tokenizer, columns)

@@ -27,7 +27,8 @@ def make_message(role: str, content: Any, turn: Message, column: str) -> Message
     where = f'a "{role}" turn in "{column}"'
     rest = {key: value for key, value in turn.items() if value is not None and key not in NAMES}
     rest |= {name: _learned(rest[name], name, where) for name in LEARNED if name in rest}
-    rest |= _reasoning_of(rest, where)
+    content, thought = _without_thought(content)
+    rest |= _reasoning_of(rest | ({"thinking": thought} if thought else {}), where)
     if role in CALL_ROLES:
         calls = parsed(content_text(content, f"the content of {where}"), f"the content of {where}")
         calls = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
@@ -47,6 +48,17 @@ def _learned(value: Any, name: str, where: str) -> Any:
     if said not in (0, 1):
         raise BadRow(f'"{name}" of {where} is {value!r:.40}; expected 1 or true (it is learned), or 0 or false (not)')
     return said
+
+
+def _without_thought(content: Any) -> tuple[Any, str]:
+    """A content without its parts of reasoning, {type: thinking, thinking: ...}, and what they say."""
+    if not isinstance(content, list):
+        return content, ""
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") in REASONING]
+    said = [part.get("thinking") or part.get("reasoning") or part.get("text") for part in parts]
+    if not parts or not all(isinstance(text, str) for text in said):
+        return content, ""  # where it is refused by name
+    return [part for part in content if part not in parts], "".join(said)
 
 
 def _reasoning_of(turn: Message, where: str) -> Message:

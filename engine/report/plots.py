@@ -31,7 +31,8 @@ def plot_curves(metrics_path: Path, image: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_path)
-    recorded = {name.removeprefix("eval_") for row in rows for name in row}
+    # A metric may have no number at all: the reward of samples that nobody could score.
+    recorded = {name.removeprefix("eval_") for row in rows for name, value in row.items() if is_number(value)}
     panels = {title: names for title, names in PANELS.items() if recorded.intersection(names)}
     columns = max(1, min(3, len(panels)))
     lines = max(1, -(-len(panels) // columns))

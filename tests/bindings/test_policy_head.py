@@ -11,6 +11,7 @@ import torch
 import prefuse
 from largest_tensor import LargestTensor
 from prefuse import GRPO, RLOO, PPOClip, Reinforce
+from prefuse.bench.timing import peak_bytes
 from prefuse.bench.truth import oracle
 
 LENGTHS = [5, 9, 1, 7, 0, 8]
@@ -191,3 +192,24 @@ def test_no_logits_are_made():
             hidden, weight, targets, cu, None, advantages, loss=loss, workspace=0
         ).loss.backward()
     assert seen.largest < 4 * n * vocabulary / 4
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_memory_is_flat_in_the_vocabulary(trains_head):
+    """Beyond the gradient of the head, which has its size, a step takes what it takes with an eighth of the columns."""
+    n, advantages = 256, torch.tensor([1.0, -1.0])
+    peaks = []
+    for vocabulary in (8_000, 64_000):
+        hidden, weight, targets, _ = inputs(n, torch.float32, vocabulary)
+        weight.requires_grad_(trains_head)
+        cu = torch.tensor([0, 100, n], dtype=torch.int32)
+
+        def step(given=(hidden, weight, targets, cu)):
+            out = prefuse.linear_policy_loss(*given, None, advantages, loss=GRPO(entropy_coef=0.1), workspace=0)
+            out.loss.backward()
+
+        step()
+        hidden.grad = weight.grad = None
+        peaks.append(peak_bytes(step) - (weight.nbytes if trains_head else 0))
+    assert 0 < peaks[1] < 1.1 * peaks[0], peaks
+    assert peaks[1] < n * 64_000 * 4 / 4, peaks  # one tensor of logits has four times as much

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from prefuse.engine.config.settings import Config, validate
 from prefuse.engine.errors import UserError
 from prefuse.engine.rounds import learn, samples
 from prefuse.engine.run.ranks import ALONE
+from prefuse.engine.score import scorers
+from prefuse.engine.score.judge import Judge, Reply
 from tiny_run import save_model, settings, weights
 
 
@@ -324,3 +327,43 @@ def test_mismatches_of_a_round_are_of_other_prompts_and_one_prompt_alone_teaches
     first = twice.examples.prompts.take(np.zeros(len(twice.owners), np.int64))
     same = replace(twice, examples=replace(twice.examples, prompts=first))
     assert learn.with_mismatches(same, round_, config, ALONE) == (None, None)
+
+
+@dataclass
+class ShorterIsBetter:
+    """A judge that reads what it is asked, and is sure of the shorter answer with probability 0.9."""
+
+    name: str
+    key: str = "shorter"
+
+    def ask(self, questions, keep, cache):
+        replies = {}
+        for key, question in zip(keep, questions, strict=True):
+            found = re.search(r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\n\[End\]", question[0]["content"], re.S)
+            a, b = map(len, found.groups())
+            share = 0.5 if a == b else 0.9 if a < b else 0.1
+            replies[key] = Reply("", {"A": share, "B": 1 - share})
+        return replies
+
+
+def test_a_judge_scores_in_the_loop_and_one_that_judges_itself_is_named(model, tmp_path, caplog, monkeypatch):
+    """Reinforcement learning from AI feedback without a reward model: the score is the share of comparisons won."""
+    judge = Judge(ShorterIsBetter(model))
+    monkeypatch.setattr(scorers, "scorer_of", lambda specs, config, device: judge)
+    online(model, tmp_path, num_generations=2, per_device_train_batch_size=4, max_steps=2)
+    assert f"judge {model} judges its own answers" in caplog.text
+    for _, *rows in rounds_of(tmp_path / "run"):
+        for row in rows:
+            (a, b), (first, second) = map(len, row["answers"]), row["scores"]
+            assert first + second == pytest.approx(1)  # of two answers what one wins the other loses
+            assert (first > second) == (a < b)
+
+
+def test_a_judge_that_says_nothing_of_use_leaves_a_run_without_rewards(model, tmp_path):
+    """Random weights as a judge: no verdict. The run goes on, learns nothing and draws its curves without a reward."""
+    (line,) = online(model, tmp_path, scorer=[f"judge={model}"], num_generations=2, per_device_train_batch_size=4,
+                     max_steps=1, max_completion_length=4)  # fmt: skip
+    assert line["unscored"] == 1
+    assert line["reward"] is None
+    assert line["grad_norm"] == 0
+    assert (tmp_path / "run" / "curves.png").is_file()

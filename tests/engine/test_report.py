@@ -41,8 +41,9 @@ def test_runs_stand_side_by_side_and_what_differs_is_marked(tmp_path):
 def test_no_text_of_a_run_is_markup(text, tmp_path):
     tags = Tags(page_of(write_run(tmp_path / "dpo", text=text)))
     plain = Tags(page_of(write_run(tmp_path / "plain")))
-    assert [tag for tag, _ in tags.found] == [tag for tag, _ in plain.found]
-    assert [sorted(attrs) for _, attrs in tags.found] == [sorted(attrs) for _, attrs in plain.found]
+    both = [[(tag, sorted(attrs)) for tag, attrs in x.found if tag != "wbr"] for x in (tags, plain)]
+    assert both[0] == both[1]
+    assert not [attrs for tag, attrs in tags.found if tag == "wbr" and attrs]  # a path may break behind its slashes
     assert text in tags.text  # shown as it is
 
 

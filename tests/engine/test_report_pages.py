@@ -248,6 +248,11 @@ def test_lines_have_the_contrast_of_graphics(theme):
     assert {run: ratio for run, ratio in low.items() if ratio < 3} == {}
 
 
+def test_a_path_may_break_behind_a_slash_and_is_no_markup():
+    assert render.in_lines("runs/demo/<b>") == "runs/<wbr>demo/<wbr>&lt;b&gt;"
+    assert render.in_lines(["a/b", 0.25]) == "a/<wbr>b, 0.25"
+
+
 def test_every_role_and_every_run_has_its_colour():
     for role in render.ROLES:
         assert re.search(rf"\.token\.{role}\b", CSS), role
@@ -296,3 +301,34 @@ def test_in_a_browser_charts_take_the_focus_and_runs_of_unequal_length_share_the
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert re.search(r'data-found="(.*?)"', done.stdout)[1] == "true true true false true"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+def test_on_paper_nothing_is_cut_off_and_dark_colours_stay_on_the_screen(tmp_path):
+    """The rules for print, put in force on a window as wide as a page: no table is wider than what holds it."""
+    text = {"config.yaml": "loss_type: dpo\nbeta: 0.3\ndataset_name: " + "a_long_name_of_a_file/" * 6 + "\n"}
+    page_of(*(write_run(tmp_path / f"run-{n}", **text if n % 2 else {}) for n in range(4)))
+    check = """<script>addEventListener("load", () => {
+      const dark = [];
+      for (const rule of document.styleSheets[0].cssRules) {
+        if (rule.media && rule.media.mediaText.includes("dark")) dark.push(rule.media.mediaText.startsWith("screen"));
+        if (rule.media && rule.media.mediaText === "print") rule.media.mediaText = "all";
+      }
+      dispatchEvent(new Event("beforeprint"));
+      const opened = document.querySelectorAll("details:not([open])").length === 0;
+      const wide = [...document.querySelectorAll(".scroll table, pre, figure, article")].filter(
+        (x) => x.getBoundingClientRect().right > innerWidth + 1 || x.scrollWidth > x.clientWidth + 1).length;
+      const nav = getComputedStyle(document.querySelector("nav")).display;
+      dispatchEvent(new Event("afterprint"));
+      const closed = document.querySelectorAll("details:not([open])").length > 0;
+      document.body.dataset.found = [dark.join(), opened, wide, nav, closed].join(" ");
+    });</script>"""
+    page = (tmp_path / "run-0" / "report.html").read_text(encoding="utf-8")
+    looked = tmp_path / "looked.html"
+    looked.write_text(page.replace("</body>", check + "</body>"), encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--window-size=690,2000", "--virtual-time-budget=3000", "--dump-dom", looked.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert re.search(r'data-found="(.*?)"', done.stdout)[1] == "true true 0 none true"

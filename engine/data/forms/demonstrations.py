@@ -106,6 +106,7 @@ class AnswerColumns:
     question: PromptColumns
     answer: str
     repeats: bool = False  # (nearly) all answers begin with their prompt
+    copy: str | None = None  # a column that holds prompt and answer once more, as one text
     notes: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -114,11 +115,12 @@ class AnswerColumns:
 
     @property
     def optional(self) -> list[str]:
-        return self.question.optional
+        return [*self.question.optional, *filter(None, (self.copy,))]
 
     @property
     def became(self) -> list[tuple[str, str]]:
-        return [*self.question.became, (self.answer, "completion")]
+        copy = [(self.copy, "not used: it repeats prompt and answer")] if self.copy else []
+        return [*self.question.became, (self.answer, "completion"), *copy]
 
     @property
     def as_turns(self) -> bool:
@@ -129,6 +131,8 @@ class AnswerColumns:
 
     def read(self, name: str, row: Row, **more: Any) -> Record:
         prompt, answer = self.question.read(row), read_text(row[self.answer], self.answer)
+        if self.copy and not _is_copy(row, self.copy, self.question.text, self.answer):
+            raise BadRow(f'"{self.copy}" does not repeat "{self.question.text}" and "{self.answer}", as in other rows')
         if self.repeats and (asked := repeated_prompt(prompt, answer)):
             self.notes[REPEATED] += 1
             answer = answer[len(asked) :]
@@ -181,7 +185,24 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         return PlainText(text)
     look.used.add(answer)
     prompt = find_prompt(look, named)
-    return _repeating(look, AnswerColumns(prompt, answer)) if prompt else None
+    if prompt is None:
+        return None
+    copy = _copy(look, prompt.text, answer)
+    look.used |= {copy} if copy else set()
+    return _repeating(look, AnswerColumns(prompt, answer, copy=copy))
+
+
+def _copy(look: Look, question: str, answer: str) -> str | None:
+    """A column `text` that holds prompt and answer of every one of the first rows, as Alpaca's does."""
+    text = look.find("text")
+    return text if text and all(_is_copy(row, text, question, answer) for row in look.first) else None
+
+
+def _is_copy(row: Row, text: str, question: str, answer: str) -> bool:
+    asked, said, whole = (row.get(column) for column in (question, answer, text))
+    if not all(isinstance(part, str) for part in (asked, said, whole)):
+        return whole is None
+    return asked.strip() in whole and said.strip() in whole
 
 
 def _repeated_prompt(look: Look, conversation: str) -> str | None:

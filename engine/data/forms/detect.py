@@ -16,6 +16,7 @@ from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tre
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
 from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
 from prefuse.engine.data.forms.names import MEDIA, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain_name
+from prefuse.engine.data.forms.nested import paths_into
 from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
 from prefuse.engine.data.forms.rankings import find_ranking
@@ -40,6 +41,15 @@ OF_KIND = {  # which of them each kind is read from: a pair holds two labelled c
     "scored": ("pair", "scored"),  # pairs that have scores
     "sft": ("pair", "labelled", "scored", "sft"),
     "prompt": ("pair", "labelled", "scored", "sft", "prompt"),
+}
+
+
+EXAMPLES = {  # of --columns
+    "pair": "prompt=question,chosen=good_answer,rejected=bad_answer",
+    "labelled": "prompt=question,completion=answer,label=is_good",
+    "scored": "prompt=question,completion=answer,score=stars",
+    "sft": "prompt=question,completion=answer",
+    "prompt": "prompt=question",
 }
 
 
@@ -108,25 +118,28 @@ def _refuse_media(look: Look) -> None:
 
 
 def _refuse_unused_text(look: Look, form: Form, kind: str) -> None:
-    for column in look.values:
-        if column in form.used or column in look.used or is_metadata(column):
-            continue
-        if any(map(holds_text, look.values[column])):
-            raise DataError(unused_text(look.source, column, form, kind))
+    free = [column for column in look.values if not (column in form.used or column in look.used or is_metadata(column))]
+    unused = [column for column in free if any(map(holds_text, look.values[column]))]
+    if unused:
+        raise DataError(unused_text(look.source, unused, form, kind))
 
 
-def unused_text(source: str, column: str, form: Form, kind: str, row: str = "") -> str:
+def unused_text(source: str, columns: list[str], form: Form, kind: str, row: str = "") -> str:
     place = f" (first in row {row})" if row else ""
+    named = " and ".join(f'"{column}"' for column in columns)
+    holds, them = ("holds", "it") if len(columns) == 1 else ("hold", "them")
     return (
-        f'{source}: "{column}" holds text{place}, and {form.name} for "{kind}" data does not use it ({form.roles}). '
-        f"Fix: --columns ROLE={column} with its role (prompt, input, system, history, completion, chosen, ...), or "
-        f"--columns unused={column}"
+        f'{source}: {named} {holds} text{place}, and {form.name} for "{kind}" data does not use {them} ({form.roles}). '
+        f"Fix: --columns ROLE={columns[0]} with its role (prompt, input, system, history, completion, chosen, ...), or "
+        f"--columns {','.join(f'unused={column}' for column in columns)}"
     )
 
 
 def _nothing_fits(look: Look, kind: str, fitting: Form | None) -> str:
     wanted = [words for words, finder in FINDERS.items() if _kind_of(finder) in OF_KIND[kind]]
-    fix = "name the columns, as in --columns prompt=question,chosen=good_answer,rejected=bad_answer"
+    fix = f"name the columns, as in --columns {EXAMPLES[kind]}"
+    if inside := [part for column, values in look.values.items() for part in paths_into(column, values)]:
+        fix += f"; what stands inside an object is named by its path ({', '.join(inside[:12])})"
     if fitting:
         readable = [other for other, kinds in OF_KIND.items() if fitting.kind in kinds and other != kind]
         fix += f'; or use it as "{readable[0]}" data, whose {fitting} it has'

@@ -11,7 +11,7 @@ from typing import Any
 from prefuse.engine.data.forms.demonstrations import Answers, find_answers
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import LABELS, SCORES
+from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, SCORES
 from prefuse.engine.data.forms.rankings import _number as number_of
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
 
@@ -25,7 +25,9 @@ WORDS = (  # good, bad
 
 
 def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
-    column = named["label"][0] if "label" in named else look.find(*LABELS)
+    column = named["label"][0] if "label" in named else look.find(*LABELS) or _flag(look, FLAGS)
+    says_bad = column is None
+    column = column or _flag(look, BAD_FLAGS)
     if column is None:
         return None
     look.used.add(column)
@@ -37,9 +39,13 @@ def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions)
     def read(name: str, row: Row) -> Iterable[Record]:
         if row.get(column) is None:
             raise SetAside(f'no value in "{column}"')
-        yield answers.read(name, row, label=meaning(row[column]))
+        yield answers.read(name, row, label=meaning(row[column]) != says_bad)
 
-    return _form("labelled", answers, (column, "label"), read)
+    return _form("labelled", answers, (column, "label, where true is bad" if says_bad else "label"), read)
+
+
+def _flag(look: Look, names: tuple[str, ...]) -> str | None:
+    return next((column for column in look.find_all(*names) if look.all_are(column, bool)), None)
 
 
 def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:

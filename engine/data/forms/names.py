@@ -13,13 +13,26 @@ def plain_name(name: str) -> str:
 
 PROMPTS = (
     "prompt", "question", "query", "instruction", "request", "brief", "problem", "user_prompt", "user_query",
-    "user_input", "user_message", "input",
+    "user_input", "user_message", "input", "inputs",
 )  # fmt: skip
+CONTEXTS = ("context", "context_messages", "prompt_messages")  # the prompt, if they hold turns
 CONVERSATIONS = ("messages", "conversations", "conversation", "contents", "dialog", "dialogue")
 INPUTS = ("input", "instruction_input")  # below an instruction
+CONTEXT = "context"  # a text below an instruction of that name
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 HISTORIES = ("history", "chat_history")
-ANSWERS = ("completion", "response", "answer", "output", "reply", "generation", "model_output", "assistant")
+ANSWERS = (
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "reply",
+    "generation",
+    "model_output",
+    "assistant",
+    "target",
+    "targets",
+)
 TOOLS = ("tools",)
 TEMPLATE_SETTINGS = ("chat_template_kwargs",)
 
@@ -40,21 +53,37 @@ STEMS = (*NOUNS, "candidate", "response_text", "option", "model_response", "huma
 VERDICTS = (
     "label", "winner", "preference", "preferred", "choice", "chosen", "better", "better_response_id", "better_response",
     "better_answer", "verdict", "vote", "human_preference", "overall_preference", "preferred_response", "judgment",
-    "safer_response_id", "selected",
+    "safer_response_id", "selected", "preference_strength",
 )  # fmt: skip
 VOTES = ("votes", "preferences", "labels", "annotations")  # verdicts of several annotators
 LABELS = (
     "label", "kto_tag", "labels", "thumb", "thumbs", "feedback", "is_good", "good", "liked", "is_positive", "desirable",
     "is_desirable", "accepted", "is_correct", "correct", "vote", "reaction", "upvoted",
 )  # fmt: skip
+# Flags of true and false alone: the same words may name scores.
+FLAGS = (
+    "acceptable", "is_acceptable", "approved", "is_approved", "is_safe", "safe", "helpful", "is_helpful", "thumbs_up",
+    "thumb_up", "upvote", "is_liked", "is_preferred", "is_chosen", "is_good_answer", "is_valid", "passed",
+)  # fmt: skip
+BAD_FLAGS = (  # true is bad
+    "rejected", "toxic", "is_toxic", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe", "flagged",
+    "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked", "thumbs_down",
+    "thumb_down", "downvote", "deleted", "is_rejected",
+)  # fmt: skip
 SCORES = ("score", "rating", "overall_score", "overall_rating", "stars", "reward", "quality", "helpfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # the first counts
 ANSWER_LISTS = (
     "completions", "responses", "answers", "candidates", "outputs", "generations", "choices", "replies",
-    "all_responses",
+    "all_responses", "summaries",
 )  # fmt: skip
-SCORE_LISTS = ("scores", "rewards", "ratings", "rankings", "ranks", "rank", "ranking", "score", "reward", "rating")
-BEST_INDEX = ("chosen_index", "best_index", "chosen_idx", "best", "preferred_index", "label")
+SCORE_LISTS = (
+    "scores", "rewards", "ratings", "rankings", "ranks", "rank", "ranking", "score", "reward", "rating", "correct",
+    "is_correct", "accepted", "passed",
+)  # fmt: skip
+BEST_INDEX = (
+    "chosen_index", "best_index", "chosen_idx", "best_idx", "best", "preferred_index", "selected_index", "selected_idx",
+    "selected", "winner_index", "label", "choice",
+)  # fmt: skip
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 
 # Columns that say something about a row and are no part of it. Whole names, then the ends of names.
@@ -65,18 +94,21 @@ METADATA = {
     "language", "license", "link", "meta", "metadata", "model", "models", "name_of_source", "note", "notes", "origin",
     "path", "principle", "rater", "sha", "source", "sources", "split", "state", "status", "subject", "subset",
     "subtopic", "tag", "tags", "task", "task_type", "time", "timestamp", "topic", "topics", "turn", "turns", "type",
-    "url", "urls", "user", "uuid", "version", "title", "key", "instruction_source", "good_natured",
+    "url", "urls", "user", "uuid", "version", "title", "key", "instruction_source", "good_natured", "generator",
+    "generators", "datasplit", "batch", "worker", "policy", "subreddit", "preference_statement",
+    "subcategory", "country", "hashed_ip", "language_code",
+    "preference_elaboration",
 }  # fmt: skip
 METADATA_ENDS = (
     "_id", "_ids", "_uuid", "_hash", "_model", "_models", "_model_name", "_source", "_lang", "_language", "_date",
     "_time", "_timestamp", "_at", "_type", "_category", "_url", "_name", "_version", "_idx", "_index", "_score",
     "_scores", "_rating", "_ratings", "_tags", "_meta", "_metadata", "_annotator", "_path",
 )  # fmt: skip
-METADATA_STARTS = ("model_", "score_", "rating_", "meta_", "metadata_", "source_", "annotator_")
+METADATA_STARTS = ("generator_", "model_", "score_", "rating_", "meta_", "metadata_", "source_", "annotator_")
 
 
 def is_metadata(column: str) -> bool:
-    name = plain_name(column)
+    name = plain_name(column.rpartition(".")[2])  # of a value inside an object, its own key
     return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS)
 
 

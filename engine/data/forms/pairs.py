@@ -32,7 +32,7 @@ def find_pair(look: Look, named: dict[str, list[str]], options: ReadOptions) -> 
     if duplicate:
         became.append((duplicate, "not used: it repeats chosen"))
     notes: Counter[str] = Counter()
-    if all(look.all_are(side, list) and _is_list_of_answers(look.values[side]) for side in sides):
+    if _are_lists_of_answers(look, sides):
         return _lists_form(look, named, sides, became, prompt, notes)
     if prompt:
         ends_answered = _ends_answered(look, prompt, sides)
@@ -191,6 +191,12 @@ def _side(row: Row, column: str, notes: Counter[str]) -> Text:
 # Lists of strings on both sides (RM-Bench)
 
 
+def _are_lists_of_answers(look: Look, sides: tuple[str, str]) -> bool:
+    """Of one side at least; the other may be one string."""
+    lists = [look.all_are(side, list) and _is_list_of_answers(look.values[side]) for side in sides]
+    return any(lists) and all(is_list or look.all_are(side, str) for is_list, side in zip(lists, sides, strict=True))
+
+
 def _is_list_of_answers(values: list[Any]) -> bool:
     lists = [value for value in values if isinstance(value, list) and value]
     return bool(lists) and all(isinstance(text, str) for value in lists for text in value)
@@ -201,7 +207,7 @@ def _lists_form(look: Look, named: Any, sides: Any, became: Any, prompt: Any, no
         return None
 
     def read(name: str, row: Row) -> Iterable[Record]:
-        chosen, rejected = (row[side] for side in sides)
+        chosen, rejected = ([row[side]] if isinstance(row[side], str) else row[side] for side in sides)
         text = prompt.read(row)
         for texts, side in ((chosen, sides[0]), (rejected, sides[1])):
             if not isinstance(texts, list) or not texts or not all(isinstance(part, str) for part in texts):

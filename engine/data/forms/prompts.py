@@ -11,7 +11,16 @@ from typing import Any
 
 from prefuse.engine.data.forms.form import Row
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import CONVERSATIONS, HISTORIES, INPUTS, PROMPTS, SYSTEMS, plain_name
+from prefuse.engine.data.forms.names import (
+    CONTEXT,
+    CONTEXTS,
+    CONVERSATIONS,
+    HISTORIES,
+    INPUTS,
+    PROMPTS,
+    SYSTEMS,
+    plain_name,
+)
 from prefuse.engine.data.forms.turns import read_history, read_text, turn_of
 from prefuse.engine.data.records import BadRow, DataError, Message, Text, check_unicode, json_kind
 from prefuse.engine.data.turns import content_text
@@ -98,10 +107,12 @@ def find_prompt(look: Look, named: dict[str, list[str]], turns: bool = True) -> 
     behind = named.get("input", [None])[0]
     if behind is None and plain_name(text) not in INPUTS and look.all_are(text, str):
         behind = look.find(*INPUTS)
+        if behind is None and plain_name(text) == "instruction" and look.all_are(look.find(CONTEXT), str):
+            behind = look.find(CONTEXT)
     system = named.get("system", [None])[0] or look.find(*SYSTEMS)
     history = named.get("history", [None])[0] or look.find(*HISTORIES)
     look.used |= {column for column in (behind, system, history) if column}
-    is_raw = plain_name(text) == "prompt" and not system and not history
+    is_raw = plain_name(text.rpartition(".")[2]) == "prompt" and not system and not history
     return PromptColumns(text, behind, system, history, as_turns=not is_raw)
 
 
@@ -109,6 +120,8 @@ def _only_prompt(look: Look, turns: bool) -> str | None:
     found = [column for column in look.find_all(*PROMPTS) if look.is_text(column)]
     if turns:
         found += [column for column in look.find_all(*CONVERSATIONS) if look.all_are(column, list, dict)]
+        found = found or [column for column in look.find_all(*CONTEXTS) if look.all_are(column, list, dict)]
+    found = found or [column for column in look.find_all(*HISTORIES) if look.all_are(column, str)]  # a text, no turns
     if len(found) == 2 and plain_name(found[1]) in INPUTS:
         found = found[:1]  # an instruction and its input
     if len(found) > 1:

@@ -17,11 +17,13 @@ from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import ANSWER_LISTS, BEST_INDEX, SCORE_LISTS, plain_name
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import find_prompt
-from prefuse.engine.data.forms.turns import read_text, turn_of
+from prefuse.engine.data.forms.turns import ANSWER_KEYS, read_text, turn_of
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Text
 
-TEXT_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")
-SCORE_KEYS = ("overall_score", "score", "rating", "reward", "rank", "ranking")
+SCORE_KEYS = (
+    "overall_score", "score", "rating", "reward", "rank", "ranking", "pm_score", "votes", "upvotes", "selected",
+    "chosen", "preferred", "is_chosen", "correct", "is_correct",
+)  # fmt: skip
 Scored = tuple[Any, float]  # an answer as it stands, and how good it is: more is better
 
 
@@ -36,6 +38,7 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         best = None
     look.used |= {name for name in (scores, best) if name}
     key = None if scores or best else _score_key(look, column, options)
+    lowest = _lowest_index(look, column, best) if best else 0
     prompt = find_prompt(look, named)
     if prompt is None:
         return None
@@ -51,7 +54,7 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         answers = row[column]
         if not isinstance(answers, list):
             raise BadRow(f'"{column}" must be a list of answers')
-        goodness = _goodness(answers, row, column, scores, best, key)
+        goodness = _goodness(answers, row, column, scores, best, key, lowest)
         scored = [(_text_of(answer, column), good) for answer, good in zip(answers, goodness, strict=True)]
         if options.keep_scores:
             yield from scored_answers(name, prompt.read(row), scored)
@@ -59,8 +62,9 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         yield from ranked_pairs(name, prompt.read(row), scored, options, notes)
 
     became = [*prompt.became, (column, "answers")]
+    index = f"index of the best answer{', counted from 1' if lowest else ''}"
     if scores or best:
-        became.append((scores or best or "", "scores" if scores else "index of the best answer"))
+        became.append((scores or best or "", "scores" if scores else index))
     elif key:
         became[-1] = (column, f"answers, by their {key}")
     return Form(
@@ -144,28 +148,49 @@ def _score_key(look: Look, column: str, options: ReadOptions) -> str | None:
     keys = {plain_name(key): key for answer in reversed(objects) for key in answer}
     for key in [options.score_column] if options.score_column else SCORE_KEYS:
         spelled = keys.get(plain_name(key))
-        if spelled is not None and any(_number(answer.get(spelled)) is not None for answer in objects):
+        if spelled is not None and any(_good(answer.get(spelled)) is not None for answer in objects):
             return spelled
     return None
 
 
+def _lowest_index(look: Look, column: str, best: str) -> int:
+    """Whether the index of the best answer counts from 0 or from 1, by the first rows."""
+    rows = [row for row in look.first if isinstance(row.get(column), list)]
+    if any(_number(row.get(best)) == 0 for row in rows):
+        return 0
+    if any(_number(row.get(best)) == len(row[column]) for row in rows):
+        return 1
+    if plain_name(best).endswith(("index", "idx")):
+        return 0
+    raise DataError(
+        f'{look.source}: "{best}" says which answer of "{column}" is the best, and its values may count from 0 or from '
+        f"1. Fix: --columns scores=NAME with a column of numbers, one for each answer; or name the column {best}_index "
+        "if it counts from 0"
+    )
+
+
 def _goodness(
-    answers: list[Any], row: Row, column: str, scores: str | None, best: str | None, key: str | None
+    answers: list[Any], row: Row, column: str, scores: str | None, best: str | None, key: str | None, lowest: int
 ) -> list[float]:
     """One number for each answer, more is better."""
     if best:
         index = _number(row[best])
-        if index is None or index != int(index) or not 0 <= index < len(answers):
-            raise BadRow(f'"{best}" is {row[best]!r:.40}, no index of {len(answers)} answers')
-        return [float(i == index) for i in range(len(answers))]
+        if index is None or index != int(index) or not lowest <= index < lowest + len(answers):
+            raise BadRow(f'"{best}" is {row[best]!r:.40}, no index of {len(answers)} answers counted from {lowest}')
+        return [float(i + lowest == index) for i in range(len(answers))]
     name = scores or key or ""
     found = row[scores] if scores else [part.get(key) if isinstance(part, dict) else None for part in answers]
     if not isinstance(found, list) or len(found) != len(answers):
         raise BadRow(f'"{name}" must be a list of {len(answers)} numbers, one for each answer')
-    numbers = [_number(value) for value in found]
+    numbers = [_good(value) for value in found]
     if None in numbers:
         raise BadRow(f'an answer of "{column}" has no number for "{name}"')
     return [-number if "rank" in plain_name(name) else number for number in numbers]  # type: ignore[operator, misc]
+
+
+def _good(value: Any) -> float | None:
+    """A number, or true (1) and false (0)."""
+    return float(value) if isinstance(value, bool) else _number(value)
 
 
 def _number(value: Any) -> float | None:
@@ -181,8 +206,8 @@ def _number(value: Any) -> float | None:
 def _text_of(answer: Any, column: str) -> Text:
     """An answer as text or turns."""
     if isinstance(answer, dict) and "role" not in answer and "from" not in answer:
-        key = next((key for key in TEXT_KEYS if answer.get(key) is not None), None)
+        key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
         if key is None:
-            raise BadRow(f'an answer of "{column}" has no text ({", ".join(TEXT_KEYS)})')
+            raise BadRow(f'an answer of "{column}" has no text ({", ".join(ANSWER_KEYS)})')
         answer = answer[key]
     return read_text(answer, column)

@@ -14,6 +14,7 @@ from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.nested import opened_columns, with_opened
 from prefuse.engine.data.forms.turns import other_keys, turns_in_text
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
@@ -48,6 +49,8 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     """The same for one source that is open."""
     rows, notes = source.rows(), Counter()
     first = list(itertools.islice(rows, FIRST_ROWS))
+    if opened := opened_columns(options, first):
+        first, rows = list(with_opened(first, opened)), with_opened(rows, opened)
     look = first_look(source.name, first)
     as_text = [column for column, values in look.values.items() if all(map(turns_in_text, values or [None]))]
     if as_text:
@@ -101,7 +104,7 @@ def _checked(
                 if column not in ignored and is_metadata(column):
                     harmless.add(column)
                 elif column not in ignored or form.tally.rows > FIRST_ROWS:
-                    raise DataError(unused_text(source.name, column, form, kind, name))
+                    raise DataError(unused_text(source.name, [column], form, kind, name))
         yield name, row
 
 

@@ -20,10 +20,13 @@ from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RES
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPELLINGS = {role: role for role in ROLES}
 SPELLINGS |= dict.fromkeys(("human", "prompter", "instruction"), "user")
-SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "ai"), "assistant")
+SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant")
 SPELLINGS |= {role: role for role in CALL_ROLES} | dict.fromkeys(RESULT_ROLES, "tool")
 ROLE_KEYS = ("role", "from", "speaker")
-TEXT_KEYS = ("content", "value", "parts", "text")
+TEXT_KEYS = ("content", "value", "parts", "text", "utterance")
+ANSWER_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")  # of an object with no role
+EXCHANGES = dict.fromkeys(("input", "question", "query", "prompt"), "user")  # keys of {question, answer}, as _exchange
+EXCHANGES |= dict.fromkeys(("output", "answer", "response", "completion"), "assistant")
 KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
 
 
@@ -32,9 +35,25 @@ def read_text(value: Any, column: str) -> Text:
     if isinstance(value, str):
         check_unicode(value, column)
         return value
+    if isinstance(value, dict) and (alone := _text_alone(value, column)) is not None:
+        return read_text(alone, column)
     if isinstance(value, dict | list):
         return read_turns(value, column)
     raise BadRow(f'"{column}" is {json_kind(value)}, expected a string or a list of messages')
+
+
+def _text_alone(value: Message, column: str) -> Any:
+    """The text of an object that names no role, {"text": ..., "model": ...}; None of a turn, and of an exchange."""
+    keys = [key for key in ANSWER_KEYS if isinstance(value.get(key), str)]
+    if not keys or any(value.get(key) for key in ROLE_KEYS) or _exchange(value) is not None:
+        return None
+    others = [key for key, part in value.items() if key != keys[0] and not is_metadata(key) and holds_text(part)]
+    if others:
+        raise BadRow(
+            f'"{column}" is an object with text under {keys[0]}, {", ".join(others)}. Fix: name the one that counts '
+            f"by its path, {column}.{keys[0]}, in --columns"
+        )
+    return value[keys[0]]
 
 
 def read_turns(value: Any, column: str) -> list[Message]:
@@ -92,10 +111,13 @@ def other_keys(values: Iterable[Any]) -> Counter[str]:
 
 
 def _exchange(turn: Any) -> list[Message] | None:
-    """{"human": ..., "assistant": ...}: a question and its answer in one object, in this order."""
+    """{"human": ..., "assistant": ...}, {"input": ..., "output": ...}: a question and its answer in one object."""
     if not isinstance(turn, dict) or not 1 <= len(turn) <= 3 or any(turn.get(key) for key in ROLE_KEYS):
         return None
-    roles = {key: SPELLINGS.get(key.lower()) for key in turn if key != "system"}
+    spelled = SPELLINGS | (EXCHANGES if len(turn) > 1 else {})
+    roles = {key: spelled.get(key.lower()) for key in turn if key != "system"}
+    if EXCHANGES.keys() & turn.keys() and sorted(filter(None, roles.values())) != ["assistant", "user"]:
+        return None
     if not roles or set(roles.values()) - {"user", "assistant"} or not all(isinstance(turn[key], str) for key in turn):
         return None
     ordered = sorted(roles, key=lambda key: roles[key] == "assistant")

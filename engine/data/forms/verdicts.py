@@ -6,6 +6,8 @@ stops and asks (--verdict_column, --verdict_first).
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,12 +18,18 @@ from prefuse.engine.data.forms.implicit import split_strings, split_turns
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain_name
 from prefuse.engine.data.forms.pairs import pair
-from prefuse.engine.data.forms.prompts import find_prompt
-from prefuse.engine.data.forms.turns import read_text
-from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
+from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
+from prefuse.engine.data.forms.turns import read_text, turn_of
+from prefuse.engine.data.records import BadRow, DataError, Message, Record, SetAside, json_kind
 
 TIES = {"tie", "both", "both_good", "bothgood", "neither", "both_bad", "bothbad", "tie_bothbad", "tie_both_bad", "none",
-        "equal", "draw", "same", "no_preference", "unclear", "unsure"}  # fmt: skip
+        "equal", "draw", "same", "no_preference", "unclear", "unsure", "tied", "similar", "about_the_same", "both_same",
+        "equally_good", "equally_bad", "both_equal", "both_are_good", "both_are_bad", "no_winner"}  # fmt: skip
+COMPARED = re.compile(r"\W*(\w[\w ]*?) *([<>]+|=+|~|≈) *(\w[\w ]*?)\W*")  # "A>>B", "[[A = B]]"
+IN_WORDS = re.compile(  # "A is much better", as a plain name
+    r"(.+?)_(?:is_)?(?:(?:much|slightly|significantly|clearly|marginally|somewhat|far|strongly|a_bit|a_little)_)*"
+    r"(?:better|preferred|wins|won)(?:_than_.+)?"
+)
 Verdict = Callable[[Any], float]  # value -> 1 if the first is better, 0 if the second is, 0.5 for a tie; may be between
 
 
@@ -37,24 +45,30 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         return None
     look.used |= set(answers.columns)
     verdicts, read_verdict = _verdict(look, named, answers, options)
+    scored = verdicts == _two_scores(look, answers)
     look.used |= set(verdicts)
     prompt = find_prompt(look, named)
+    woven = bool(prompt) and all(
+        all(_list_of_texts(value) is not None for value in look.values[column] or [None])
+        for column in (prompt.text, *answers.columns)
+    )
     notes: Counter[str] = Counter()
 
     def read(name: str, row: Row) -> Iterable[Record]:
         first = read_verdict(row)
         if first == 0.5:
             raise SetAside("a tie: neither answer is preferred")
-        texts = [read_text(row[side], side) for side in answers.columns]
+        columns = answers.columns
+        texts = [_woven(row, prompt, side) if woven else read_text(row[side], side) for side in columns]
         if first < 0.5:
             texts.reverse()
         notes["rows whose first answer is the chosen one"] += first > 0.5
         notes["rows whose second answer is the chosen one"] += first < 0.5
         more = {} if first in (0, 1) else {"weight": abs(2 * first - 1)}
-        if len(verdicts) == 2:
+        if scored:
             better, worse = sorted((float(row[column]) for column in verdicts), reverse=True)
             more["scores"] = {"chosen": better, "rejected": worse}
-        if prompt:
+        if prompt and not woven:
             yield pair(name, prompt.read(row), *texts, notes, **more)
         else:
             yield _without_prompt(name, texts, notes, more)
@@ -82,6 +96,33 @@ def _without_prompt(name: str, texts: list[Any], notes: Counter[str], more: dict
     else:
         raise BadRow("the two answers must both be strings or both be messages")
     return make_record(name, prompt, {"chosen": chosen, "rejected": rejected}, **more)
+
+
+def _list_of_texts(value: Any) -> list[str] | None:
+    """A list of strings, or the JSON text of one; nulls in it are empty."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value or not all(isinstance(text, str | None) for text in value):
+        return None
+    return [text or "" for text in value]
+
+
+def _woven(row: Row, prompt: PromptColumns, answers: str) -> list[Message]:
+    """[question, question] and [answer, answer] as one conversation."""
+    asked, said = _list_of_texts(row[prompt.text]), _list_of_texts(row[answers])
+    if asked is None or said is None or len(asked) != len(said) or (prompt.input and row.get(prompt.input)):
+        raise BadRow(f'"{prompt.text}" and "{answers}" must be lists of strings of one length, as in other rows')
+    if not all(text.strip() for text in (*asked, *said)):
+        raise BadRow(f'"{prompt.text}" or "{answers}" has an empty turn')
+    turns = [
+        turn_of(role, text, column)
+        for both in zip(asked, said, strict=True)
+        for role, text, column in zip(("user", "assistant"), both, (prompt.text, answers), strict=True)
+    ]
+    return with_turns_before(row, prompt.system, prompt.history, turns)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -115,8 +156,8 @@ def _verdict(look: Look, named: Any, answers: Answers, options: ReadOptions) -> 
 
 
 def _two_scores(look: Look, answers: Answers) -> tuple[str, str] | None:
-    """score_a and score_b beside response_a and response_b: the higher one is better."""
-    for noun in ("score", "rating", "reward"):
+    """score_a and score_b (votes, ...) beside response_a and response_b: the higher one is better."""
+    for noun in ("score", "rating", "reward", "votes", "upvotes", "likes"):
         found = tuple(look.find(f"{noun}_{suffix}", f"{noun}{suffix}") for suffix in answers.suffixes)
         if all(found) and all(look.is_numbers(column) for column in found):
             return found  # type: ignore[return-value]
@@ -161,14 +202,16 @@ def _verdict_column(look: Look, named: Any, answers: Answers, options: ReadOptio
 
 
 def _one_hot(look: Look) -> dict[str, str] | None:
-    """winner_model_a, winner_model_b, winner_tie: three columns of 0 and 1."""
+    """winner_model_a, winner_model_b, winner_tie: columns of 0 and 1, with or without the last."""
     columns = {part: look.find(f"winner_model_{part}", f"winner_{part}") for part in ("a", "b", "tie")}
-    return columns if columns["a"] and columns["b"] and columns["tie"] else None  # type: ignore[return-value]
+    return {part: column for part, column in columns.items() if column} if columns["a"] and columns["b"] else None
 
 
 def _of_one_hot(columns: dict[str, str]) -> Callable[[Row], float]:
     def read(row: Row) -> float:
         values = {part: str(row.get(column)) in ("1", "1.0", "True") for part, column in columns.items()}
+        if not any(values.values()) and "tie" not in columns:
+            return 0.5
         if sum(values.values()) != 1:
             raise BadRow(f"one of {', '.join(columns.values())} must be 1, the others 0")
         return {"a": 1.0, "b": 0.0, "tie": 0.5}[next(part for part, is_true in values.items() if is_true)]
@@ -207,6 +250,7 @@ def _meaning(seen: Counter[Any], column: str, answers: Answers, options: ReadOpt
     words = {value for value in seen if isinstance(value, str)}
     numbers = {value for value in seen if not isinstance(value, str)}
     if words - TIES and not numbers:
+        words -= {word for word in words if "=" in word}
         table = _table_of_words(answers)
         if sum(seen[word] for word in words - set(table)) <= 0.1 * seen.total():
             return _looked_up(table, column)
@@ -231,10 +275,20 @@ def _key(value: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            return plain_name(value)
+            return _plain_verdict(value)
     if isinstance(value, bool):
         return str(value).lower()
     return float(value) if isinstance(value, int | float) else json_kind(value)
+
+
+def _plain_verdict(value: str) -> str:
+    """ "A is much better" is "a", "A >> B" is "a>b" and "A == B" is "a=b"; the degree is left out."""
+    if compared := COMPARED.fullmatch(value):
+        left, sign, right = compared.groups()
+        return f"{plain_name(left)}{sign[0] if sign[0] in '<>' else '='}{plain_name(right)}"
+    name = plain_name(value)
+    in_words = IN_WORDS.fullmatch(name)
+    return in_words[1] if in_words else name
 
 
 def _table_of_words(answers: Answers) -> dict[Any, float]:
@@ -248,6 +302,11 @@ def _table_of_words(answers: Answers) -> dict[Any, float]:
         table |= dict.fromkeys(map(plain_name, ways), verdict)
         if suffix in ("a", "b", "left", "right"):
             table |= {f"{noun}_{number}": verdict for noun in ("response", "answer", "model")}
+    words = {name: verdict for name, verdict in table.items() if verdict != 0.5}
+    for left, verdict in words.items():
+        for right, other in words.items():
+            if verdict != other:
+                table |= {f"{left}>{right}": verdict, f"{left}<{right}": other, f"{left}={right}": 0.5}
     return table
 
 
@@ -281,7 +340,8 @@ def _as_told(first: str, column: str) -> Verdict:
         key = _key(value)
         if key in values:
             return 1.0
-        return 0.5 if key in TIES or (signed and key == 0) else 0.0
+        is_tie = key in TIES or (signed and key == 0) or (isinstance(key, str) and "=" in key)
+        return 0.5 if is_tie else 0.0
 
     return read
 

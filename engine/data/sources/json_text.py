@@ -286,7 +286,10 @@ def _rows_of_document(document: dict[str, Any], split: str, source: str) -> list
     return None
 
 
-_CONVERSATIONS = {"messages", "conversations", "conversation", "contents", "chosen", "rejected", "prompt"}
+_CONVERSATIONS = {  # columns of turns: a file with one row of them is no table of splits
+    "messages", "conversations", "conversation", "contents", "dialog", "dialogue", "context", "context_messages",
+    "prompt_messages", "history", "chosen", "rejected", "prompt",
+}  # fmt: skip
 
 
 def _numbered(rows: Iterator[Any], name: str) -> Rows:

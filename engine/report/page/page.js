@@ -258,5 +258,12 @@
   }
   for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", () => drawAll(details));
   // On paper nothing is folded.
-  addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; drawAll(document); });
+  // Paper has no triangles to press: everything is open while it prints.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const details of closed) details.open = true;
+    drawAll(document);
+  });
+  addEventListener("afterprint", () => { for (const details of closed) details.open = false; });
 })();

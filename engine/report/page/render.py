@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 
 from prefuse.engine.data.pieces import ROLES
 from prefuse.engine.report.screen import printable, visible
@@ -23,7 +24,9 @@ def write_rendered(path: Path, template: str, titles: list[str], drawn: Sequence
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"shown": in_short, "visible": lambda piece: visible(str(piece)), "role": role}
+    environment.filters |= {
+        "shown": in_short, "path": in_lines, "visible": lambda piece: visible(str(piece)), "role": role,
+    }  # fmt: skip
     environment.globals |= {
         "roles": ROLES,
         "used_roles": _used_roles,
@@ -44,6 +47,11 @@ def in_short(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(in_short, value))
     return printable(str(value))
+
+
+def in_lines(value: Any) -> markupsafe.Markup:
+    """The same of a path, which a narrow column may break behind each slash."""
+    return markupsafe.Markup("/<wbr>").join(in_short(value).split("/"))
 
 
 def role(name: Any) -> str:
