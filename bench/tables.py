@@ -266,7 +266,10 @@ def sparse_trained(results: Results) -> str:
 def real_steps(results: Results) -> str:
     """A DPO step of real models on real rows."""
     names = {
-        "TRL": "TRL", "prefuse.trl.DPOTrainer": "`prefuse.trl.DPOTrainer`", "engine": "`prefuse train`",
+        "TRL": "TRL", "prefuse.trl.enable()": "`prefuse.trl.enable()`",
+        "prefuse.trl.enable(), tolerance": "`prefuse.trl.enable()`, a tolerance",
+        "prefuse.trl.DPOTrainer": "`prefuse.trl.DPOTrainer`",
+        "prefuse.trl.DPOTrainer, tolerance": "`prefuse.trl.DPOTrainer`, a tolerance", "engine": "`prefuse train`",
         "engine, tolerance": "`prefuse train`, a tolerance",
     }  # fmt: skip
     cells = []
