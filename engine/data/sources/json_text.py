@@ -66,8 +66,11 @@ def _layout(opener: Opener, suffix: str) -> str:
             line = first.decode(errors="replace").strip()
             if second is None or _end_of_value(line, 0) != len(line):
                 return "values"
-            begins = {b"[": "arrays", b"{": "lines"}  # of lines the first one may be nested too deeply, or no row
-            return begins.get(second.lstrip()[:1], "values")
+            if second.lstrip().startswith(b"["):
+                return "arrays"
+            value = _parse_line(first)  # in lines of rows it may be nested too deeply, or be no row
+            holds_rows = isinstance(value, list) and any(isinstance(part, dict) for part in value)
+            return "lines" if second.lstrip().startswith(b"{") and not holds_rows else "values"
         if second is None:
             value = _parse_line(first)
             holds_rows = isinstance(value, BadRow) or any(isinstance(part, list | dict) for part in value.values())
