@@ -1,5 +1,6 @@
 """Tables and figures of README and docs are what `prefuse bench figures` makes of the results: a hand edit shows."""
 
+import re
 import shutil
 
 import pytest
@@ -27,7 +28,11 @@ def copy(tmp_path_factory):
 
 def test_a_number_changed_by_hand_is_found(copy):
     page, drawing = copy / "docs" / "trl.md", copy / "docs" / "figures" / "accuracy.svg"
-    page.write_text(page.read_text().replace("15.22", "15.52", 1))
+    text = page.read_text()
+    (number, *_) = re.findall(
+        r"\| +(\d+\.\d\d) \|", text[text.index("<!-- bench: trl step -->") :]
+    )  # seconds of a step
+    page.write_text(text.replace(number, f"{float(number) + 0.3:.2f}", 1))
     lines = drawing.read_text().splitlines()
     (first, *_) = [i for i, line in enumerate(lines) if line.startswith("L ")]
     x, y = map(float, lines[first].split()[1:3])

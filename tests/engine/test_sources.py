@@ -139,6 +139,13 @@ def test_one_bad_row_is_one_bad_row(tmp_path, text, reason, layout):
     assert str(bad) == reason
 
 
+@pytest.mark.parametrize("line", ["[" * 1000 + "]" * 1000, "[" * 100_000 + "]" * 100_000, "[1, 2]", '["]"]'])
+def test_a_first_line_that_is_an_array_is_one_bad_row(tmp_path, line):
+    first, *rest = rows_of(write(tmp_path / "rows.jsonl", f"{line}\n{LINES}"))
+    assert not isinstance(first, dict)
+    assert rest == ROWS
+
+
 def test_a_broken_first_line_is_one_bad_row(tmp_path):
     bad, *rest = rows_of(write(tmp_path / "rows.jsonl", '{"prompt": \n' + LINES))
     assert isinstance(bad, BadRow)

@@ -63,8 +63,11 @@ def _layout(opener: Opener, suffix: str) -> str:
         first = next(lines)
         second = next(lines, None)
         if first.lstrip().startswith(b"["):
-            whole = second is not None and second.lstrip().startswith(b"[") and isinstance(_parse_line(first), list)
-            return "arrays" if whole else "values"
+            line = first.decode(errors="replace").strip()
+            if second is None or _end_of_value(line, 0) != len(line):
+                return "values"
+            begins = {b"[": "arrays", b"{": "lines"}  # of lines the first one may be nested too deeply, or no row
+            return begins.get(second.lstrip()[:1], "values")
         if second is None:
             value = _parse_line(first)
             holds_rows = isinstance(value, BadRow) or any(isinstance(part, list | dict) for part in value.values())
