@@ -22,7 +22,8 @@ CONTEXT = "context"  # a text below an instruction of that name
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 HISTORIES = ("history", "chat_history")
 ANSWERS = (
-    "completion", "response", "answer", "output", "reply", "generation", "model_output", "assistant", "target", "targets",
+    "completion", "response", "answer", "output", "reply", "generation", "model_output", "assistant", "target",
+    "targets",
 )  # fmt: skip
 TOOLS = ("tools",)
 TEMPLATE_SETTINGS = ("chat_template_kwargs",)
