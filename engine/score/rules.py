@@ -11,6 +11,7 @@ length=LOW:HIGH   1 where the number of words is within
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,10 @@ def _math_verify() -> Any:
 
 
 def _by_math(answer: str, truths: list[str]) -> float | NoScore:
+    """math-verify's time limits are signal.alarm's, which the main thread alone may set: elsewhere there are none."""
     math_verify = _math_verify()
-    wanted = [math_verify.parse(truth) for truth in truths]
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    *wanted, said = (math_verify.parse(text, parsing_timeout=seconds) for text in (*truths, answer))
     if not all(wanted):
         return NoScore("no truth", f"math-verify reads no answer in {truths[0]:.40}")
-    said = math_verify.parse(answer)
-    return float(any(math_verify.verify(truth, said) for truth in wanted))
+    return float(any(math_verify.verify(truth, said, timeout_seconds=seconds) for truth in wanted))

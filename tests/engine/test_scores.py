@@ -2,6 +2,8 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +57,19 @@ def test_rules(rule, answer, truth, expected):
     scores = rule.score(["q"], [[answer]], {"a": [truth]})
     assert scores.values.tolist() == [[expected]]
     assert scores.reasons == [[None]]
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_math_verify_judges_answers_in_any_form_and_any_thread(in_a_thread):
+    answers = [[r"It is $\frac{1}{2}$.", "0.5", "0.51"], [r"\boxed{9}", "8"], ["4"]]
+    ask = partial(TextRule("math", "a").score, ["p", "q", "r"], answers, {"a": ["0.5", "9", "no number"]})
+    if in_a_thread:
+        with ThreadPoolExecutor(1) as pool:
+            scores = pool.submit(ask).result()
+    else:
+        scores = ask()
+    assert scores.values[:2].nan_to_num(-1).tolist() == [[1, 1, 0], [1, 0, -1]]
+    assert scores.reasons[2][0].kind == "no truth"
 
 
 def test_a_row_without_the_truth_has_no_score_and_the_others_have():
