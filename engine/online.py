@@ -220,7 +220,7 @@ class Rounds:
                 about = {"staleness": staleness} | (metrics if step == max(first, start) else {})
                 self.last = replace(share, step=step, metrics={k: v.to(self.lm.device) for k, v in about.items()})
                 yield self.last
-        if self.last is None:
+        if self.last is None and not start:  # a checkpoint is of a step that learned
             raise UserError(
                 f"no round had anything to learn from: with {self.config.algorithm} a group needs answers of unequal "
                 "scores. Take harder or easier prompts, a finer scorer, more num_generations or a higher temperature"

@@ -138,6 +138,22 @@ def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(algorithm
     assert rounds_of(tmp_path / "whole") == rounds_of(tmp_path / "cut")
 
 
+def test_a_run_that_is_killed_between_its_last_step_and_its_model_is_finished(model, tmp_path, monkeypatch):
+    from prefuse.engine import train
+
+    def cut_off(*_):
+        raise RuntimeError("killed")
+
+    online(model, tmp_path, out="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "publish_model", cut_off)
+        with pytest.raises(RuntimeError, match="killed"):
+            online(model, tmp_path, out="cut", save_steps=1)
+    online(model, tmp_path, out="cut", save_steps=1, resume=True)
+    for x, y in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values(), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.slow
 def test_held_out_prompts_are_answered_and_scored(model, tmp_path):
     rules = tmp_path / "rules.py"
