@@ -217,7 +217,7 @@ class Rounds:
                 if share is None:
                     continue  # no pair, no label: no rank has anything to learn
                 staleness = torch.tensor([float(step - made.weights), 1.0], dtype=torch.float64)
-                about = {"staleness": staleness} | (metrics if step == max(first, start) else {})
+                about = {"staleness": staleness} | (metrics if step == first else {})  # a resumed log has them
                 self.last = replace(share, step=step, metrics={k: v.to(self.lm.device) for k, v in about.items()})
                 yield self.last
         if self.last is None and not start:  # a checkpoint is of a step that learned

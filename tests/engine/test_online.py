@@ -30,6 +30,11 @@ def rounds_of(folder):
     ]
 
 
+def without_clocks(log):
+    clocks = ("tokens_per_second", "samples_per_second", "pairs_per_second", "mfu")
+    return [{name: value for name, value in line.items() if name not in clocks} for line in log]
+
+
 SETTINGS = {
     "grpo": {"beta": 0.1}, "rloo": {}, "reinforce": {}, "ppo": {}, "online_dpo": {},
     "iterative_dpo": {"pairs": "all"}, "kto": {}, "best_of_n": {},
@@ -134,7 +139,7 @@ def test_a_run_that_is_cut_off_within_a_round_goes_on_to_the_same_bits(algorithm
     resumed = online(model, tmp_path, out="cut", max_steps=5, save_steps=3, resume=True, **changes)
     for x, y in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values(), strict=True):
         assert torch.equal(x, y)
-    assert [line["loss"] for line in whole] == [line["loss"] for line in resumed]
+    assert without_clocks(whole) == without_clocks(resumed)
     assert rounds_of(tmp_path / "whole") == rounds_of(tmp_path / "cut")
 
 
