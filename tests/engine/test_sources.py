@@ -230,6 +230,10 @@ def test_files_with_a_word_and_more_can_be_asked_for_by_their_whole_name(tmp_pat
     assert texts(tmp_path, "train_prefs") == ["train_prefs.jsonl"]
     with pytest.raises(DataError, match=r"several purposes \(train_prefs.jsonl, train_sft.jsonl\).* train_prefs,"):
         texts(tmp_path, "train")
+    make(tmp_path / "told", "train_prefs.jsonl", "train_sft.jsonl")
+    header = "configs:\n- config_name: default\n  data_files: '*.jsonl'\n"
+    (tmp_path / "told" / "README.md").write_text(f"---\n{header}---\n")  # who says so means it
+    assert texts(tmp_path / "told", "train") == ["train_prefs.jsonl", "train_sft.jsonl"]
     make(tmp_path / "parts", "train_a.jsonl", "train_b.jsonl")
     assert texts(tmp_path / "parts", "train") == ["train_a.jsonl", "train_b.jsonl"]  # as datasets.load_dataset
 

@@ -35,12 +35,14 @@ def files_of_split(folder: Path, split: str, config: str | None) -> list[Path]:
     if not files:
         kinds = ", ".join(DATA)
         raise DataError(f"{folder}: a folder without {kinds} files (plain or {', '.join(COMPRESSED)})")
-    splits = _splits_of_readme(folder, files, config) or _splits_of_names(files)
+    told = _splits_of_readme(folder, files, config)
+    splits = told or _splits_of_names(files)
     if splits is None:
         return files
     wanted = split if split in splits else SPLIT_OF_WORD.get(split, split)
     if wanted in splits:
-        _refuse_several_purposes(folder, wanted, splits[wanted])
+        if not told:
+            _refuse_several_purposes(folder, wanted, splits[wanted])
         return splits[wanted]
     named = [file for file in files if file.name.split(".")[0] == split]  # train_prefs.jsonl beside train_sft.jsonl
     return named or pick(splits, split, str(folder))
