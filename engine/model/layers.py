@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.model.gated import gate_in_cache
 from prefuse.models.trunk import trunk_of
 
 
@@ -29,6 +30,8 @@ def prepare_layers(model: nn.Module, config: Config, device: torch.device) -> No
     """As the settings have it; before the weights are spread over ranks, whose hooks go around all of this."""
     if config.torch_compile:
         compile_layers(model, config.torch_compile_backend, device)
+    elif device.type == "cpu":
+        gate_in_cache(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model, keep_random_state=config.lora_dropout > 0)
 

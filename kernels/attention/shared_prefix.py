@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from prefuse.kernels.attention.gather import Gather, gather
 from prefuse.kernels.attention.segments import Segment, Segments, token_places
+from prefuse.kernels.slices import row_blocks
 
 Backend = Literal["auto", "flash_attn", "varlen", "flex", "sdpa"]
+# Queries of one call on a CPU, which multiplies all its queries with all its keys, masked ones too.
+QUERIES = 128
 
 
 def shared_prefix_attention(
@@ -146,16 +149,26 @@ def _segment_attention(
     rows, columns = query.shape[2], key.shape[2]
     if window is not None and window >= columns:
         window = None
-    mask = None
-    if rows > 1 or window is not None:
-        mask = segments.once(_mask, rows, columns, window, query.device)
     if softcap is not None:
-        return _softcapped(query, key, value, mask, scale, softcap)
-    causal = rows == columns and window is None
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if causal else mask, is_causal=causal, scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        return _softcapped(query, key, value, _mask_of(segments, rows, columns, window, query), scale, softcap)
+    attend = functools.partial(
+        nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    if rows == columns and window is None:
+        return attend(query, key, value, is_causal=True)
+    outputs = []
+    for part in row_blocks(rows, QUERIES if query.device.type == "cpu" else rows):
+        # What none of these queries sees, behind the last one or before the first one's window, is not multiplied.
+        last = columns - rows + part.stop
+        first = 0 if window is None else max(0, columns - rows + part.start + 1 - window)
+        mask = _mask_of(segments, part.stop - part.start, last - first, window, query)
+        outputs.append(attend(query[:, :, part], key[:, :, first:last], value[:, :, first:last], attn_mask=mask))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _mask_of(segments: Segments, rows: int, columns: int, window: int | None, query: Tensor) -> Tensor | None:
+    """`_mask`, made once for a batch; None where a single query sees everything."""
+    return segments.once(_mask, rows, columns, window, query.device) if rows > 1 or window is not None else None
 
 
 def _mask(segments: Segments, rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from trl import DPOConfig, KTOConfig
 import prefuse
 import prefuse.trl
 import trainer_runs
+from prefuse.bench.timing import peak_bytes
 from prefuse.kernels import linear_kl, record_skipped_mass
 from prefuse.transformers import fuse_loss, sequence_logps, sft_loss, token_logps
 from prefuse.trl.trainers import DPOTrainer, KTOTrainer
@@ -120,6 +121,28 @@ def test_the_switch_hands_it_to_every_trainer():
     (*values, exact), (*others, got) = results
     assert all(torch.equal(a, b) for a, b in zip(values, others, strict=True))
     assert_near_and_not_equal(got, exact, record)
+
+
+def test_the_switch_holds_no_more_with_a_tolerance_than_the_kept_rows_of_the_head():
+    """TRL on a CPU hands over every position, prompts and padding too, whose log-probabilities it masks afterwards."""
+    from trl.trainer import utils
+
+    torch.manual_seed(0)
+    n, d, v = 512, 32, 6000
+    x, weight, mask = torch.randn(n, d), 1.5 * torch.randn(v, d), torch.arange(n) % 4 == 0
+    trunk = torch.nn.Sequential(*[torch.nn.Linear(d, d), torch.nn.SiLU()] * 4, torch.nn.Linear(d, d))
+    targets = torch.where(mask, (trunk(x) @ weight.T).argmax(-1), 0)
+    peaks = []
+    for tolerance in (0.0, TOLERANCE):
+
+        def step(tolerance=tolerance):
+            with prefuse.trl.enabled(impl="torch", gradient_tolerance=tolerance):
+                logps = utils._ChunkedLogProbFunction.apply(trunk(x), weight, None, targets, 1.0, 64)[0]
+            torch.where(mask, logps, 0.0).sum().backward()
+
+        peaks.append(peak_bytes(step))
+    blocks = 2
+    assert peaks[1] <= peaks[0] + 4 * d * v + 4 * v * (2 * blocks + 8)
 
 
 def run(trainer, config, rows, folder, **options):

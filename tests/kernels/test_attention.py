@@ -182,6 +182,29 @@ def test_flex_attention_sees_the_same(heads, window, softcap):
     torch.testing.assert_close(got, duplicated(*x, LENGTHS, **options), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_queries_a_few_at_a_time_leave_out_what_none_of_them_sees(heads, window, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "QUERIES", 2)
+    attend, pairs = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counting(query, key, value, **options):
+        pairs.append((query.shape[2], key.shape[2]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    x = inputs(heads)
+    got = shared_prefix_attention(*x, Segments(LENGTHS), window=window)
+    options = {"scale": x[0].shape[-1] ** -0.5, "window": window, "softcap": None}
+    expected = duplicated(*x, LENGTHS, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    grads = [torch.autograd.grad(y.sin().sum(), x) for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+    parts = [(rows, keys) for rows, keys in pairs if rows <= 2]
+    assert parts
+    assert all(keys <= window + rows - 1 for rows, keys in parts if window is not None)
+
+
 def test_values_may_have_a_head_size_of_their_own():
     query, key, _ = inputs((4, 2))
     value = torch.randn(1, 2, query.shape[2], 5, dtype=torch.float64)
