@@ -226,6 +226,21 @@ def test_the_cost_is_what_the_kept_columns_say():
     assert frozen.flops == 2 * D * (n * V + 2 * 16 * record.kept_columns + 3 * V) + 2 * n * V
 
 
+def test_rows_without_a_gradient_cost_nothing():
+    """TRL on a CPU scores prompts and padding too and masks them afterwards. A block of such rows alone is not made."""
+    x, grad = peaked(48), torch.ones(48)
+    grad[::2] = grad[16:32] = 0.0
+    with count_cost() as cost:
+        _, got, record = gradients(x, grad, 2**-4, "torch")
+    assert (record.blocks, record.exact_blocks) == (2, 0)
+    assert cost.flops == 2 * D * (48 * V + 3 * 8 * record.kept_columns + 2 * V) + 2 * 48 * V
+    assert not got["hidden"][grad == 0].any()
+    check_promise(x, grad, 2**-4, "torch")
+    none = gradients(x, torch.zeros(48), 2**-4, "torch")
+    assert none[1].keys() == {"hidden", "weight"}
+    assert not any(t.any() for t in none[1].values())
+
+
 def test_the_triton_backward_costs_three_passes_of_the_kept_columns(device):
     x = [t.to(device) for t in peaked(48)]
     with count_cost() as cost:
