@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefuse.bench import roofline, tables
+from prefuse.bench import roofline, tables, tried
 from prefuse.bench.found import Results, link, row, where
 from prefuse.bench.record import Record
 
@@ -168,5 +168,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "sparse heads": tables.sparse_heads,
     "sparse trained": tables.sparse_trained,
     "data": tables.every("data"),
+    "templates": tried.templates,
+    "architectures": tried.architectures,
     **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "reward", "sampling")},
 }

@@ -244,7 +244,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "Liger chunked": Implementation("liger-kernel", None, liger_loss, ("dpo", "kto")),
     "cut-cross-entropy": Implementation("cut-cross-entropy", cce_path),
     "cut-cross-entropy, no filter": Implementation("cut-cross-entropy", functools.partial(cce_path, filter_eps=None)),
-    "flash-linear-attention": Implementation("flash-linear-attention", None, fla_loss, ("sft",)),
+    "flash-linear-attention": Implementation("fla-core", None, fla_loss, ("sft",)),
     "quack": Implementation("quack-kernels", None, quack_loss, ("sft",)),
 }
 

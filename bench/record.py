@@ -37,7 +37,7 @@ RESULTS = _IN_CHECKOUT if _IN_CHECKOUT.is_dir() else Path("bench-results")  # an
 SCHEMA = Path(__file__).with_name("schema.json")
 FORMAT = "prefuse.bench/1"
 PACKAGES = (
-    "torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "flash-linear-attention",
+    "torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "fla-core",
     "quack-kernels",
 )  # fmt: skip
 
@@ -101,6 +101,7 @@ def write_result(
     record = made(verb, found, command(), commit(), seed, peers or {}, [*notes, *_busy(environment)])
     check(record, str(path))
     write_json(path, record.data())
+    record.path = path
     return record
 
 
