@@ -168,6 +168,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "sparse heads": tables.sparse_heads,
     "sparse trained": tables.sparse_trained,
     "data": tables.every("data"),
+    "judge": tables.judge,
     "templates": tried.templates,
     "architectures": tried.architectures,
     **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "reward", "sampling")},

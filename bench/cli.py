@@ -31,6 +31,7 @@ GROUPS = {
         "online": "CPU seconds of a GRPO step beside TRL's GRPOTrainer on the same samples, and the first ratios.",
         "sampling": "CPU seconds of sampling beside transformers' own batched generate, and of continuous batching.",
         "evaluation": "CPU seconds and memory of `prefuse eval` beside the evaluation of TRL's DPOTrainer.",
+        "judge": "Whether a model can judge: its greedy answers against its own hot ones, in both orders.",
         "data": "CPU seconds and memory of reading pairs into token ids, beside datasets.map.",
         "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",
         "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",

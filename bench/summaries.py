@@ -200,6 +200,10 @@ def architectures(found: dict[str, Any]) -> list[Row]:
     ]
 
 
+def judge(found: dict[str, Any]) -> list[Row]:
+    return [{"what": name, "value": value} for name, value in found["metrics"].items()]
+
+
 def packing(found: dict[str, Any]) -> list[Row]:
     slowest = found["variants"]["padded"]
     return [
@@ -334,7 +338,7 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
-    "gpu": gpu, "head": given_rows, "losses": losses, "memory": given_rows, "model": model, "online": online,
+    "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model, "online": online,
     "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward, "sampling": sampling,
     "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates, "tolerance": tolerance, "train": train,
 }  # fmt: skip
@@ -346,6 +350,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "evaluation": ("implementation",),
     "gpu": ("section", "model", "mode", "implementation", "shape"),
     "head": ("shape", "dtype", "mode", "loss_type", "implementation"),
+    "judge": ("what",),
     "losses": ("loss_type", "implementation"),
     "memory": ("shape", "dtype", "mode", "implementation"),
     "model": ("implementation",),

@@ -213,6 +213,31 @@ def policy_parity(results: Results) -> str:
     return "\n\n".join([said, markdown(header, cells)])
 
 
+def judge(results: Results) -> str:
+    """What a judge said of greedy and hot answers, and whether it named the answer that stood first."""
+    record = results.newest("judge")
+    x, settings = {made["what"]: made["value"] for made in record.rows}, record.settings
+
+    def won(prefix: str) -> str:
+        rate, low, high = (x[f"{prefix}win_rate{part}"] for part in ("", "_low", "_high"))
+        counts = ", ".join(f"{x[prefix + name]:.0f} {name}" for name in ("wins", "ties", "losses"))
+        return f"{rate:.4g} ({low:.4g}, {high:.4g}): {counts}"
+
+    cells = [
+        ["`win_rate` (`low`, `high`), by the judge", won("")],
+        ["`first_shown_wins`", number(x["first_shown_wins"])],
+        ["`length_controlled_win_rate`", number(x["length_controlled_win_rate"])],
+        ["`gold_win_rate` (`low`, `high`), by the number of words", won("gold_")],
+        ["`cohen_kappa`", number(x["cohen_kappa"])],
+        ["`length`, `ref_length`", f"{x['length']:.0f}, {x['ref_length']:.0f} characters"],
+    ]
+    what = f"{settings['name']}, greedy against temperature {settings['temperature']:g}, {settings['prompts']} prompts"
+    said = f"{what} of one line, at most {settings['max_new_tokens']} tokens, {where(record)}, {link(record)}."
+    first = f"The answer that is shown first wins {x['first_shown_wins']:.0%} of the judge's replies"
+    found = f"{first}; asked in both orders, it says a tie of {x['ties']:.0f} of {settings['prompts']} prompts."
+    return "\n\n".join([said, markdown(["metric", "value"], cells), found])
+
+
 def sparse_heads(results: Results) -> str:
     """What the sparse backward takes and what it leaves out, by model."""
     records = results.every("sparse")
