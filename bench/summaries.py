@@ -338,9 +338,10 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
-    "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model, "online": online,
-    "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward, "sampling": sampling,
-    "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates, "tolerance": tolerance, "train": train,
+    "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model,
+    "online": online, "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward,
+    "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates,
+    "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("implementation", "what", "tokens_of_sequence"),
