@@ -47,6 +47,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}")
     examine("llama", checks)  # imports once, before the processes fork, what each of them needs
     found = _kept(options.results)
+    before = [kind for kind in types if kind in found]
     for kind in options.only or types:
         missing = [] if found.keys() & {kind} and "model" in found[kind] else checks
         missing = [check for check in missing if check not in found.get(kind, {})]
@@ -59,7 +60,9 @@ def main() -> int:
         abouts = {name: (check.__doc__ or "").strip().splitlines()[0] for name, check in (CHECKS | RUNS).items()}
         result = {"environment": environment(), "settings": {"seconds": options.seconds}, "checks": abouts}
         path = RESULTS / "architectures.json"
-        write_result(path, "architectures", result | {"types": {kind: found[kind] for kind in types}}, seed=None)
+        said = f"{len(before)} types were tried before, in part or whole; what was kept of them was not tried again."
+        result["types"] = {kind: found[kind] for kind in types}
+        write_result(path, "architectures", result, seed=None, notes=[said] if before else [])
         print(f"wrote {path}; prefuse bench figures makes docs/architectures.md of it")
     return int(any(verdict(result) == "WRONG" for result in found.values()))
 

@@ -164,6 +164,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "roofline bounds": roofline.bounds_table,
     "cpu shares": tables.cpu_shares,
     "policy parity": tables.policy_parity,
+    "ranks": tables.ranks,
     "real steps": tables.real_steps,
     "sparse heads": tables.sparse_heads,
     "sparse trained": tables.sparse_trained,

@@ -19,7 +19,10 @@ def accuracy(results: Results) -> str:
         [name, *(_mean_and_worst(row(record, implementation=name, tokens_of_sequence=n)) for n in lengths)]
         for name in names
     ]
-    return markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
+    settings = record.settings
+    said = f"bfloat16 inputs, D = {settings['D']}, V = {settings['V']}, {where(record)}, {link(record)}."
+    table = markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
+    return "\n\n".join([said, table])
 
 
 def _mean_and_worst(x: Row) -> str:
@@ -196,6 +199,21 @@ def cpu_shares(results: Results) -> str:
     shapes = (link(r, ", ".join(f"{name} = {r.settings[name]}" for name in "NDV")) for r in records)
     said = f"{where(records[0])[0].upper()}{where(records[0])[1:]}, CPU time: {', '.join(shapes)}."
     return "\n\n".join([said, markdown(["", *header], cells)])
+
+
+def ranks(results: Results) -> str:
+    """Held-out metrics of one process, and how far those of several are from them."""
+    record = results.newest("ranks")
+    held = [x for x in record.rows if "away_from_one_process" in x]
+    ways = list(dict.fromkeys(x["implementation"] for x in held))
+    cells = []
+    for name in dict.fromkeys(x["what"] for x in held):
+        first, *others = (row(record, what=name, implementation=way) for way in ways)
+        cells.append([f"`{name}`", number(first["value"]), *(f"{x['away_from_one_process']:.0e}" for x in others)])
+    settings = record.settings
+    what = f"{settings['max_steps']} steps of {settings['items']} rows, loss {settings['loss_type']}"
+    header = [what, ways[0], *(f"off by with {way}" for way in ways[1:])]
+    return "\n\n".join([f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}.", markdown(header, cells)])
 
 
 def policy_parity(results: Results) -> str:

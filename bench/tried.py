@@ -86,5 +86,6 @@ def _how_tried(record: Record) -> list[str]:
         f"`prefuse bench architectures` tried them with transformers {packages['transformers']} and torch "
         f"{packages['torch']} ({link(record)}): every type of `AutoModelForCausalLM`, {len(record.details['types'])} "
         "of them, made tiny, with stirred weights, windows and chunks shorter than the sequences, in float64 on a CPU "
-        "(`engine` and `lora` in float32)."
+        "(`engine` and `lora` in float32).",
+        *record.notes,
     ]

@@ -16,7 +16,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def shown_in(page, start):
     """The block of a page whose first line begins with `start`."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    (block,) = [x for x in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if x.startswith(start)]
+    (block,) = [
+        x for _, x in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if x.startswith(start)
+    ]
     return block.splitlines()
 
 
