@@ -22,9 +22,9 @@ from rich.table import Table
 
 from prefuse.bench.record import BadRecord, Record, read_result
 from prefuse.bench.show import number
+from prefuse.bench.summaries import OF_THE_MACHINE
 
 THRESHOLD = 1.1
-OF_THE_MACHINE = {"ms", "s", "CPU s", "s/step", "TFLOP/s", "GFLOP/s", "pairs/s"}  # units of times and speeds
 
 
 @dataclass(frozen=True)

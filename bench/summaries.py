@@ -13,6 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 MIB = 2**20
+OF_THE_MACHINE = {"ms", "s", "CPU s", "s/step", "TFLOP/s", "GFLOP/s", "pairs/s"}  # units of times and speeds
 
 # name: (unit, which is better). A ratio is of two times of one round, so it survives a busy machine.
 MEASURES: dict[str, tuple[str, str]] = {
