@@ -172,5 +172,5 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "judge": tables.judge,
     "templates": tried.templates,
     "architectures": tried.architectures,
-    **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "reward", "sampling")},
+    **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "products", "reward", "sampling")},
 }

@@ -16,6 +16,7 @@ GROUPS = {
         "memory": "Peak memory of every implementation, by tokens and by vocabulary.",
         "scale": "How time and memory grow with tokens, vocabulary and ranks: fitted exponents.",
         "cpuhead": "Time and memory of the portable head on this CPU beside its own bare matrix products.",
+        "products": "Time and error of a product of bfloat16 matrices on this CPU: float32, rounded, in two parts.",
         "guard": "Whether the portable head kept its share of its own products' speed; CI asks the same.",
         "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
         "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",

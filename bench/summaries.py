@@ -29,6 +29,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "pairs_per_second": ("pairs/s", "higher"),
     "ratio_to_gemms": ("times the bare GEMMs", "lower"),
     "gemm_share": ("of the bare GEMMs' speed", "higher"),
+    "ratio_to_float32": ("times the float32 product's time", "lower"),
     "ratio_to_prefuse": ("times prefuse's time", "neither"),
     "ratio_to_trl": ("times TRL's speed", "higher"),
     "ratio_to_exact": ("times the exact head's speed", "higher"),
@@ -340,7 +341,7 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
     "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model,
-    "online": online, "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward,
+    "online": online, "packing": packing, "policy": policy, "products": given_rows, "ranks": ranks, "real": real, "reward": reward,
     "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates,
     "tolerance": tolerance, "train": train,
 }  # fmt: skip
@@ -359,6 +360,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "online": ("implementation",),
     "packing": ("batches",),
     "policy": ("loss_type",),
+    "products": ("implementation",),
     "ranks": ("what", "implementation"),
     "real": ("implementation",),
     "reward": ("what", "implementation"),
