@@ -1,4 +1,4 @@
-"""What a product of bfloat16 matrices costs on a CPU, and how exact its logits are: why the portable head takes float32.
+"""What a product of bfloat16 matrices costs on a CPU, and how exact it is: why the portable head takes float32.
 
     prefuse bench products
 

@@ -341,8 +341,8 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
     "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model,
-    "online": online, "packing": packing, "policy": policy, "products": given_rows, "ranks": ranks, "real": real, "reward": reward,
-    "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates,
+    "online": online, "packing": packing, "policy": policy, "products": given_rows, "ranks": ranks, "real": real,
+    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates,
     "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
