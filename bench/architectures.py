@@ -13,7 +13,6 @@ anything is WRONG.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -23,10 +22,11 @@ from pathlib import Path
 
 from prefuse.bench.record import RESULTS, environment, write_result
 from prefuse.bench.tried import line_of, verdict
+from prefuse.engine.config.tools import ToolParser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, as in config.json")
     parser.add_argument("--checks", nargs="+", metavar="CHECK", help="some of the checks (default: all)")
     parser.add_argument("--seconds", type=int, default=300, help="for each type")

@@ -75,11 +75,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     sys.argv[:] = [f"prefuse bench {verb}", *rest]  # argparse names the command by it
     from prefuse.bench.record import BadRecord, commit
+    from prefuse.engine.errors import UserError
 
     commit()  # before anything can change
 
     try:
         return importlib.import_module(f"prefuse.bench.{verb}").main() or 0
-    except BadRecord as error:
+    except (BadRecord, UserError) as error:
         print(f"prefuse: error: {error}", file=sys.stderr)
         return 2

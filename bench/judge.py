@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from prefuse.bench.record import RESULTS, cpu_model, environment, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 PROMPTS = (
     "What is the capital of France?",
@@ -31,7 +32,7 @@ PROMPTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--name", help="the model's, for the result (default: its folder's)")
     parser.add_argument("--max_new_tokens", type=int, default=40)

@@ -9,7 +9,6 @@ with beta -1). Errors are against float64, the largest of all logits. One thread
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from prefuse.bench.record import RESULTS, cpu_model, environment, slug, write_result
 from prefuse.bench.timing import interleaved, paired_ratio
+from prefuse.engine.config.tools import ToolParser
 
 N, D, V = 256, 576, 2048  # a tile of a small model's head
 
@@ -45,7 +45,7 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,7 +9,6 @@ shares nothing with the reader: the prompt's ids are those met at inference, dec
 text up to the stop token, the answer stands in it, and the stop token is last. A row that fails one is "WRONG".
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -28,6 +27,7 @@ from typing import Any
 from prefuse.bench.figures import with_tables
 from prefuse.bench.found import Results
 from prefuse.bench.record import RESULTS, environment, write_result, write_text
+from prefuse.engine.config.tools import ToolParser
 
 FOLDERS = {"trl": "chat_templates", "axolotl": "utils/chat_templates/templates"}
 MARKUP = re.compile(r"<[/|｜]?[A-Za-z_][^<>\s'\"{}]{0,40}>|\[/?[A-Z_]{2,24}\]|\[\|[a-z]+\|\]")
@@ -77,7 +77,7 @@ class RowOutcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="write the result, and the table of this page from it")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
