@@ -116,5 +116,5 @@ def test_what_is_wrong_is_one_line(words, shown):
 
 
 def test_a_mistyped_flag_of_its_own_is_named(shown):
-    assert "did you mean --rows" in shown(PAIRS, "--rowz", "1", code=2)
+    assert "did you mean --row" in shown(PAIRS, "--rowz", "1", code=2)
     assert "did you mean beta" in shown(PAIRS, "--betta", "1", code=2)
