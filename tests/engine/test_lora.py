@@ -253,6 +253,7 @@ def test_training_does_not_start_from_adapters(model, pairs, tmp_path):
 # Runs
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("changes", [{}, {"lora_modules_to_save": ["lm_head", "norm"]}, {"lora_dropout": 0.2}])
 def test_a_run_starts_at_ln_2_learns_and_leaves_adapters_that_peft_reads(changes, model, pairs, tmp_path, monkeypatch):
     runs, prepare = [], train_module.prepare

@@ -117,6 +117,7 @@ def check_promise(x, grad, tolerance, impl, **more):
     return record, {name: (got[name].double() - exact[name]).norm() / exact[name].norm() for name in got}
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("tolerance", TOLERANCES)
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -164,6 +165,7 @@ def test_the_dropped_columns_mean_takes_most_of_the_error_of_dhidden(impl, devic
     assert with_mean["hidden"] < 0.5 * (plain - truth).norm() / truth.norm()
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")], ids=repr)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_option_and_every_set_of_gradients(impl, needs, device):
