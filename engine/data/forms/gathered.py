@@ -17,7 +17,7 @@ from prefuse.engine.data.forms.labels import score_column
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import HELPSTEER
 from prefuse.engine.data.forms.rankings import Scored, ranked_pairs
-from prefuse.engine.data.forms.rankings import _number as number_of
+from prefuse.engine.data.forms.ratings import direction_of, number_of, rating_reader
 from prefuse.engine.data.forms.turns import read_turns, turn_of
 from prefuse.engine.data.records import BadRow, Record, SetAside, Skipped, json_kind
 
@@ -36,11 +36,12 @@ def find_rows_of_one_prompt(look: Look, named: dict[str, list[str]], options: Re
     if answers is None:
         return None
     notes: Counter[str] = Counter()
+    number, sign = rating_reader(look.values[column]), direction_of(column, options)
 
     def answer_of(name: str, row: Row) -> tuple[Any, Any, float]:
-        value = number_of(row.get(column))
-        if value is None:
-            raise BadRow(f'"{column}" is {row.get(column)!r:.40}, {json_kind(row.get(column))}; expected a number')
+        if row.get(column) is None:
+            raise SetAside(f'no value in "{column}"')
+        value = sign * number(row[column], column)
         record = answers.read(name, row)
         return record.prompt, record.sides["completion"], value
 
@@ -59,9 +60,10 @@ def find_rows_of_one_prompt(look: Look, named: dict[str, list[str]], options: Re
     def read(name: str, row: Row) -> Iterable[Record]:
         yield from ()
 
+    score = "score" if sign > 0 else "score, the lowest is the best"
     return Form(
         "pair", "/".join([*answers.columns, column]), tuple(answers.columns),
-        (*answers.became, (column, "score; rows of one prompt are its answers")), read, answers.prompt,
+        (*answers.became, (column, f"{score}; rows of one prompt are its answers")), read, answers.prompt,
         as_turns=answers.as_turns, optional=(*answers.optional, column), gather=gather, tally=Tally(notes),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from prefuse.engine.data.records import BadRow, Message
 
@@ -24,7 +25,17 @@ MARKER = re.compile(
     r"|<start_of_turn>model\n|\[/INST\]"
 )
 LABEL = re.compile(r"(?:^|\n)[ \t]*(?:\#+ *)?\w[\w ]{0,20}:(?=\s|$)")
-SPEAKERS = re.compile(rf"(?:^|\n)[ \t]*(?:\#+ *)?(?:{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question) *:")
+SPOKEN = re.compile(  # the marks of turns, for `turns_of_transcript`
+    rf"(?:(?:^|\n)[ \t]*(?:\#+ *)?|\#{{2,}} *)(?P<name>{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question"
+    r"|System|SYSTEM|FUNCTION RESPONSE) *:"
+    r"|<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\n*"
+    r"|<\|(?P<zephyr>system|user|assistant|tool)\|>\n?|<start_of_turn>(?P<gemma>user|model)\n|(?P<inst>\[/?INST\])"
+)
+SAID_BY = {"system": "system", "function response": "tool", "tool": "tool", "ipython": "tool"}
+SAID_BY |= dict.fromkeys(("human", "user", "instruction", "question", "[inst]"), "user")
+ENDS = re.compile(
+    r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|endoftext\|>|<end_of_turn>|</s>|<s>|<bos>|<\|begin_of_text\|>)\s*"
+)
 GUESSED = "prompts are what both sides share up to a whole word, for no mark says where the answer begins"
 
 
@@ -42,6 +53,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
         markers = list(MARKER.finditer(text))
         if not markers:
             raise BadRow(f'"{side}" has no assistant\'s turn, as the transcripts of other rows have')
+        markers = [marker for marker in markers if marker[0].strip() == markers[0][0].strip()]  # no "Answer:" in one
         ends.append(markers[-1].end())
     if chosen[: ends[0]] != rejected[: ends[1]]:
         raise BadRow("chosen and rejected differ before the last turn")
@@ -82,14 +94,43 @@ def split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Me
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def turns_of_transcript(prompt: str) -> list[Message]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; a prompt without markers is one user turn."""
-    marks = list(SPEAKERS.finditer(prompt))
-    if not marks or prompt[: marks[0].start()].strip():
-        return [{"role": "user", "content": prompt}]
-    ends = [*(mark.start() for mark in marks[1:]), len(prompt)]
-    turns = []
-    for mark, end in zip(marks, ends, strict=True):
-        role = "assistant" if MARKER.fullmatch(mark.group()) else "user"
-        turns.append({"role": role, "content": prompt[mark.end() : end].strip()})
+def turns_of_transcript(text: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; what stands before the first mark is the system's.
+
+    A text without marks is one user turn. Of marks that mean one speaker the first kind counts: "Answer:" within an
+    answer of "Assistant:" is a part of it.
+    """
+    marks = list(SPOKEN.finditer(text))
+    kinds: dict[str, str] = {}  # the speaker -> the mark that counts
+    marks = [mark for mark in marks if kinds.setdefault(speaker_of(mark), _kind(mark)) == _kind(mark)]
+    if not marks:
+        return [{"role": "user", "content": text}]
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    before = _content(text[: marks[0].start()])
+    turns = [{"role": "system", "content": before}] if before else []
+    turns += [
+        {"role": speaker_of(mark), "content": _content(text[mark.end() : end])}
+        for mark, end in zip(marks, ends, strict=True)
+    ]
     return turns if turns[-1]["content"] else turns[:-1]  # the open turn of the assistant
+
+
+def are_spoken(values: Iterable[object]) -> bool:
+    """Whether (nearly) all are texts in which a user and an assistant speak, by their marks."""
+    texts = list(values)
+    spoken = sum(
+        isinstance(text, str) and {"user", "assistant"} <= set(map(speaker_of, SPOKEN.finditer(text))) for text in texts
+    )
+    return bool(texts) and spoken >= 0.9 * len(texts)
+
+
+def speaker_of(mark: re.Match[str]) -> str:
+    return SAID_BY.get(_kind(mark), "assistant")
+
+
+def _kind(mark: re.Match[str]) -> str:
+    return next(filter(None, mark.groups())).lower()
+
+
+def _content(text: str) -> str:
+    return ENDS.sub("", text).strip()

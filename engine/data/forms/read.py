@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from prefuse.engine.data.forms.blocks import named_tools
 from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
 from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
-from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.names import is_metadata, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
 from prefuse.engine.data.forms.turns import other_keys, turns_in_text
-from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
 
@@ -105,6 +106,9 @@ def _checked(
                     harmless.add(column)
                 elif column not in ignored or form.tally.rows > FIRST_ROWS:
                     raise DataError(unused_text(source.name, [column], form, kind, name))
+        if form.gather is not None and form.marks and isinstance(row, dict) and (reason := form.marks(row)):
+            yield name, SetAside(reason)
+            continue
         yield name, row
 
 
@@ -120,6 +124,8 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
             records = [Record(name, form.prompt(row), {})]
         else:
             records = list(form.read(name, row))
+            if form.marks and (reason := form.marks(row)) and any(record.label is not False for record in records):
+                raise SetAside(reason)
         return [_with_extras(record, row, form) for record in records] if has_extras else records
 
     for name, row in rows:
@@ -142,4 +148,5 @@ def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
     if settings is not None and not isinstance(settings, dict):
         raise BadRow(f'"{form.extras[1]}" is {json_kind(settings)}, expected an object')
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
-    return replace(record, tools=read_tools(tools), template_kwargs=settings or None)
+    tools = named_tools(read_tools(tools), legacy=plain_name(form.extras[0] or "") == "functions")
+    return replace(record, tools=tools, template_kwargs=settings or None)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from prefuse.engine.data.forms.blocks import without_blocks
 from prefuse.engine.data.forms.look import holds_text
 from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
@@ -65,7 +66,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
     turns: list[Message] = []
     for turn in value:
         exchange = _exchange(turn)
-        turns += exchange if exchange is not None else [_turn(turn, column)]
+        turns += exchange if exchange is not None else [_turn(part, column) for part in without_blocks(turn)]
     return turns
 
 
