@@ -239,11 +239,10 @@ def _repeated_columns(look: Look, conversation: str) -> tuple[str, ...]:
 def _says_again(row: Row, column: str, conversation: str) -> bool | None:
     """None of a row without the one or the other, which is named where it is read."""
     try:
-        return (
-            None if row.get(column) is None else _repeats(row, column, read_turns(row.get(conversation), conversation))
-        )
+        turns = read_turns(row.get(conversation), conversation)
     except BadRow:
         return None
+    return None if row.get(column) is None else _repeats(row, column, turns)
 
 
 def find_demonstration(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:

@@ -19,7 +19,16 @@ from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tre
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
 from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
 from prefuse.engine.data.forms.marks import find_marks, label_key
-from prefuse.engine.data.forms.names import MEDIA, REMARKS, SWAPPED, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain_name
+from prefuse.engine.data.forms.names import (
+    MEDIA,
+    REMARKS,
+    SWAPPED,
+    TEMPLATE_SETTINGS,
+    TOOLS,
+    VERDICTS,
+    is_metadata,
+    plain_name,
+)
 from prefuse.engine.data.forms.nested import paths_into
 from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
@@ -161,13 +170,12 @@ def _is_long(column: str, values: list[Any]) -> bool:
 
 
 def _refuse_swapped(look: Look, form: Form) -> None:
-    """A flag that may say that the two sides of a row stand the other way round."""
-    for column in look.find_all(*SWAPPED):
-        if (
-            form.kind == "pair"
-            and column not in form.used
-            and set(map(label_key, look.values[column])) - {"false", 0.0}
-        ):
+    """A flag, or a verdict beside chosen and rejected, that may say that some rows stand the other way round."""
+    free = [column for column in look.values if column not in form.used | look.used and form.kind == "pair"]
+    for column in free:
+        name, values = plain_name(column), set(map(label_key, look.values[column]))
+        says_all = name in VERDICTS and "rejected" in dict(form.became).values() and "strength" not in name
+        if (name in SWAPPED and values - {"false", 0.0}) or (says_all and len(values) > 1):
             raise DataError(
                 f'{look.source}: "{column}" may say that the two sides of a row are to be swapped. Fix: --columns '
                 f"unused={column} if they stand as they should; else write them the right way round"

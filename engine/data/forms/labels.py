@@ -22,7 +22,7 @@ def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions)
     column = named["label"][0] if "label" in named else _label_column(look, options)
     if column is None:
         return None
-    says_bad = plain_name(column.rpartition(".")[2]) in BAD_FLAGS and is_flag(look.values[column])
+    says_bad = plain_name(column.rpartition(".")[2]) in BAD_FLAGS and is_flag(look, column)
     look.used.add(column)
     answers = find_answers(look, named)
     if answers is None:
@@ -41,7 +41,7 @@ def _label_column(look: Look, options: ReadOptions) -> str | None:
     """A column that is named a label, a flag of true and false, or a status that is a good or a bad word."""
     if column := next((name for name in look.find_all(*LABELS) if name != options.score_column), None):
         return column
-    flags = [name for name in look.find_all(*FLAGS, *BAD_FLAGS) if is_flag(look.values[name])]
+    flags = [name for name in look.find_all(*FLAGS, *BAD_FLAGS) if is_flag(look, name)]
     return (flags or [name for name in look.find_all(*STATUSES) if is_labels(look.values[name])] or [None])[0]
 
 

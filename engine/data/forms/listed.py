@@ -77,7 +77,9 @@ def find_listed(look: Look, named: dict[str, list[str]]) -> Listed | None:
         return Listed((named["answers"][0],), names=_names_beside(look, named["answers"][0]))
     for column in look.find_all(*ANSWER_LISTS):
         lists = [value for value in look.values[column] if isinstance(value, list)]
-        if look.all_are(column, list) and any(isinstance(part, str | dict) for value in lists for part in value):
+        if look.all_are(column, list) and any(
+            part is not None and _is_answer(part) for value in lists for part in value
+        ):
             return Listed((column,), names=_names_beside(look, column))
         if look.all_are(column, dict) and all(map(_is_keyed, look.values[column])):
             return Listed((column,))
@@ -97,7 +99,7 @@ def _is_keyed(value: Any) -> bool:
 
 def _is_answer(value: Any) -> bool:
     if isinstance(value, dict):
-        return bool(OF_ONE_ANSWER & set(value))
+        return bool(OF_ONE_ANSWER & set(map(plain_name, value)))
     if isinstance(value, list):
         return bool(value) and all(isinstance(turn, dict) and set(ROLE_KEYS) & set(turn) for turn in value)
     return value is None or isinstance(value, str)
@@ -251,9 +253,11 @@ def _named(row: Row, column: str, listed: Listed) -> bool:
 
 
 def _is_best(value: Any, names: list[str], answers: list[Any]) -> list[bool]:
-    by_text = [isinstance(value, str) and answer == value for answer in answers]
+    """None is, where its text is one answer's and its name another's."""
     place = place_of(value, names)
-    return by_text if any(by_text) else [i == place for i in range(len(names))]
+    by_text = [isinstance(value, str) and answer == value for answer in answers]
+    by_name = [i == place for i in range(len(names))]
+    return by_name if not any(by_text) else by_text if place is None or by_text == by_name else [False] * len(names)
 
 
 def place_of(name: Any, names: list[str]) -> int | None:
@@ -308,7 +312,7 @@ def _order(look: Look, listed: Listed, asked: str | None) -> Judged | None:
         if rows and found >= (1 - MOST_STRANGE) * len(rows):
 
             def read(row: Row, names: list[str], answers: list[Any], column: str = column) -> list[float | None]:
-                goodness = order_of(row[column], names)
+                goodness = ranks_in_order(row[column], names)
                 if goodness is None:
                     raise BadRow(f'"{column}" is {str(row[column])!r:.40}, no order of its {len(names)} answers')
                 return goodness
@@ -319,12 +323,12 @@ def _order(look: Look, listed: Listed, asked: str | None) -> Judged | None:
 
 def _ordered(row: Row, column: str, listed: Listed) -> list[float | None] | None:
     try:
-        return order_of(row[column], listed.read(row)[0])
+        return ranks_in_order(row[column], listed.read(row)[0])
     except BadRow:
         return None
 
 
-def order_of(value: Any, names: list[str]) -> list[float | None] | None:
+def ranks_in_order(value: Any, names: list[str]) -> list[float | None] | None:
     """ "A > C = B" or ["A", "C", "B"]: the goodness of each name, None of those left out; None if it is no order."""
     if isinstance(value, str) and re.search(r"[<>≻≺]", value):
         groups = [re.split(r"[=~≈]+", group) for group in re.split(r"[<>≻≺]+", value.strip("[] "))]

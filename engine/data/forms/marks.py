@@ -9,12 +9,21 @@ A row that a status or a flag marks as bad is set aside, unless it is there as a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from prefuse.engine.data.forms.form import Form, Row
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import BAD_FLAGS, BAD_REVIEWS, FLAGS, LABELS, REVIEWS, STATUSES, plain_name
+from prefuse.engine.data.forms.names import (
+    BAD_FLAGS,
+    BAD_REVIEWS,
+    COUNTED,
+    FLAGS,
+    LABELS,
+    REVIEWS,
+    STATUSES,
+    plain_name,
+)
 
 GOOD_WORDS = {
     "true", "up", "thumbs_up", "thumb_up", "thumbsup", "good", "yes", "positive", "like", "liked", "desirable",
@@ -47,10 +56,11 @@ def label_key(value: Any) -> str | float | None:
     return word.rstrip("\ufe0f🏻🏼🏽🏾🏿") if number != number else number
 
 
-def is_flag(values: Iterable[Any]) -> bool:
-    """True and false alone, also as 1 and 0 or as words."""
-    keys = set(map(label_key, values))
-    return bool(keys) and keys <= {"true", "false", "yes", "no", 0.0, 1.0}
+def is_flag(look: Look, column: str) -> bool:
+    """True and false alone, also as words or, where it is no count of thumbs or votes, as 1 and 0."""
+    keys = set(map(label_key, look.values[column]))
+    numbers = set() if plain_name(column) in COUNTED else {0.0, 1.0}
+    return bool(keys) and keys <= {"true", "false", "yes", "no"} | numbers
 
 
 def is_labels(values: list[Any]) -> bool:
@@ -69,8 +79,8 @@ def find_marks(look: Look, form: Form, kind: str) -> tuple[list[str], Marks | No
     bad: dict[str, Callable[[Any], bool]] = {}
     words = BAD_WORDS | ({"tie"} if form.kind == "pair" else set())
     for column in free:
-        name, values = plain_name(column), look.values[column]
-        if (name in flags or name in bad_flags) and is_flag(values):
+        name = plain_name(column)
+        if (name in flags or name in bad_flags) and is_flag(look, column):
             bad[column] = _is_true if name in bad_flags else _is_false
         elif name in STATUSES or name.endswith("_status"):
             bad[column] = lambda value: isinstance(value, str) and label_key(value) in words

@@ -64,10 +64,11 @@ FLAGS = (
     "thumb_up", "upvote", "is_liked", "is_preferred", "is_chosen", "is_good_answer", "is_valid", "valid", "passed",
 )  # fmt: skip
 BAD_FLAGS = (  # true is bad
-    "rejected", "toxic", "is_toxic", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe", "flagged",
-    "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked", "thumbs_down",
-    "thumb_down", "downvote", "deleted", "is_rejected", "is_flagged", "is_deleted",
+    "rejected", "toxic", "is_toxic", "toxicity", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe",
+    "flagged", "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked",
+    "thumbs_down", "thumb_down", "downvote", "deleted", "is_rejected", "is_flagged", "is_deleted",
 )  # fmt: skip
+COUNTED = {"thumbs_up", "thumb_up", "upvote", "thumbs_down", "thumb_down", "downvote"}  # flags, or how many there are
 REVIEWS = {"approved", "is_approved", "is_valid", "valid"}  # flags of a row, whatever it holds
 BAD_REVIEWS = {
     "flagged", "is_flagged", "discarded", "deleted", "is_deleted", "spam", "is_spam", "rejected", "is_rejected",
@@ -108,10 +109,10 @@ METADATA = {
     "correct_answers", "critique", "data_source", "dataset", "date", "difficulty", "domain", "file", "files", "hash",
     "hash_id", "id", "idx", "incorrect_answers", "index", "info", "judge", "judgement", "justification", "lang",
     "language", "license", "link", "meta", "metadata", "model", "models", "name_of_source", "note", "notes", "origin",
-    "model_names", "path", "principle", "rater", "sha", "source", "sources", "split", "state", "status", "subject", "subset",
+    "path", "principle", "rater", "sha", "source", "sources", "split", "state", "status", "subject", "subset",
     "subtopic", "tag", "tags", "task", "task_type", "time", "timestamp", "topic", "topics", "turn", "turns", "type",
     "url", "urls", "user", "uuid", "version", "title", "key", "instruction_source", "good_natured", "generator",
-    "generators", "datasplit", "batch", "worker", "policy", "subreddit", "preference_statement",
+    "generators", "datasplit", "batch", "worker", "policy", "subreddit", "preference_statement", "model_names",
     "subcategory", "country", "hashed_ip", "language_code",
     "preference_elaboration",
 }  # fmt: skip

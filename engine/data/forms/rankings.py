@@ -43,7 +43,9 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     def read(name: str, row: Row) -> Iterable[Record]:
         names, answers = listed.read(row)
         goodness = judged.read(row, names, answers)
-        scored = [(_text_of(a, listed.columns[0]), g) for a, g in zip(answers, goodness, strict=True) if g is not None]
+        scored = [
+            (_text_of(a, listed.columns[0]), g) for a, g in zip(answers, goodness, strict=True) if None not in (a, g)
+        ]
         notes["answers without a rank, in no pair"] += len(answers) - len(scored)
         if options.keep_scores:
             yield from scored_answers(name, prompt.read(row), scored)
@@ -55,8 +57,8 @@ def find_ranking(look: Look, named: dict[str, list[str]], options: ReadOptions) 
     became += [(column, judged.words) for column in judged.columns]
     required = (prompt.text, *listed.columns[:1], *judged.columns[:1])
     return Form(
-        "scored" if options.keep_scores else "pair", "/".join([prompt.text, *listed.columns, *judged.columns]), required,
-        tuple(became), read, prompt.read, as_turns=prompt.as_turns,
+        "scored" if options.keep_scores else "pair", "/".join([prompt.text, *listed.columns, *judged.columns]),
+        required, tuple(became), read, prompt.read, as_turns=prompt.as_turns,
         optional=(*prompt.optional, *listed.columns[1:], *judged.columns[1:]), tally=Tally(notes),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import Any
 
 from prefuse.engine.data.forms.form import ReadOptions
@@ -61,7 +62,7 @@ def rating_reader(values: Iterable[Any]) -> Callable[[Any, str], float]:
 
 def _rating(value: Any) -> tuple[float, float | None] | None:
     """(the number, the most that is possible, where it is written)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
         number = float(value)

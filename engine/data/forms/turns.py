@@ -7,7 +7,7 @@ and `train` say what is learned.
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,8 @@ from prefuse.engine.data.forms.blocks import without_blocks
 from prefuse.engine.data.forms.look import holds_text
 from prefuse.engine.data.forms.names import is_metadata
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
-from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message
+from prefuse.engine.data.sources.tables import json_or_python
+from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message, parsed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPELLINGS = {role: role for role in ROLES}
@@ -25,9 +26,22 @@ SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "ai"), 
 SPELLINGS |= {role: role for role in CALL_ROLES} | dict.fromkeys(RESULT_ROLES, "tool")
 ROLE_KEYS = ("role", "from", "speaker")
 TEXT_KEYS = ("content", "value", "parts", "text", "utterance")
-ANSWER_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")  # of an object with no role
+ANSWER_KEYS = (
+    "response",
+    "answer",
+    "text",
+    "content",
+    "completion",
+    "output",
+    "message",
+    "reply",
+    "generation",
+    "candidate",
+    "generated_text",
+)  # of an object with no role
 EXCHANGES = dict.fromkeys(("input", "question", "query", "prompt"), "user")  # keys of {question, answer}, as _exchange
 EXCHANGES |= dict.fromkeys(("output", "answer", "response", "completion"), "assistant")
+BROKEN_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
 
 
@@ -35,6 +49,8 @@ def read_text(value: Any, column: str) -> Text:
     """A string as it is, or turns; one turn may stand without its list."""
     if isinstance(value, str):
         check_unicode(value, column)
+        if BROKEN_TURNS.match(value) and turns_in_text(value) is None:
+            raise BadRow(f'"{column}" is a text that begins like a list of turns, and is none that can be read')
         return value
     if isinstance(value, dict) and (alone := _text_alone(value, column)) is not None:
         return read_text(alone, column)
@@ -71,7 +87,8 @@ def read_turns(value: Any, column: str) -> list[Message]:
 
 
 def read_history(value: Any, column: str) -> list[Message]:
-    """[[question, answer], ...], or turns."""
+    """[[question, answer], ...], or turns; also as JSON text."""
+    value = parsed(value, f'"{column}"')
     if not isinstance(value, list) or not all(isinstance(pair, list) for pair in value):
         return read_turns(value, column)
     turns = []
@@ -92,10 +109,7 @@ def turns_in_text(value: Any) -> list[Any] | None:
     objects and names a role in each."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
-    try:
-        turns = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
+    turns = json_or_python(value)
     is_turns = turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
     return turns if is_turns else None
 

@@ -132,8 +132,8 @@ def _table_of_words(answers: Answers) -> dict[Any, float]:
     table: dict[Any, float] = dict.fromkeys(TIES, 0.5)
     for column, suffix, verdict in zip(answers.columns, answers.suffixes, (1.0, 0.0), strict=True):
         number = "1" if verdict else "2"
-        order = "first" if verdict else "second"
-        ways = [suffix, column, order] + [
+        order = ["first", "1st", "left"] if verdict else ["second", "2nd", "right"]
+        ways = [suffix, column, *order] + [
             f"{noun}_{suffix}" for noun in ("model", "response", "answer", "assistant", "output")
         ]
         table |= dict.fromkeys(map(plain_name, ways), verdict)
