@@ -154,6 +154,22 @@ def test_rows_that_are_marked_as_bad_are_set_aside_and_counted(tmp_path, kind, r
     assert "rows that it marks as bad are set aside" in reading.form.roles
 
 
+def test_a_column_that_judges_late_stops_the_run_and_may_be_unused(tmp_path):
+    row = {"prompt": "Q", "completion": "A"}
+    for first in ({}, {"flagged": None}):
+        rows = [row | first] * 1000 + [row | {"flagged": True}]
+        with pytest.raises(
+            DataError, match=r'"flagged" says how good a row is, and has its first value in row .*:1001'
+        ):
+            read(tmp_path, rows, "sft")
+        assert len(read(tmp_path, rows, "sft", columns="unused=flagged")[0]) == 1001
+    rows = [row] * 1000 + [row | {"why": "words"}]
+    assert len(read(tmp_path, rows, "sft", columns="unused=why")[0]) == 1001
+    assert len(read(tmp_path, [row | {"why": "words"}] * 1001, "sft", columns="unused=why")[0]) == 1001
+    marked = [row | {"status": None}] * 1000 + [row | {"status": "rejected"}]
+    assert len(read(tmp_path, marked, "sft")[0]) == 1000
+
+
 def test_a_bad_answer_stays_where_it_is_asked_for(tmp_path):
     row = {"prompt": "Q", "completion": "A"}
     rows = [row | {"label": True, "flagged": False}, row | {"label": False, "flagged": True}]

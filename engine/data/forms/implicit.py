@@ -12,6 +12,7 @@ begins; how many rows that concerns is logged.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -117,7 +118,7 @@ def turns_of_transcript(text: str) -> list[Message]:
 
 def are_spoken(values: Iterable[object]) -> bool:
     """Whether (nearly) all are texts in which a user and an assistant speak, by their marks."""
-    texts = list(values)
+    texts = list(itertools.islice(values, 100))
     spoken = sum(
         isinstance(text, str) and {"user", "assistant"} <= set(map(speaker_of, SPOKEN.finditer(text))) for text in texts
     )

@@ -107,7 +107,7 @@ def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str,
     for role, column in pairs:
         if role not in ROLES or not column or not isinstance(column, str):
             raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
-        if column not in look.values:
+        if column not in look.values and role != "unused":  # it may first stand in a later row
             raise DataError(
                 f'{look.source} has no column "{column}", which --columns or a scorer names: its columns are '
                 f"{', '.join(look.values)}"

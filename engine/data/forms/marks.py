@@ -21,7 +21,7 @@ from prefuse.engine.data.forms.names import (
     FLAGS,
     LABELS,
     REVIEWS,
-    STATUSES,
+    is_status,
     plain_name,
 )
 
@@ -82,7 +82,7 @@ def find_marks(look: Look, form: Form, kind: str) -> tuple[list[str], Marks | No
         name = plain_name(column)
         if (name in flags or name in bad_flags) and is_flag(look, column):
             bad[column] = _is_true if name in bad_flags else _is_false
-        elif name in STATUSES or name.endswith("_status"):
+        elif is_status(column):
             bad[column] = lambda value: isinstance(value, str) and label_key(value) in words
     if not bad:
         return [], None

@@ -130,6 +130,18 @@ REMARKS = {
 SWAPPED = ("swapped", "is_swapped", "flipped", "is_flipped", "reversed", "is_reversed")
 
 
+def judges(column: str) -> bool:
+    """Whether a column of this name says how good a row is."""
+    name = plain_name(column)
+    return name in {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES} or is_status(column)
+
+
+def is_status(column: str) -> bool:
+    """Whether a column of this name says, in words, what became of a row."""
+    name = plain_name(column)
+    return name in STATUSES or name.endswith("_status")
+
+
 def is_metadata(column: str) -> bool:
     name = plain_name(column.rpartition(".")[2])  # of a value inside an object, its own key
     return name in METADATA or name.endswith(METADATA_ENDS) or name.startswith(METADATA_STARTS)

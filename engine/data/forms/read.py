@@ -12,9 +12,9 @@ from prefuse.engine.data.forms.blocks import named_tools
 from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
-from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
+from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
-from prefuse.engine.data.forms.names import is_metadata, plain_name
+from prefuse.engine.data.forms.names import is_metadata, is_status, judges, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
 from prefuse.engine.data.forms.turns import other_keys, turns_in_text
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Skipped, json_kind
@@ -68,7 +68,9 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
         form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
     ignored = [column for column in look.values if column not in form.used]
-    checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
+    told = set(columns_by_role(options.columns).get("unused", ()))
+    empty = {column for column in ignored if not look.values[column]}
+    checked = _checked(itertools.chain(first, rows), source, form, kind, told, set(ignored) - told, empty)
     return Reading(_outcomes(checked, form, kind), form, ignored)
 
 
@@ -89,10 +91,16 @@ def _problem(row: Any) -> str:
 
 
 def _checked(
-    rows: Iterator[tuple[str, Any]], source: Source, form: Form, kind: str, ignored: list[str]
-) -> Iterator[tuple[str, Any]]:
-    """Counts the rows, and stops where one has text in a column that was empty or absent in the first rows."""
-    harmless = form.used | {column for column in ignored if is_metadata(column)}
+    rows: Iterator[tuple[str, Any]], source: Source, form: Form, kind: str,
+    told: set[str], ignored: set[str], empty: set[str],
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Counts the rows, and stops where one has text, or a verdict, in a column that has no value in the first rows.
+
+    `told`: columns that are unused by the user's word; `ignored`: other columns of the first rows; `empty`: of those,
+    the ones without values. What a status says is looked at in every row.
+    """
+    late = {column for column in empty if judges(column) and not is_status(column)} if kind != "prompt" else set()
+    harmless = form.used | told | {column for column in ignored - late if is_metadata(column)}
     for name, row in rows:
         form.tally.rows += 1
         if isinstance(row, dict) and not harmless.issuperset(row):
@@ -100,7 +108,11 @@ def _checked(
                 yield name, bad
                 continue
             for column in row:
-                if column in harmless or not holds_text(row[column]):
+                if column in harmless or row[column] is None:
+                    continue
+                if column in late or (column not in ignored and judges(column) and kind != "prompt"):
+                    raise DataError(_late(source.name, column, name))
+                if not holds_text(row[column]):
                     continue
                 if column not in ignored and is_metadata(column):
                     harmless.add(column)
@@ -110,6 +122,13 @@ def _checked(
             yield name, SetAside(reason)
             continue
         yield name, row
+
+
+def _late(source: str, column: str, row: str) -> str:
+    return (
+        f'{source}: "{column}" says how good a row is, and has its first value in row {row}, behind the {FIRST_ROWS} '
+        f"rows by which columns are understood. Fix: move such a row to the top, or --columns unused={column}"
+    )
 
 
 def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterator[Record | Skipped]:
