@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefuse.engine.data.forms.implicit import turns_of_transcript
+from prefuse.engine.data.forms.implicit import are_spoken, turns_of_transcript
 from prefuse.engine.data.records import BadRow, Record, SetAside
 from prefuse.engine.data.turns import REASONING
 from prefuse.engine.errors import UserError
@@ -72,8 +72,19 @@ def with_turns(record: Record) -> Record:
     """Strings as turns: transcripts are cut at their markers, any other prompt is one user turn."""
     if not isinstance(record.prompt, str):
         return record
+    if not record.prompt and set(record.sides) == {"completion"}:
+        return _turns_of_text(record)
     sides = {side: [{"role": "assistant", "content": text.strip()}] for side, text in record.sides.items()}
     return replace(record, prompt=turns_of_transcript(record.prompt), sides=sides)
+
+
+def _turns_of_text(record: Record) -> Record:
+    """A text that is a transcript."""
+    text = record.sides["completion"]
+    turns = turns_of_transcript(text) if are_spoken([text]) else []
+    if not turns or turns[-1]["role"] != "assistant":
+        raise BadRow("it is a text without a prompt, and no transcript that ends with the assistant's turn")
+    return replace(record, prompt=turns[:-1], sides={"completion": turns[-1:]}, conversation=True)
 
 
 def check_output(path: Path) -> None:

@@ -302,3 +302,16 @@ def test_pairs_whose_scores_say_the_opposite_are_counted(tmp_path):
     for needs in ((), ("scores",)):
         _, reading, _ = read(tmp_path, rows, "pair", needs=needs)
         assert reading.form.tally.lines == ["rows with a lower chosen_score than rejected_score, kept as they stand: 1"]
+
+
+def test_rows_of_one_prompt_are_all_counted(tmp_path):
+    rows = [ANSWER | {"question": q, "score": n, "answer": str(n)} for q, n in (("Q", 1), ("Q", 2), ("R", 3), ("R", 3))]
+    records, _, skipped = read(tmp_path, rows, "pair")
+    assert records == [("user: Q", "assistant: 2", "assistant: 1")]
+    assert [skip.row for skip in skipped] == ["rows.jsonl:3", "rows.jsonl:4"]
+
+
+def test_scored_rows_that_share_no_prompt_are_no_pairs(tmp_path):
+    rows = [ANSWER | {"question": f"Q{n}", "score": n} for n in range(3)]
+    with pytest.raises(DataError, match='or use it as "labelled" data'):
+        read(tmp_path, rows, "pair")
