@@ -189,6 +189,8 @@ SPOKEN = {
     "chatml": (
         {"conversation": "".join(map(CHATML.format, ("system", "user", "assistant"), "SQA"))}, "system: S|user: Q",
     ),
+    "in brackets": ({"conversation": "[USER] Q\n[ASSISTANT] A"}, "user: Q"),
+    "Llama 2": ({"conversation": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s>"}, "system: S|user: Q"),
     "a label within": ({"chat": "User: Q\nAnswer: no\nUser: R\nAnswer: A"}, "user: Q|assistant: no|user: R"),
 }  # fmt: skip
 

@@ -30,10 +30,11 @@ SPOKEN = re.compile(  # the marks of turns, for `turns_of_transcript`
     rf"(?:(?:^|\n)[ \t]*(?:\#+ *)?|\#{{2,}} *)(?P<name>{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question"
     r"|System|SYSTEM|FUNCTION RESPONSE) *:"
     r"|<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\n*"
-    r"|<\|(?P<zephyr>system|user|assistant|tool)\|>\n?|<start_of_turn>(?P<gemma>user|model)\n|(?P<inst>\[/?INST\])"
+    r"|<\|(?P<zephyr>system|user|assistant|tool)\|>\n?|<start_of_turn>(?P<gemma>user|model)\n|(?P<inst>\[/?INST\]|\[(?:USER|ASSISTANT|SYSTEM)\])"
 )
-SAID_BY = {"system": "system", "function response": "tool", "tool": "tool", "ipython": "tool"}
-SAID_BY |= dict.fromkeys(("human", "user", "instruction", "question", "[inst]"), "user")
+LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL)
+SAID_BY = {"system": "system", "[system]": "system", "function response": "tool", "tool": "tool", "ipython": "tool"}
+SAID_BY |= dict.fromkeys(("human", "user", "instruction", "question", "[inst]", "[user]"), "user")
 ENDS = re.compile(
     r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|endoftext\|>|<end_of_turn>|</s>|<s>|<bos>|<\|begin_of_text\|>)\s*"
 )
@@ -109,10 +110,12 @@ def turns_of_transcript(text: str) -> list[Message]:
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     before = _content(text[: marks[0].start()])
     turns = [{"role": "system", "content": before}] if before else []
-    turns += [
-        {"role": speaker_of(mark), "content": _content(text[mark.end() : end])}
-        for mark, end in zip(marks, ends, strict=True)
-    ]
+    for mark, end in zip(marks, ends, strict=True):
+        said = _content(text[mark.end() : end])
+        if system := LLAMA_SYSTEM.match(said):
+            turns.append({"role": "system", "content": system[1].strip()})
+            said = said[system.end() :]
+        turns.append({"role": speaker_of(mark), "content": said})
     return turns if turns[-1]["content"] else turns[:-1]  # the open turn of the assistant
 
 
