@@ -131,7 +131,8 @@ def _vocabulary(look: Look, column: str) -> Callable[[Any], bool]:
     strange = words - GOOD_WORDS - BAD_WORDS
     if not (numbers <= {0, 1} or numbers <= {1, -1}) and (len(numbers) > 1 or not words):
         raise DataError(_other_values(look, column, seen))
-    if sum(seen[word] for word in strange) > MOST_STRANGE * seen.total():
+    unknown = sum(seen[word] for word in strange)
+    if unknown > max(1, MOST_STRANGE * seen.total()) or unknown == seen.total() > 0:
         raise DataError(_other_values(look, column, seen))
     good, bad = GOOD_WORDS | {1.0}, BAD_WORDS | {-1.0 if -1.0 in numbers else 0.0}
 
