@@ -5,9 +5,10 @@ Each was refused without need, or read wrong, once; the row beside it says what 
 
 import pytest
 
-from prefuse.engine.data import DataError
+from prefuse.engine.data import DataError, load_examples
 from prefuse.engine.data.forms import read_records
 from rows import read, write_lines
+from tiny_tokenizer import CHATML, tiny_tokenizer
 
 
 def turn(role, content):
@@ -63,6 +64,8 @@ LISTS = {
     "three scores": {"answer_1": "B", "answer_2": "A", "answer_3": "C", "score_1": 1, "score_2": 3, "score_3": 2},
     "the best of three": {"response_a": "B", "response_b": "A", "response_c": "B", "winner": "response_b"},
     "the best one's text": {"responses": ["A", "B"], "best_response": "A"},
+    "two places": {"responses": ["C", "A", "B"], "chosen": 2, "rejected": 3},
+    "two places from 0": {"responses": ["A", "C", "B"], "chosen_index": 0, "rejected_index": 2},
     "turns": {"responses": [[GOOD], [BAD]], "scores": [2, 1]},
     "a null among them": {"responses": ["A", None, "B"], "scores": [3, 2, 1]},
     "ranks": {"responses": ["B", "A", "C"], "ranks": [3, 1, 2]},
@@ -177,7 +180,7 @@ def test_a_bad_answer_stays_where_it_is_asked_for(tmp_path):
 
 
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: Q\n\nAssistant: A"
-CHATML = "<|im_start|>{}\n{}<|im_end|>\n"
+TURN = "<|im_start|>{}\n{}<|im_end|>\n"
 SPOKEN = {
     "Human and Assistant": ({"transcript": HH}, "user: q|assistant: a|user: Q"),
     "### Human": ({"chat": "### Human: Q### Assistant: A"}, "user: Q"),
@@ -187,7 +190,7 @@ SPOKEN = {
         "system: S|user: Q|assistant: f()|tool: 1",
     ),
     "chatml": (
-        {"conversation": "".join(map(CHATML.format, ("system", "user", "assistant"), "SQA"))}, "system: S|user: Q",
+        {"conversation": "".join(map(TURN.format, ("system", "user", "assistant"), "SQA"))}, "system: S|user: Q",
     ),
     "in brackets": ({"conversation": "[USER] Q\n[ASSISTANT] A"}, "user: Q"),
     "Llama 2": ({"conversation": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s>"}, "system: S|user: Q"),
@@ -239,6 +242,18 @@ def test_claude_s_blocks_are_calls_and_their_results(tmp_path):
     assert record.tools == [{"type": "function", "function": function}]
     late = {"messages": [USER, turn("assistant", [USE, said])]}
     assert read(tmp_path, [late], "sft")[2][0].reason.startswith("an assistant's turn has text behind")
+
+
+def test_turns_that_are_not_learned(tmp_path):
+    flagged = [USER, BAD | {"toxic": True}, USER, GOOD | {"toxic": False}]
+    (record,) = read_records(write_lines(tmp_path / "rows.jsonl", [{"messages": flagged}]), "sft").outcomes
+    assert [turn.get("train") for turn in record.prompt + record.sides["completion"]] == [None, False, None, None]
+    row = {"messages": [USER, BAD | {"loss": False}, USER, GOOD | {"loss": True}]}  # ms-swift's key
+    dataset = load_examples(
+        write_lines(tmp_path / "rows.jsonl", [row]), "sft", tiny_tokenizer(chat_template=CHATML), 64
+    )
+    (example,) = dataset.examples
+    assert sum(example.learned) == 2  # the answer and the end of its turn
 
 
 def test_functions_are_tools(tmp_path):

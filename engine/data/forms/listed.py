@@ -227,6 +227,8 @@ def _by_key(look: Look, listed: Listed, options: ReadOptions) -> Judged | None:
 
 
 def _best(look: Look, listed: Listed) -> Judged | None:
+    if not listed.suffixes and (both := _two_places(look, listed)):
+        return both
     index = look.find(*BEST_INDEX)
     if index and look.is_numbers(index) and not listed.suffixes:
         return _by_index(look, listed, index)
@@ -243,6 +245,24 @@ def _best(look: Look, listed: Listed) -> Judged | None:
 
             return Judged((column,), "name of the best answer", read)
     return None
+
+
+def _two_places(look: Look, listed: Listed) -> Judged | None:
+    """The places of the better and of the worse answer."""
+    columns = look.find("chosen", "chosen_index", "chosen_idx"), look.find("rejected", "rejected_index", "rejected_idx")
+    if not all(columns) or not all(look.is_numbers(column) for column in columns):
+        return None
+    chosen, rejected = columns
+    lowest = _lowest_index(look, listed.columns[0], chosen or "", rejected or "")
+
+    def read(row: Row, names: list[str], answers: list[Any]) -> list[float | None]:
+        places = [number_of(row.get(column)) for column in columns]
+        places = [None if place is None else place - lowest for place in places]
+        if places[0] == places[1] or not all(place in range(len(names)) for place in places):
+            raise BadRow(f'"{chosen}" and "{rejected}" are no two places of its {len(names)} answers')
+        return [{places[0]: 1.0, places[1]: 0.0}.get(place) for place in range(len(names))]
+
+    return Judged((chosen, rejected), f"place among the answers{', from 1' if lowest else ''}", read)  # type: ignore
 
 
 def _named(row: Row, column: str, listed: Listed) -> bool:
@@ -285,12 +305,13 @@ def _by_index(look: Look, listed: Listed, best: str) -> Judged:
     return Judged((best,), f"index of the best answer{', counted from 1' if lowest else ''}", read)
 
 
-def _lowest_index(look: Look, column: str, best: str) -> int:
-    """Whether the index of the best answer counts from 0 or from 1, by the first rows."""
+def _lowest_index(look: Look, column: str, best: str, *others: str) -> int:
+    """Whether the index of the best answer (and of others) counts from 0 or from 1, by the first rows."""
     rows = [row for row in look.first if isinstance(row.get(column), list)]
-    if any(number_of(row.get(best)) == 0 for row in rows):
+    places = [(number_of(row.get(index)), len(row[column])) for row in rows for index in (best, *others)]
+    if any(place == 0 for place, _ in places):
         return 0
-    if any(number_of(row.get(best)) == len(row[column]) for row in rows):
+    if any(place == count for place, count in places):
         return 1
     if plain_name(best).endswith(("index", "idx")):
         return 0

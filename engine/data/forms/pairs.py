@@ -179,7 +179,8 @@ def _sides(look: Look, named: dict[str, list[str]]) -> tuple[str, str] | None:
         if chosen and look.is_text(rejected):
             return chosen, rejected
     both = look.find("chosen"), look.find("rejected")  # named so, whatever they hold: their rows say what is wrong
-    return both if all(both) else None  # type: ignore[return-value]
+    are_places = all(both) and all(look.is_numbers(column) for column in both)  # of a list of answers
+    return both if all(both) and not are_places else None  # type: ignore[return-value]
 
 
 def _copy_of_chosen(look: Look, chosen: str) -> str | None:

@@ -16,7 +16,7 @@ from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata, is_status, judges, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
-from prefuse.engine.data.forms.turns import other_keys, turns_in_text
+from prefuse.engine.data.forms.turns import marked_turns, other_keys, turns_in_text
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
@@ -67,6 +67,10 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     rows = _with_turns(rows, as_text, form.tally.notes) if as_text else rows
     for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
         form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
+    marked = marked_turns(value for column in form.used for value in look.values.get(column, ()))
+    form.tally.notes["turns of the first rows that a flag of their own marks as bad, and that are not learned"] += (
+        marked
+    )
     ignored = [column for column in look.values if column not in form.used]
     told = set(columns_by_role(options.columns).get("unused", ()))
     empty = {column for column in ignored if not look.values[column]}

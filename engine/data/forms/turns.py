@@ -14,7 +14,7 @@ from typing import Any
 
 from prefuse.engine.data.forms.blocks import without_blocks
 from prefuse.engine.data.forms.look import holds_text
-from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, is_metadata, plain_name
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
 from prefuse.engine.data.sources.tables import json_or_python
 from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message, parsed
@@ -125,6 +125,18 @@ def other_keys(values: Iterable[Any]) -> Counter[str]:
     return Counter({key: count for key, count in found.items() if not is_metadata(key)})
 
 
+def marked_turns(values: Iterable[Any]) -> int:
+    """How many of the assistant's turns in columns of turns are marked as bad."""
+    turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    return sum(is_marked_bad(turn) for turn in turns if turn.keys() & set(ROLE_KEYS))
+
+
+def is_marked_bad(turn: Message) -> bool:
+    """Whether a flag of the turn itself says that it is bad: such an answer is not learned."""
+    names = {plain_name(key): part for key, part in turn.items() if isinstance(part, bool)}
+    return any(name in BAD_FLAGS if said else name in FLAGS or name in LABELS for name, said in names.items())
+
+
 def _exchange(turn: Any) -> list[Message] | None:
     """{"human": ..., "assistant": ...}, {"input": ..., "output": ...}: a question and its answer in one object."""
     if not isinstance(turn, dict) or not 1 <= len(turn) <= 3 or any(turn.get(key) for key in ROLE_KEYS):
@@ -152,6 +164,8 @@ def _turn(turn: Any, column: str) -> Message:
         known = ", ".join(ROLES) + "; human, gpt, prompter, model, bot, function_call, observation and the like"
         raise BadRow(f'unknown role {name!r:.40} in "{column}"; known: {known}')
     rest = {key: part for key, part in turn.items() if key not in (role_key, text_key)}
+    if role == "assistant" and rest and is_marked_bad(rest) and not rest.keys() & set(LEARNED):
+        rest["train"] = False
     content = turn.get(text_key)
     message = make_message(role, content, rest, column)
     if "content" in message:

@@ -40,7 +40,8 @@ def _rows(path: Path, text: io.TextIOWrapper, name: str, suffix: str) -> Iterato
         header = next(reader)
     except (csv.Error, StopIteration) as error:
         raise DataError(f"{path}: its first line names no columns: {error}") from error
-    if len(set(header)) < len(header) or not all(header):
+    header = [name or f"Unnamed: {place}" for place, name in enumerate(header)]  # pandas writes its index so
+    if len(set(header)) < len(header):
         raise DataError(f"{path}: its first line must name each column once; it has {', '.join(map(repr, header))}")
     for index in itertools.count():
         try:
