@@ -49,9 +49,8 @@ class Numbers:
         found: dict[str, object] = {}
         if self.compared:
             better, worse = (number_of(row.get(column)) for column in self.compared)
-            self.notes[f"rows with a lower {' than '.join(self.compared)}, kept as they stand"] += (
-                better is not None and worse is not None and better < worse
-            )
+            if better is not None and worse is not None and better < worse:
+                self.notes[f"rows with a lower {' than '.join(self.compared)}, kept as they stand"] += 1
         if self.weight and row.get(self.weight) is not None:
             weight = number(row[self.weight], self.weight)
             if weight < 0:

@@ -68,9 +68,7 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
         form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
     marked = marked_turns(value for column in form.used for value in look.values.get(column, ()))
-    form.tally.notes["turns of the first rows that a flag of their own marks as bad, and that are not learned"] += (
-        marked
-    )
+    form.tally.notes["turns of the first rows that a flag of their own marks as bad: they are not learned"] += marked
     ignored = [column for column in look.values if column not in form.used]
     told = set(columns_by_role(options.columns).get("unused", ()))
     empty = {column for column in ignored if not look.values[column]}
