@@ -59,6 +59,8 @@ LISTS = {
     "names beside the list": {"models": ["x", "y"], "responses": ["B", "A"], "scores": {"x": 1, "y": 5}},
     "letters of columns": {"response_a": "A", "response_b": "C", "response_c": "B", "ranking": "A>B>C"},
     "letters of a list": {"responses": ["B", "A", "C"], "ranking": "B > C > A"},
+    "numbers of a list": {"responses": ["B", "A", "C"], "ranking": "2>3>1"},
+    "the number of a column": {"answer_1": "B", "answer_2": "A", "answer_3": "B", "best_response": 2},
     "a list of letters": {"responses": ["B", "A", "C"], "ranking": ["B", "C", "A"]},
     "letters, the worst first": {"responses": ["B", "A", "C"], "ranking": "A<C<B"},
     "three scores": {"answer_1": "B", "answer_2": "A", "answer_3": "C", "score_1": 1, "score_2": 3, "score_3": 2},

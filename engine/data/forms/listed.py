@@ -60,7 +60,7 @@ class Listed:
         names = row.get(self.names) if self.names else None
         if isinstance(names, list) and len(names) == len(value):
             return [plain_name(str(name)) for name in names], value
-        return list(map(str, range(len(value)))), value
+        return [f"#{place}" for place in range(len(value))], value
 
 
 @dataclass(frozen=True)
@@ -281,16 +281,18 @@ def _is_best(value: Any, names: list[str], answers: list[Any]) -> list[bool]:
 
 
 def place_of(name: Any, names: list[str]) -> int | None:
-    """ "B", "response_b", "Model B" of a, b, c; "gpt-4" of gpt_4, llama; "b" of a list's second answer."""
+    """ "B", "response_b", "Model B" or 2 of a, b, c; "gpt-4" of gpt_4, llama; "b" of a list's second answer (#1)."""
+    if isinstance(name, int | float) and not isinstance(name, bool):
+        name = f"{name:g}"
     if not isinstance(name, str):
         return None
     plain = plain_name(name)
     short = re.sub(rf"^(?:{'|'.join(STEMS)}|system)_", "", plain)
     for spelled in (plain, short):
-        if spelled in names and not (names[0] == "0" and spelled.isdigit()):  # a list's places count from 0 or 1
+        if spelled in names:
             return names.index(spelled)
     place = ord(short) - ord("a") if len(short) == 1 and short.isalpha() else -1
-    return place if names[:1] == ["0"] and 0 <= place < len(names) else None
+    return place if names[:1] == ["#0"] and 0 <= place < len(names) else None
 
 
 def _by_index(look: Look, listed: Listed, best: str) -> Judged:
@@ -361,12 +363,21 @@ def ranks_in_order(value: Any, names: list[str]) -> list[float | None] | None:
         groups = [part if isinstance(part, list) else [part] for part in value]
     else:
         return None
-    places = [[place_of(name, names) for name in group] for group in groups]
+    lowest = _lowest_place([name for group in groups for name in group], names)
+    places = [[place_of(name, names) if lowest is None else int(name) - lowest for name in group] for group in groups]
     flat = [place for group in places for place in group]
-    if None in flat or len(set(flat)) < len(flat) or len(flat) < 2:
+    if len(set(flat)) < len(flat) or len(flat) < 2 or not all(place in range(len(names)) for place in flat):
         return None
     goodness: list[float | None] = [None] * len(names)
     for worse, group in enumerate(reversed(places)):
         for place in group:
             goodness[place] = float(worse)  # type: ignore[index]
     return goodness
+
+
+def _lowest_place(order: list[Any], names: list[str]) -> int | None:
+    """Whether the numbers of a list's answers count from 0 or from 1, by the order itself; None if they may do both."""
+    numbers = [int(name) for name in order if isinstance(name, str) and name.strip().isdecimal()]
+    if names[:1] != ["#0"] or len(numbers) < len(order):
+        return None
+    return 0 if 0 in numbers else 1 if len(names) in numbers else None
