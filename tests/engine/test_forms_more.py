@@ -251,11 +251,9 @@ def test_turns_that_are_not_learned(tmp_path):
     (record,) = read_records(write_lines(tmp_path / "rows.jsonl", [{"messages": flagged}]), "sft").outcomes
     assert [turn.get("train") for turn in record.prompt + record.sides["completion"]] == [None, False, None, None]
     row = {"messages": [USER, BAD | {"loss": False}, USER, GOOD | {"loss": True}]}  # ms-swift's key
-    dataset = load_examples(
-        write_lines(tmp_path / "rows.jsonl", [row]), "sft", tiny_tokenizer(chat_template=CHATML), 64
-    )
-    (example,) = dataset.examples
-    assert sum(example.learned) == 2  # the answer and the end of its turn
+    path, tokenizer = write_lines(tmp_path / "rows.jsonl", [row]), tiny_tokenizer(chat_template=CHATML)
+    (example,) = load_examples(path, "sft", tokenizer, 64).examples
+    assert (tokenizer.decode(example.completion), example.learned) == ("A<|im_end|>", None)
 
 
 def test_functions_are_tools(tmp_path):
