@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,18 @@ def _write_lines(path: Path, rows: Iterable[Row]) -> int:
     opened = gzip.open if path.name.endswith(".gz.tmp") else open
     with opened(path, "wt", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
             count += 1
     return count
+
+
+def _as_json(value: Any) -> Any:
+    """Values of Parquet and Arrow that JSON has no word for."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise UserError(f"a row holds a {type(value).__name__}, which JSON cannot hold; write .parquet instead")
 
 
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
