@@ -175,6 +175,11 @@ def test_a_column_that_judges_late_stops_the_run_and_may_be_unused(tmp_path):
     assert len(read(tmp_path, marked, "sft")[0]) == 1000
 
 
+def test_a_status_of_plain_words_says_nothing(tmp_path):
+    rows = beside({"prompt": "Q", "completion": "A"}, "status", "no", "yes")
+    assert read(tmp_path, rows, "sft")[0] == [("Q", "A")] * 2
+
+
 def test_a_bad_answer_stays_where_it_is_asked_for(tmp_path):
     row = {"prompt": "Q", "completion": "A"}
     rows = [row | {"label": True, "flagged": False}, row | {"label": False, "flagged": True}]

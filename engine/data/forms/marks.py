@@ -36,6 +36,7 @@ BAD_WORDS = {
     "unsafe", "unhelpful", "not_helpful", "downvote", "downvoted", "flagged", "discarded", "deleted", "removed", "spam",
     "toxic", "harmful", "wrong", "blocked", "unacceptable", "low_quality", "error",
 }  # fmt: skip
+PLAIN = {"true", "false", "yes", "no", "positive", "negative", "up", "down"}  # of a status they may say anything
 MOST_STRANGE = 0.1  # share of a source's first rows whose label may be no known word: those rows are bad
 Marks = Callable[[Row], str | None]  # why a row is set aside
 
@@ -64,9 +65,9 @@ def is_flag(look: Look, column: str) -> bool:
 
 
 def is_labels(values: list[Any]) -> bool:
-    """(Nearly) all are good and bad words, and one at least is bad."""
+    """(Nearly) all are the good and bad words of a status, and one at least is bad."""
     keys = [label_key(value) for value in values]
-    known = sum(key in GOOD_WORDS | BAD_WORDS for key in keys)
+    known = sum(key in (GOOD_WORDS | BAD_WORDS) - PLAIN for key in keys)
     return known >= (1 - MOST_STRANGE) * len(keys) and any(key in BAD_WORDS for key in keys)
 
 
@@ -77,7 +78,7 @@ def find_marks(look: Look, form: Form, kind: str) -> tuple[list[str], Marks | No
     flags = {*FLAGS, *LABELS} if is_answer else REVIEWS  # whether an answer is good is nothing that a pair is asked
     bad_flags = set(BAD_FLAGS) if is_answer else BAD_REVIEWS
     bad: dict[str, Callable[[Any], bool]] = {}
-    words = BAD_WORDS | ({"tie"} if form.kind == "pair" else set())
+    words = (BAD_WORDS - PLAIN) | ({"tie"} if form.kind == "pair" else set())
     for column in free:
         name = plain_name(column)
         if (name in flags or name in bad_flags) and is_flag(look, column):

@@ -130,10 +130,11 @@ REMARKS = {
 SWAPPED = ("swapped", "is_swapped", "flipped", "is_flipped", "reversed", "is_reversed")
 
 
-def judges(column: str) -> bool:
-    """Whether a column of this name says how good a row is."""
+def judges(column: str, of_pairs: bool) -> bool:
+    """Whether a column of this name says how good a row is (of pairs: whether it counts, and which way round)."""
     name = plain_name(column)
-    return name in {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES} or is_status(column)
+    names = {*REVIEWS, *BAD_REVIEWS, *SWAPPED, *VERDICTS} if of_pairs else {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES}
+    return name in names or is_status(column)
 
 
 def is_status(column: str) -> bool:

@@ -101,7 +101,8 @@ def _checked(
     `told`: columns that are unused by the user's word; `ignored`: other columns of the first rows; `empty`: of those,
     the ones without values. What a status says is looked at in every row.
     """
-    late = {column for column in empty if judges(column) and not is_status(column)} if kind != "prompt" else set()
+    of_pairs = form.kind == "pair"
+    late = {column for column in empty if kind != "prompt" and judges(column, of_pairs) and not is_status(column)}
     harmless = form.used | told | {column for column in ignored - late if is_metadata(column)}
     for name, row in rows:
         form.tally.rows += 1
@@ -112,7 +113,7 @@ def _checked(
             for column in row:
                 if column in harmless or row[column] is None:
                     continue
-                if column in late or (column not in ignored and judges(column) and kind != "prompt"):
+                if column in late or (column not in ignored and kind != "prompt" and judges(column, of_pairs)):
                     raise DataError(_late(source.name, column, name))
                 if not holds_text(row[column]):
                     continue
