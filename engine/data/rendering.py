@@ -106,6 +106,14 @@ class ChatTemplate:
     def source(self, tools: list[Message] | None = None) -> str:
         return self.tokenizer.get_chat_template(None, tools)
 
+    def reads(self, tools: list[Message] | None = None) -> list[str]:
+        """The names that the template takes from outside: messages, its arguments, functions."""
+        from jinja2.meta import find_undeclared_variables
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        source = self.source(tools)
+        return sorted(find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
+
     def marks_answers(self, tools: list[Message] | None = None) -> bool:
         source = self.source(tools)
         return "generation" in source and "endgeneration" in source
