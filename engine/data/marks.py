@@ -42,7 +42,10 @@ class Marks:
         """The names of those tools that do not stand in `text`, the prompt's."""
         key = _shape(prompt, tools, arguments, "tools")
         if key not in self._found:
-            bare = self.template.text(prompt, generation_prompt=True, arguments=arguments)
+            try:
+                bare = self.template.text(prompt, generation_prompt=True, arguments=arguments)
+            except BadRow:  # it asks for tools
+                bare = ""
             self._remember(key, ["dropped"] if bare == text else [])
         names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
         return names if self._found[key] else [name for name in names if name not in text]
@@ -66,7 +69,9 @@ class Marks:
 
 def _shape(messages: list[Message], *more: Any) -> str:
     """What a template may look at, but for the texts."""
-    turns = [[turn["role"], *_parts(turn), len(turn.get("tool_calls") or ())] for turn in messages]
+    turns = [
+        [turn["role"], *_parts(turn), [_has_arguments(c) for c in turn.get("tool_calls") or ()]] for turn in messages
+    ]
     tools, *rest = more
     return json.dumps([turns, bool(tools), *rest], sort_keys=True, default=str)
 
@@ -92,16 +97,24 @@ def _marked(turn: Message, i: int) -> Message:
 
 
 def _marked_call(call: Message, i: int) -> Message:
+    """With a mark among its arguments, or for its name where it has none."""
     function = call["function"]
-    arguments = function.get("arguments")
+    if not _has_arguments(call):
+        return call | {"function": function | {"name": f"call{i}mark"}}
+    said = function["arguments"]
     try:
-        said = json.loads(arguments) if isinstance(arguments, str) else arguments
+        said = json.loads(said) if isinstance(said, str) else said
     except (ValueError, RecursionError):
         return call
     if not isinstance(said, dict):
         return call
-    said = said | {f"key{i}mark": f"call{i}mark"}
-    return call | {"function": function | {"arguments": json.dumps(said) if isinstance(arguments, str) else said}}
+    marked = said | {f"key{i}mark": f"call{i}mark"}
+    arguments = json.dumps(marked) if isinstance(function["arguments"], str) else marked
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _has_arguments(call: Message) -> bool:
+    return call["function"].get("arguments") not in (None, {}, "", "{}")
 
 
 def _missing(turn: Message, i: int, text: str) -> str | None:
