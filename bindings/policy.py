@@ -150,10 +150,8 @@ def linear_policy_loss(
     if groups:
         out, gradients = _in_groups(groups, call, cu_seqlens, kept, loss, given, outputs, num_items)
         return replace(out, loss=WithGradients.apply(out.loss, gradients, hidden, weight, bias))
-    logps, entropy = logprobs_of(call, workspace, outputs), None
-    if outputs:
-        logps, extra = logps
-        entropy = extra["entropy"]
+    logps = logprobs_of(call, workspace, outputs)
+    logps, entropy = (logps[0], logps[1]["entropy"]) if outputs else (logps, None)
     return _policy_loss(logps, cu_seqlens, kept, loss, given, entropy, num_items)
 
 

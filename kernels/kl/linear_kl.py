@@ -76,26 +76,14 @@ def linear_kl(
         RuntimeError: an `impl` that cannot run here.
     """
     options = HeadOptions(softcap, float(logit_scale), float(temperature))
-    checks.check_options(options)
-    checks.check_impl(impl)
-    checks.check_head_tensors(hidden, weight, bias)
-    _of_reference(checks.check_head_tensors, ref_hidden, ref_weight, ref_bias)
-    _check_both(hidden, weight, ref_hidden, ref_weight, mask)
-    ref_options = _reference_options(options, ref_options)
+    tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    _check(*tensors, mask, options, impl)
+    scalars = _scalars(options, _reference_options(options, ref_options))
     impl = checks.resolve(impl, hidden)
-    hidden, ref_hidden = checks.in_compute_dtype(hidden), checks.in_compute_dtype(ref_hidden)
-    if ref_hidden.dtype != hidden.dtype:
-        raise TypeError(f"hidden is {hidden.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them")
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
-
+    tensors = _prepare(*tensors)
     if impl == "reference":
-        scalars = _scalars(options, ref_options)
-        kl = reference.linear_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *scalars)
-        return kl.to(accumulator_dtype(hidden.dtype))
-    return _forward_op(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *_scalars(options, ref_options), impl
-    )[0]  # fmt: skip
+        return reference.linear_kl(*tensors, mask, *scalars).to(accumulator_dtype(tensors[0].dtype))
+    return _forward_op(*tensors, mask, *scalars, impl)[0]
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -220,7 +208,21 @@ def _reference_options(options: HeadOptions, given: Mapping[str, float | None] |
     return chosen
 
 
-def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, mask: Tensor | None) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    options: HeadOptions,
+    impl: str,
+) -> None:
+    checks.check_options(options)
+    checks.check_impl(impl)
+    checks.check_head_tensors(hidden, weight, bias)
+    _of_reference(checks.check_head_tensors, ref_hidden, ref_weight, ref_bias)
     checks.check_device("ref_hidden", ref_hidden, hidden)
     if len(ref_hidden) != len(hidden):
         raise ValueError(
@@ -238,6 +240,15 @@ def _check_both(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: 
         raise TypeError(f"mask must be a bool tensor, True for the rows to keep, got {got}")
     checks.check_one_per_row("mask", mask, hidden)
     checks.check_device("mask", mask, hidden)
+
+
+def _prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias) -> tuple[Tensor | None, ...]:
+    """The same tensors, hidden states in the dtype that the op computes in, the reference's without gradients."""
+    hidden, ref_hidden = checks.in_compute_dtype(hidden), checks.in_compute_dtype(ref_hidden)
+    if ref_hidden.dtype != hidden.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} but ref_hidden is {ref_hidden.dtype}; cast one of them")
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    return hidden, weight, bias, ref_hidden.detach(), ref_weight.detach(), ref_bias
 
 
 def _of_reference(check, *args) -> None:

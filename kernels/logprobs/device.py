@@ -194,8 +194,7 @@ def fold_kernel(
     if RESCUE:
         b_shift = tl.full([BLOCK_N], -1e30, tl.float32)  # finite: -inf - -inf is NaN
     sums = _no_columns(BLOCK_N)
-    # (planes, segments, N): 64-bit, for their product may pass 2^31
-    p_part = parts + i_s.to(tl.int64) * row + o_n
+    p_part = parts + i_s.to(tl.int64) * row + o_n  # (planes, segments, N): their product may pass 2^31
     plane = tl.cast(plane, tl.int64)
 
     tiles = tl.cdiv(V, BLOCK_V)
@@ -228,7 +227,6 @@ def fold_kernel(
             b_pull = b_e.to(pulls.dtype if DESC else pulls.dtype.element_ty)
             store_tile(pulls, b_pull, i_n * BLOCK_N, column, o_n, o_v, N, V - first, stride_pn, DESC)
             tl.store(p_part + ROUNDED * plane, tl.sum(b_pull.to(tl.float32), 1), mask=m_n)
-
     _store_sums(p_part, plane, m_n, sums, b_shift, RESCUE, ENTROPY, SQUARES, MEAN, TOP1)
 
 
