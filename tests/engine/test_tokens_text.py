@@ -125,7 +125,7 @@ def test_a_leading_blank_is_a_difference(tmp_path, tokenizers, kind):
 
 
 def test_characters_that_a_tokenizer_lacks_are_counted(tmp_path):
-    rows = [{"prompt": p, "chosen": c, "rejected": "sea"} for p, c in (("the ☃", "x"), ("☃", "☃☃"), ("sky", "a"))]
+    rows = [{"prompt": p, "chosen": c, "rejected": "sea"} for p, c in (("the ☃", "blue"), ("☃", "☃ a"), ("sky", "is"))]
     tokenizer = made("WordPiece")
     said = describe_unknown(load(tmp_path, rows, "pair", tokenizer).examples, tokenizer)
     assert said == (
@@ -133,6 +133,9 @@ def test_characters_that_a_tokenizer_lacks_are_counted(tmp_path):
         "place"
     )
     assert describe_unknown(load(tmp_path, rows[2:], "pair", tokenizer).examples, tokenizer) is None
+    assert (
+        tokenizer.decode(load(tmp_path, rows, "sft", tokenizer).examples[0].completion) == "blue</s>"
+    )  # not swallowed
     whole = made("SentencePiece, Prepend")  # falls back on bytes
     assert describe_unknown(load(tmp_path, rows, "pair", whole).examples, whole) is None
 
