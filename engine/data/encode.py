@@ -75,8 +75,7 @@ class Encoder:
         if not tail or not text:
             return whole if text else []
         first, said = self._read(tail)
-        # Of WordPiece an unknown letter takes all that is joined to it: then nothing is left for the text.
-        found = [whole[len(first) :]] if whole[: len(first)] == first and len(whole) > len(first) else []
+        found = [whole[len(first) :]] if whole[: len(first)] == first else []
         if found and not written:
             return found[0]
         blank = tail[len(tail.rstrip()) :]
