@@ -125,7 +125,9 @@ def test_a_leading_blank_is_a_difference(tmp_path, tokenizers, kind):
 
 
 def test_characters_that_a_tokenizer_lacks_are_counted(tmp_path):
-    rows = [{"prompt": p, "chosen": c, "rejected": "sea"} for p, c in (("the ☃", " blue"), ("sky", "☃ ☃"), ("sky", " is"))]
+    rows = [
+        {"prompt": p, "chosen": c, "rejected": "sea"} for p, c in (("the ☃", " blue"), ("sky", "☃ ☃"), ("sky", " is"))
+    ]
     tokenizer = made("WordPiece")
     said = describe_unknown(load(tmp_path, rows, "pair", tokenizer).examples, tokenizer)
     assert said == (
