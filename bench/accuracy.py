@@ -9,7 +9,6 @@ the way. Minutes on a CPU. Writes results/accuracy.json; `prefuse bench figures`
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 
@@ -20,6 +19,7 @@ import prefuse
 from prefuse.bench.head import first_line
 from prefuse.bench.implementations import IMPLEMENTATIONS, Path, absence
 from prefuse.bench.record import RESULTS, environment, markdown, version_of, write_result
+from prefuse.engine.config.tools import ToolParser
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TOKENS, DIM, VOCAB = LENGTHS[-1], 512, 32000
@@ -144,7 +144,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="heads and token sets drawn (default 3)")
     seeds = parser.parse_args().seeds
     settings = {"N": TOKENS, "D": DIM, "V": VOCAB, "seeds": seeds, "device": "cpu", "dtype": "bfloat16", "unit": "nats"}

@@ -6,13 +6,13 @@
     prefuse bench architectures --checks engine lora        # two steps of `prefuse train`: most of the time
 
 Each type is examined in a process of its own with a time limit, so that no failure ends the sweep. It prints one line a
-type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes docs/architectures.md
-and results/architectures.json. The exit status is 1 if anything is WRONG.
+type: right, refused with the reason, or WRONG; a sweep over all types, without --checks, writes
+results/architectures.json, of which `prefuse bench figures` makes docs/architectures.md. The exit status is 1 if
+anything is WRONG.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -20,14 +20,13 @@ import time
 import warnings
 from pathlib import Path
 
-from prefuse.bench.checkout import ROOT
 from prefuse.bench.record import RESULTS, environment, write_result
-
-PAGE = ROOT / "docs" / "architectures.md"
+from prefuse.bench.tried import line_of, verdict
+from prefuse.engine.config.tools import ToolParser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="model types, as in config.json")
     parser.add_argument("--checks", nargs="+", metavar="CHECK", help="some of the checks (default: all)")
     parser.add_argument("--seconds", type=int, default=300, help="for each type")
@@ -48,6 +47,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}")
     examine("llama", checks)  # imports once, before the processes fork, what each of them needs
     found = _kept(options.results)
+    before = [kind for kind in types if kind in found]
     for kind in options.only or types:
         missing = [] if found.keys() & {kind} and "model" in found[kind] else checks
         missing = [check for check in missing if check not in found.get(kind, {})]
@@ -57,10 +57,13 @@ def main() -> int:
             _keep(options.results, kind, result)
         print(f"{kind:<28} {line_of(found[kind])}", flush=True)
     if not options.only and not options.checks:
-        PAGE.write_text(page(types, found), encoding="utf-8")
-        result = {"environment": environment(), "settings": {"seconds": options.seconds}, "types": found}
-        write_result(RESULTS / "architectures.json", "architectures", result, seed=None)
-        print(f"wrote {PAGE}")
+        abouts = {name: (check.__doc__ or "").strip().splitlines()[0] for name, check in (CHECKS | RUNS).items()}
+        result = {"environment": environment(), "settings": {"seconds": options.seconds}, "checks": abouts}
+        path = RESULTS / "architectures.json"
+        said = f"{len(before)} types were tried before, in part or whole; what was kept of them was not tried again."
+        result["types"] = {kind: found[kind] for kind in types}
+        write_result(path, "architectures", result, seed=None, notes=[said] if before else [])
+        print(f"wrote {path}; prefuse bench figures makes docs/architectures.md of it")
     return int(any(verdict(result) == "WRONG" for result in found.values()))
 
 
@@ -101,53 +104,3 @@ def _in_a_process(kind: str, checks: list[str], seconds: int) -> dict[str, str]:
         late = time.monotonic() - started >= seconds - 1
         return {"process": f"WRONG: {f'took more than {seconds} s' if late else 'its process died'}"}
     return json.loads(said)
-
-
-def verdict(result: dict[str, str]) -> str:
-    """The worst outcome of a type's checks."""
-    words = {text.split(":")[0] for text in result.values()}
-    return next((word for word in ("WRONG", "refused", "no truth") if word in words), "right")
-
-
-def line_of(result: dict[str, str]) -> str:
-    """`right`, or what is not, each reason once with the checks it belongs to."""
-    reasons: dict[str, list[str]] = {}
-    for check, text in result.items():
-        if text != "right":
-            reasons.setdefault(text, []).append(check)
-    return "; ".join(f"{', '.join(names)} {text}" for text, names in reasons.items()) or "right"
-
-
-def page(types: dict[str, str], found: dict[str, dict[str, str]]) -> str:
-    """docs/architectures.md."""
-    import torch
-    import transformers
-
-    from prefuse.bench.architecture_checks import CHECKS, RUNS
-
-    checks = CHECKS | RUNS
-    count = {word: sum(verdict(found[kind]) == word for kind in types) for word in ("right", "refused", "no truth")}
-    wrong = len(types) - sum(count.values())
-    lines = [
-        "# Which models run, tried one by one",
-        "",
-        f"`prefuse bench architectures` wrote this page with transformers {transformers.__version__} and torch "
-        f"{torch.__version__}: every type of `AutoModelForCausalLM`, {len(types)} of them, made tiny, with stirred "
-        "weights, windows and chunks shorter than the sequences, in float64 on a CPU (`engine` and `lora` in float32).",
-        "",
-        *(f"* `{name}`: {(check.__doc__ or '').strip().splitlines()[0]}" for name, check in checks.items()),
-        "",
-        f"{count['right']} types are right in all, {count['refused']} are refused in part or whole, each by one line "
-        f"that says why, {count['no truth']} could not be compared (their own forward does not run so), {wrong} are "
-        "wrong.",
-        "",
-        "| type | " + " | ".join(checks) + " | why |",
-        "|---|" + "---|" * (len(checks) + 1),
-    ]
-    for kind in types:
-        result = found[kind]
-        words = [result.get(name, next(iter(result.values()))).split(":")[0] for name in checks]
-        marks = ["yes" if word == "right" else word for word in words]
-        why = "" if verdict(result) == "right" else line_of(result).replace("|", "\\|")
-        lines.append(f"| {kind} | {' | '.join(marks)} | {why} |")
-    return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefuse.bench import roofline, tables
+from prefuse.bench import roofline, tables, tried
 from prefuse.bench.found import Results, link, row, where
 from prefuse.bench.record import Record
 
@@ -164,9 +164,13 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "roofline bounds": roofline.bounds_table,
     "cpu shares": tables.cpu_shares,
     "policy parity": tables.policy_parity,
+    "ranks": tables.ranks,
     "real steps": tables.real_steps,
     "sparse heads": tables.sparse_heads,
     "sparse trained": tables.sparse_trained,
     "data": tables.every("data"),
-    **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "reward", "sampling")},
+    "judge": tables.judge,
+    "templates": tried.templates,
+    "architectures": tried.architectures,
+    **{verb: tables.whole(verb) for verb in ("evaluation", "online", "packing", "products", "reward", "sampling")},
 }

@@ -16,6 +16,7 @@ GROUPS = {
         "memory": "Peak memory of every implementation, by tokens and by vocabulary.",
         "scale": "How time and memory grow with tokens, vocabulary and ranks: fitted exponents.",
         "cpuhead": "Time and memory of the portable head on this CPU beside its own bare matrix products.",
+        "products": "Time and error of a product of bfloat16 matrices on this CPU: float32, rounded, in two parts.",
         "guard": "Whether the portable head kept its share of its own products' speed; CI asks the same.",
         "sparse": "Time and error of the head's sparse backward on a trained model's hidden states.",
         "losses": "Time and memory of the losses under Liger's names, beside Liger's own.",
@@ -31,6 +32,7 @@ GROUPS = {
         "online": "CPU seconds of a GRPO step beside TRL's GRPOTrainer on the same samples, and the first ratios.",
         "sampling": "CPU seconds of sampling beside transformers' own batched generate, and of continuous batching.",
         "evaluation": "CPU seconds and memory of `prefuse eval` beside the evaluation of TRL's DPOTrainer.",
+        "judge": "Whether a model can judge: its greedy answers against its own hot ones, in both orders.",
         "data": "CPU seconds and memory of reading pairs into token ids, beside datasets.map.",
         "tolerance": "DPO with an exact head, a sparse backward, and rounded dlogits: losses and held-out metrics.",
         "ranks": "Whether one process, two, and two with FSDP2 end with the same held-out metrics.",
@@ -73,11 +75,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     sys.argv[:] = [f"prefuse bench {verb}", *rest]  # argparse names the command by it
     from prefuse.bench.record import BadRecord, commit
+    from prefuse.engine.errors import UserError
 
     commit()  # before anything can change
 
     try:
         return importlib.import_module(f"prefuse.bench.{verb}").main() or 0
-    except BadRecord as error:
+    except (BadRecord, UserError) as error:
         print(f"prefuse: error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,6 @@ without `--measures`, times are compared only where both files name the same dev
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from rich.table import Table
 
 from prefuse.bench.record import BadRecord, Record, read_result
 from prefuse.bench.show import number
+from prefuse.bench.summaries import OF_THE_MACHINE
+from prefuse.engine.config.tools import ToolParser
 
 THRESHOLD = 1.1
-OF_THE_MACHINE = {"ms", "s", "CPU s", "s/step", "TFLOP/s", "GFLOP/s", "pairs/s"}  # units of times and speeds
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def differences(before: Record, after: Record) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument(

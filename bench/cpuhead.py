@@ -30,6 +30,7 @@ from torch import Tensor
 import prefuse
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 from prefuse.kernels import slices
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
 from prefuse.kernels.options import HeadOptions
@@ -311,7 +312,7 @@ def verdict(summary: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="head")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="instead of a preset")
     parser.add_argument("--rounds", type=int, default=9)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prefuse.bench.record import RESULTS, again, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 VARIANTS = ("datasets.map", "prefuse", "prefuse, kept", "prefuse, again")
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -140,7 +141,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=30_000, help="rows of the file (default 30000)")
     parser.add_argument("--data", type=Path, help="JSON list of pairs to take the rows from; default: made-up words")
     parser.add_argument("--tokenizer", help=f"folder; default: a BPE of {VOCABULARY} tokens trained on the rows")

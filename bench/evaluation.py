@@ -31,12 +31,13 @@ from prefuse.bench.record import RESULTS, environment, write_result
 from prefuse.bench.rows import CHAT, LONG, SEED, add_model_arguments, drawn_case, save_model
 from prefuse.bench.timing import peak_bytes
 from prefuse.engine.config import Config, validate
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.data.dataset import read_evaluation_data
 from prefuse.engine.model.load import load_model, load_tokenizer, without_padding
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)

@@ -10,13 +10,13 @@ in a drawing differ in the last digit, which the processor may round otherwise.
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 from prefuse.bench.blocks import BLOCKS
 from prefuse.bench.found import Results
 from prefuse.bench.record import RESULTS, ROOT, BadRecord, load_results, write_text
+from prefuse.engine.config.tools import ToolParser
 
 FIGURES = Path("docs") / "figures"
 BLOCK = re.compile(r"(<!-- bench: (?P<name>[^>]+) -->\n).*?(<!-- end of bench: (?P<end>[^>]+) -->)", re.DOTALL)
@@ -78,7 +78,7 @@ def stale(root: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     if not RESULTS.is_dir() or not (ROOT / "docs").is_dir():

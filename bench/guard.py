@@ -9,7 +9,6 @@ else the machine does can only add to a time. `tests/bench/test_guard.py` measur
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from prefuse.bench.cpuhead import OwnGemms, TimedHead, run_logps
 from prefuse.bench.record import write_json
 from prefuse.bench.timing import interleaved
+from prefuse.engine.config.tools import ToolParser
 
 SHAPE = (512, 512, 8000)  # N, D, V: products large enough to be at their full speed, in tenths of a second
 LOSS = 0.10  # of the ratio that may be lost
@@ -58,7 +58,7 @@ def committed() -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="commit to what is measured now")
     arguments = parser.parse_args()

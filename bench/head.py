@@ -46,6 +46,7 @@ from prefuse.bench.implementations import (
 from prefuse.bench.record import RESULTS, cpu_model, environment, slug, version_of, write_result
 from prefuse.bench.timing import gemms, interleaved, paired_ratio, peak_bytes
 from prefuse.bench.truth import oracle
+from prefuse.engine.config.tools import ToolParser
 
 GEMMS = "bare GEMMs"
 TIMES_WORSE = 4  # than plain PyTorch in the same dtype: what counts as wrong
@@ -276,7 +277,7 @@ def result_path(verb: str, arguments: argparse.Namespace) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     arguments = parser.parse_args()
     if any(n % (2 * arguments.tokens) for n, _, _ in arguments.shapes):

@@ -206,14 +206,20 @@ def liger_loss(x: HeadInputs, loss_type: str) -> tuple[Tensor, Tensor | None]:
 
 
 def fla_loss(x: HeadInputs, loss_type: str) -> tuple[Tensor, Tensor | None]:
-    """A mean cross-entropy alone."""
+    """A mean cross-entropy alone; in Triton, so also under its interpreter (TRITON_INTERPRET=1)."""
+    from triton import knobs
+
+    if not (x.hidden.is_cuda or knobs.runtime.interpret):
+        raise Absent("its Triton kernels need a GPU, or TRITON_INTERPRET=1")
     from fla.modules import FusedLinearCrossEntropyLoss
 
     return FusedLinearCrossEntropyLoss()(x.hidden, x.targets, x.weight), None
 
 
 def quack_loss(x: HeadInputs, loss_type: str) -> tuple[Tensor, Tensor | None]:
-    """A mean cross-entropy alone."""
+    """A mean cross-entropy alone; in CUTLASS' DSL."""
+    if not x.hidden.is_cuda:
+        raise Absent("its kernels need CUDA")
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="mean"), None
@@ -244,7 +250,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "Liger chunked": Implementation("liger-kernel", None, liger_loss, ("dpo", "kto")),
     "cut-cross-entropy": Implementation("cut-cross-entropy", cce_path),
     "cut-cross-entropy, no filter": Implementation("cut-cross-entropy", functools.partial(cce_path, filter_eps=None)),
-    "flash-linear-attention": Implementation("flash-linear-attention", None, fla_loss, ("sft",)),
+    "flash-linear-attention": Implementation("fla-core", None, fla_loss, ("sft",)),
     "quack": Implementation("quack-kernels", None, quack_loss, ("sft",)),
 }
 

@@ -24,6 +24,7 @@ import torch
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 SHAPE = (4, 512, 512, 32000)  # pairs, positions, hidden size, vocabulary
 LOSSES = ("DPO", "KTO", "ORPO", "SimPO", "CPO")
@@ -92,7 +93,7 @@ def print_peak(variant: str, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", nargs=2, metavar=("VARIANT", "LOSS"), help=argparse.SUPPRESS)
     args = parser.parse_args()

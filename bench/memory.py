@@ -10,7 +10,6 @@ the mode asks for, which nobody can save. An implementation that is wrong has no
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 
@@ -20,6 +19,7 @@ from prefuse.bench.head import Row, device_environment, first_line, leaves, one_
 from prefuse.bench.implementations import IMPLEMENTATIONS, MODES, HeadInputs, absence, applies, draw, reference
 from prefuse.bench.record import write_result
 from prefuse.bench.timing import peak_bytes
+from prefuse.engine.config.tools import ToolParser
 
 MIB = 2**20
 
@@ -39,7 +39,7 @@ def measure_one(name: str, inputs: HeadInputs, mode: str, loss_type: str) -> dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens_each", type=int, nargs="+", default=[256, 512, 1024], metavar="N")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8000, 16000, 32000], metavar="V")
     parser.add_argument("--dim", type=int, default=256)

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 from prefuse.transformers import fuse_loss, sequence_logps
 
 VOCABULARY, ROWS, TOKENS = 32000, 4, 256
@@ -79,7 +80,7 @@ def _high_water() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine that is busy")

@@ -13,7 +13,6 @@ Writes results/online-<cpu>-1threads-torch<version>.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 
 import prefuse
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 GROUPS, ANSWERS, PROMPT, ANSWER = 2, 8, 128, 128  # prompts, answers to each, tokens of each
 MODEL = {
@@ -193,7 +193,7 @@ def measure(rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)

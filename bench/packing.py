@@ -11,7 +11,6 @@ batch is a call of its own. Writes results/packing-<cpu>-<threads>-torch<version
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -22,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import prefuse
 from prefuse.attention import check_packing
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.data import Pair
 from prefuse.engine.data.batches import Batch, Examples, collate, examples_of
 from prefuse.engine.data.order import plan_epoch
@@ -72,7 +72,7 @@ def batches_of(lm: LanguageModel, examples: Examples, budget: int | None) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--response", type=int, default=64, help="mean tokens of an answer")

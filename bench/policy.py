@@ -10,7 +10,6 @@ the clip of PPO is compared with GRPO's over token advantages, which is the same
 
 from __future__ import annotations
 
-import argparse
 import collections
 import types
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import prefuse
 from prefuse.bench.record import RESULTS, environment, markdown, write_result
+from prefuse.engine.config.tools import ToolParser
 from prefuse.losses.sampled import PolicyObjective
 
 LENGTHS = (7, 12, 1, 9, 16, 4, 12, 3)
@@ -168,7 +168,7 @@ LOSSES: dict[str, PolicyObjective] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     args = parser.parse_args()
     import trl

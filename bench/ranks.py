@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prefuse.bench.record import RESULTS, environment, markdown, slug, write_result
 from prefuse.bench.rows import SEED, add_model_arguments, read_case, save_model
+from prefuse.engine.config.tools import ToolParser
 
 WAYS = {"1 process": [], "2, ddp": ["--nproc", "2"], "2, fsdp": ["--nproc", "2", "--parallel", "fsdp"]}
 TOLERANCE = 1e-4  # of max(1, |value|), after all updates: Adam turns the rounding of small gradients into steps
@@ -42,7 +43,7 @@ def train(way: list[str], items: int, folder: Path, arguments: argparse.Namespac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", type=lambda text: Path(text).resolve(), required=True)
     parser.add_argument("--loss_type", default="dpo")
     parser.add_argument("--max_steps", type=int, default=20)

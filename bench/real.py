@@ -42,6 +42,7 @@ from prefuse.bench.record import (
     write_result,
     write_text,
 )
+from prefuse.engine.config.tools import ToolParser
 
 SEED = 0
 TOLERANCE = 2**-9
@@ -291,7 +292,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", required=True, help="folder of a model with safetensors weights")
     parser.add_argument(
         "--dataset_name", required=True, help="JSON or JSONL file of pairs, in a form that prefuse reads"

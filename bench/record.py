@@ -37,7 +37,7 @@ RESULTS = _IN_CHECKOUT if _IN_CHECKOUT.is_dir() else Path("bench-results")  # an
 SCHEMA = Path(__file__).with_name("schema.json")
 FORMAT = "prefuse.bench/1"
 PACKAGES = (
-    "torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "flash-linear-attention",
+    "torch", "triton", "prefuse", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "fla-core",
     "quack-kernels",
 )  # fmt: skip
 
@@ -96,11 +96,16 @@ def write_result(
     notes: Sequence[str] = (),
 ) -> Record:
     """Makes the record, holds it against the schema, writes it whole: a run cut short leaves the rows so far."""
+    from prefuse.bench.summaries import OF_THE_MACHINE
+
     environment = found["environment"]
     found = found | {"settings": {name: _without_folder(value) for name, value in found["settings"].items()}}
-    record = made(verb, found, command(), commit(), seed, peers or {}, [*notes, *_busy(environment)])
+    record = made(verb, found, command(), commit(), seed, peers or {}, [*notes])
+    if OF_THE_MACHINE & {measure["unit"] for measure in record.measures.values()}:
+        record.notes += _busy(environment)
     check(record, str(path))
     write_json(path, record.data())
+    record.path = path
     return record
 
 

@@ -39,6 +39,7 @@ from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug
 from prefuse.bench.rows import LONG, SEED, Case, add_model_arguments, drawn_case, save_model
 from prefuse.bench.train import SIDES, Prepared, RunOutcome, SameRows, Stopwatch, quiet
 from prefuse.engine.config.settings import Config, validate
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.data import load_examples
 from prefuse.engine.run.signals import StopSignals
 from prefuse.engine.train import train_loop
@@ -213,7 +214,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=256, help="pairs to train on")
     parser.add_argument("--held_out", type=int, default=256, help="pairs to judge by")
     parser.add_argument("--rounds", type=int, default=3)

@@ -11,7 +11,6 @@ and .md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 
 from prefuse.bench.online import MODEL, make_model
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 PROMPTS, AT_ONCE, PROMPT, ANSWER = 64, 16, (32, 128), 128  # prompts, beside each other, tokens of each, most of answers
 ENDS = 400  # tokens of the vocabulary that end an answer: one in 41
@@ -94,7 +94,7 @@ def measure(rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)

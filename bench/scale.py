@@ -10,7 +10,6 @@ from it: 1 is work in proportion, 0 none of its business, and -1 on ranks a work
 
 from __future__ import annotations
 
-import argparse
 import functools
 import multiprocessing
 import socket
@@ -24,6 +23,7 @@ from prefuse.bench.head import Row, device_environment, first_line, leaves, one_
 from prefuse.bench.implementations import IMPLEMENTATIONS, HeadInputs, absence, applies, draw
 from prefuse.bench.record import write_result
 from prefuse.bench.timing import interleaved, peak_bytes, seconds_of
+from prefuse.engine.config.tools import ToolParser
 
 D, TOKENS = 128, 64
 LENGTHS = (256, 512, 1024)  # N, at V_FIXED
@@ -130,7 +130,7 @@ def fitted(rows: list[Row]) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(CHOSEN))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

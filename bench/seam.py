@@ -30,6 +30,7 @@ import torch
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 1  # steps
@@ -190,7 +191,7 @@ def summarize(results: dict[str, dict[str, list[dict]]]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)

@@ -7,7 +7,6 @@ prefuse bench show --html results.html --verb head
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefuse.bench.record import RESULTS, Record, load_results
+from prefuse.engine.config.tools import ToolParser
 
 
 def number(value: Any) -> str:
@@ -59,7 +59,7 @@ def absent(record: Record) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[RESULTS], help="files or folders (default: all results)"
     )

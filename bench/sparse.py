@@ -12,7 +12,6 @@ tokens and -1 for rejected ones.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -29,6 +28,7 @@ from torch import Tensor
 import prefuse
 from prefuse.bench.cpuhead import high_water
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, read_result, slug, write_result
+from prefuse.engine.config.tools import ToolParser
 from prefuse.kernels import record_skipped_mass
 
 KINDS = ("all weights", "frozen head")  # what is trained
@@ -241,7 +241,7 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder of a model, with --data")
     source.add_argument("--states", type=Path, help="a file of states that --save wrote")

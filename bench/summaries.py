@@ -13,6 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 MIB = 2**20
+OF_THE_MACHINE = {"ms", "s", "CPU s", "s/step", "TFLOP/s", "GFLOP/s", "pairs/s"}  # units of times and speeds
 
 # name: (unit, which is better). A ratio is of two times of one round, so it survives a busy machine.
 MEASURES: dict[str, tuple[str, str]] = {
@@ -28,6 +29,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "pairs_per_second": ("pairs/s", "higher"),
     "ratio_to_gemms": ("times the bare GEMMs", "lower"),
     "gemm_share": ("of the bare GEMMs' speed", "higher"),
+    "ratio_to_float32": ("times the float32 product's time", "lower"),
     "ratio_to_prefuse": ("times prefuse's time", "neither"),
     "ratio_to_trl": ("times TRL's speed", "higher"),
     "ratio_to_exact": ("times the exact head's speed", "higher"),
@@ -200,6 +202,10 @@ def architectures(found: dict[str, Any]) -> list[Row]:
     ]
 
 
+def judge(found: dict[str, Any]) -> list[Row]:
+    return [{"what": name, "value": value} for name, value in found["metrics"].items()]
+
+
 def packing(found: dict[str, Any]) -> list[Row]:
     slowest = found["variants"]["padded"]
     return [
@@ -334,9 +340,10 @@ def gpu(found: dict[str, Any]) -> list[Row]:
 
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "accuracy": accuracy, "architectures": architectures, "cpuhead": cpuhead, "data": data, "evaluation": evaluation,
-    "gpu": gpu, "head": given_rows, "losses": losses, "memory": given_rows, "model": model, "online": online,
-    "packing": packing, "policy": policy, "ranks": ranks, "real": real, "reward": reward, "sampling": sampling,
-    "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates, "tolerance": tolerance, "train": train,
+    "gpu": gpu, "head": given_rows, "judge": judge, "losses": losses, "memory": given_rows, "model": model,
+    "online": online, "packing": packing, "policy": policy, "products": given_rows, "ranks": ranks, "real": real,
+    "reward": reward, "sampling": sampling, "scale": given_rows, "seam": seam, "sparse": sparse, "templates": templates,
+    "tolerance": tolerance, "train": train,
 }  # fmt: skip
 KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("implementation", "what", "tokens_of_sequence"),
@@ -346,12 +353,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "evaluation": ("implementation",),
     "gpu": ("section", "model", "mode", "implementation", "shape"),
     "head": ("shape", "dtype", "mode", "loss_type", "implementation"),
+    "judge": ("what",),
     "losses": ("loss_type", "implementation"),
     "memory": ("shape", "dtype", "mode", "implementation"),
     "model": ("implementation",),
     "online": ("implementation",),
     "packing": ("batches",),
     "policy": ("loss_type",),
+    "products": ("implementation",),
     "ranks": ("what", "implementation"),
     "real": ("implementation",),
     "reward": ("what", "implementation"),

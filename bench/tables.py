@@ -19,7 +19,10 @@ def accuracy(results: Results) -> str:
         [name, *(_mean_and_worst(row(record, implementation=name, tokens_of_sequence=n)) for n in lengths)]
         for name in names
     ]
-    return markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
+    settings = record.settings
+    said = f"bfloat16 inputs, D = {settings['D']}, V = {settings['V']}, {where(record)}, {link(record)}."
+    table = markdown(["mean (worst) |error| in nats", "token", *(f"{n} tokens" for n in lengths[1:])], cells)
+    return "\n\n".join([said, table])
 
 
 def _mean_and_worst(x: Row) -> str:
@@ -198,6 +201,21 @@ def cpu_shares(results: Results) -> str:
     return "\n\n".join([said, markdown(["", *header], cells)])
 
 
+def ranks(results: Results) -> str:
+    """Held-out metrics of one process, and how far those of several are from them."""
+    record = results.newest("ranks")
+    held = [x for x in record.rows if "away_from_one_process" in x]
+    ways = list(dict.fromkeys(x["implementation"] for x in held))
+    cells = []
+    for name in dict.fromkeys(x["what"] for x in held):
+        first, *others = (row(record, what=name, implementation=way) for way in ways)
+        cells.append([f"`{name}`", number(first["value"]), *(f"{x['away_from_one_process']:.0e}" for x in others)])
+    settings = record.settings
+    what = f"{settings['max_steps']} steps of {settings['items']} rows, loss {settings['loss_type']}"
+    header = [what, ways[0], *(f"off by with {way}" for way in ways[1:])]
+    return "\n\n".join([f"{where(record)[0].upper()}{where(record)[1:]}, {link(record)}.", markdown(header, cells)])
+
+
 def policy_parity(results: Results) -> str:
     """Ours and TRL's loss of each variant, and what lies between them."""
     record = results.newest("policy")
@@ -211,6 +229,31 @@ def policy_parity(results: Results) -> str:
     said = f"{record.settings['dtype']}, beside TRL {trl}, {link(record)}; {bound}."
     header = ["variant", "loss", "off by", "its gradient", "its metrics", "metrics compared"]
     return "\n\n".join([said, markdown(header, cells)])
+
+
+def judge(results: Results) -> str:
+    """What a judge said of greedy and hot answers, and whether it named the answer that stood first."""
+    record = results.newest("judge")
+    x, settings = {made["what"]: made["value"] for made in record.rows}, record.settings
+
+    def won(prefix: str) -> str:
+        rate, low, high = (x[f"{prefix}win_rate{part}"] for part in ("", "_low", "_high"))
+        counts = ", ".join(f"{x[prefix + name]:.0f} {name}" for name in ("wins", "ties", "losses"))
+        return f"{rate:.4g} ({low:.4g}, {high:.4g}): {counts}"
+
+    cells = [
+        ["`win_rate` (`low`, `high`), by the judge", won("")],
+        ["`first_shown_wins`", number(x["first_shown_wins"])],
+        ["`length_controlled_win_rate`", number(x["length_controlled_win_rate"])],
+        ["`gold_win_rate` (`low`, `high`), by the number of words", won("gold_")],
+        ["`cohen_kappa`", number(x["cohen_kappa"])],
+        ["`length`, `ref_length`", f"{x['length']:.0f}, {x['ref_length']:.0f} characters"],
+    ]
+    what = f"{settings['name']}, greedy against temperature {settings['temperature']:g}, {settings['prompts']} prompts"
+    said = f"{what} of one line, at most {settings['max_new_tokens']} tokens, {where(record)}, {link(record)}."
+    first = f"The answer that is shown first wins {x['first_shown_wins']:.0%} of the judge's replies"
+    found = f"{first}; asked in both orders, it says a tie of {x['ties']:.0f} of {settings['prompts']} prompts."
+    return "\n\n".join([said, markdown(["metric", "value"], cells), found])
 
 
 def sparse_heads(results: Results) -> str:

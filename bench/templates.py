@@ -1,6 +1,7 @@
 """Every chat template that the installed trl and axolotl ship, through the reader of rows.
 
-prefuse bench templates --write docs/chat_templates.md       # and results/templates.json
+    prefuse bench templates                                  # prints the outcomes
+    prefuse bench templates --write docs/chat_templates.md   # writes results/templates.json, and the page's table of it
 
 Each template gets a tokenizer made on the spot that has its special tokens, and rows of the kinds below. A row is read
 ("right"), or refused with a reason and a fix. What is read is checked against transformers' own rendering, by code that
@@ -8,7 +9,6 @@ shares nothing with the reader: the prompt's ids are those met at inference, dec
 text up to the stop token, the answer stands in it, and the stop token is last. A row that fails one is "WRONG".
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -18,14 +18,16 @@ import re
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prefuse.bench.record import RESULTS, environment, write_result
+from prefuse.bench.figures import with_tables
+from prefuse.bench.found import Results
+from prefuse.bench.record import RESULTS, environment, write_result, write_text
+from prefuse.engine.config.tools import ToolParser
 
 FOLDERS = {"trl": "chat_templates", "axolotl": "utils/chat_templates/templates"}
 MARKUP = re.compile(r"<[/|｜]?[A-Za-z_][^<>\s'\"{}]{0,40}>|\[/?[A-Z_]{2,24}\]|\[\|[a-z]+\|\]")
@@ -75,18 +77,22 @@ class RowOutcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="write the result, and the table of this page from it")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     found = {name: results for name, folder in FOLDERS.items() if (results := _of_package(name, folder))}
     for name, results in found.items():
-        print("\n".join(_lines(name, results)))
+        print(f"{name} {version(name)}: {len(results)} templates")
+        for template, row in results.items():
+            print(f"  {template:<32} {', '.join(f'{kind} {x.word}' for kind, x in row.items())}")
     if options.write is not None:
-        text = options.write.read_text(encoding="utf-8") if options.write.exists() else ""
-        options.write.write_text(page(text, found), encoding="utf-8")
-        write_result(RESULTS / "templates.json", "templates", record_of(found), seed=None)
+        if missing := FOLDERS.keys() - found.keys():
+            parser.error(f"a result is of all packages: {', '.join(missing)} is not installed")
+        record = write_result(RESULTS / "templates.json", "templates", record_of(found), seed=None)
+        text = options.write.read_text(encoding="utf-8")
+        write_text(options.write, with_tables(text, Results([record]), options.write.name))
     wrong = sum(o.word == "WRONG" for results in found.values() for row in results.values() for o in row.values())
     print(f"{wrong} rows are read wrong")
     return 1 if wrong or not found else 0
@@ -239,37 +245,3 @@ def tokenizer_for(template: str) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos)
     fast.chat_template = template
     return fast
-
-
-START, END = "<!-- the table: prefuse bench templates --write docs/chat_templates.md -->", "<!-- its end -->"
-
-
-def page(text: str, found: dict[str, dict[str, dict[str, RowOutcome]]]) -> str:
-    """The page with its table made anew."""
-    before, _, rest = text.partition(START)
-    outcomes = [o for results in found.values() for row in results.values() for o in row.values()]
-    reasons = Counter(o.why for o in outcomes if o.why)
-    numbers = {why: number for number, (why, _) in enumerate(reasons.most_common(), 1)}
-    words = Counter(o.word for o in outcomes)
-    made = (
-        f"Made with transformers {version('transformers')}: {len(outcomes)} rows, of which {words['right']} are read "
-    )
-    lines = [START, "", made + f"right, {words['refused']} refused and {words['WRONG']} read wrong.", ""]
-    for name, results in found.items():
-        lines += _lines(name, results, numbers)
-    lines += ["What the numbers say, and of how many rows:", ""]
-    lines += [f"{number}. {why} ({reasons[why]})" for why, number in numbers.items()]
-    return before + "\n".join([*lines, "", END]) + rest.partition(END)[2]
-
-
-def _lines(
-    name: str, results: dict[str, dict[str, RowOutcome]], numbers: dict[str, int] | None = None
-) -> Iterator[str]:
-    yield f"## {name} {version(name)}: {len(results)} templates"
-    yield ""
-    yield f"| template | {' | '.join(next(iter(results.values())))} |"
-    yield "|---" * (len(next(iter(results.values()))) + 1) + "|"
-    for template, row in results.items():
-        cells = [o.word + (f" {numbers[o.why]}" if numbers and o.why else "") for o in row.values()]
-        yield f"| {template} | {' | '.join(cells)} |"
-    yield ""

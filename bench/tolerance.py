@@ -29,6 +29,7 @@ from torch import Tensor
 import prefuse.engine.report.log
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result, write_text
 from prefuse.engine.config.settings import Config, validate
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.run.setup import prepare
 from prefuse.engine.run.signals import StopSignals
 from prefuse.engine.train import train_loop
@@ -129,7 +130,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", required=True, help="folder of a trained model")
     parser.add_argument(
         "--dataset_name", required=True, help="JSON or JSONL file of pairs, in a form that prefuse reads"

@@ -51,6 +51,7 @@ from prefuse.attention import packed_hidden
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
 from prefuse.bench.rows import CHAT, LONG, SEED, Case, add_model_arguments, drawn_case, read_case, save_model
 from prefuse.engine.config.settings import Config, validate
+from prefuse.engine.config.tools import ToolParser
 from prefuse.engine.data import Pair, load_examples
 from prefuse.engine.run.signals import StopSignals
 from prefuse.engine.train import train_loop
@@ -357,7 +358,7 @@ def main() -> None:
         from prefuse.bench import real
 
         return real.main()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", type=Path, help="JSON or JSONL file of pairs, in a form that prefuse reads")
     parser.add_argument("--rows", type=int, default=32, help="pairs to train on")
     parser.add_argument("--held_out", type=int, default=32, help="pairs to judge by")

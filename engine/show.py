@@ -1,12 +1,13 @@
 """`prefuse report`: runs as one HTML page. `prefuse show-tokens`: rows as the tokens that training sees."""
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefuse.engine.config.tools import ToolParser
+from prefuse.engine.config.tools import ToolParser, flags_of
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
@@ -111,8 +112,14 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _settings(command: str, words: Sequence[str]) -> "Config":
     from prefuse.engine.config.flags import given_settings
-    from prefuse.engine.config.settings import Config, validate
+    from prefuse.engine.config.settings import FIELDS, Config, validate
 
+    own = flags_of(tokens_parser())
+    known = [*own, *(f"--{name}" for name in FIELDS)]
+    for flag, _ in _flags(words):
+        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
+        if flag.startswith("--") and near and near[0] in own:
+            raise UserError(f"unknown flag {flag}; did you mean {near[0]}? `prefuse show-tokens --help` lists its own")
     values = {"output_dir": "none", "eval_fraction": 0.0} | given_settings(command, list(words))[0]
     return validate(Config(**values), command)
 

@@ -14,6 +14,13 @@ def test_every_table_and_figure_is_what_the_results_say():
     assert figures.stale(ROOT) == []
 
 
+def test_every_result_is_shown_by_a_page():
+    """README or docs link each file of results."""
+    text = "".join(page.read_text(encoding="utf-8") for page in figures.pages(ROOT))
+    unseen = [path.name for path in (ROOT / "bench" / "results").glob("*.json") if f"/{path.name})" not in text]
+    assert unseen == []
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The pages, the results and the figures, elsewhere."""

@@ -1,5 +1,9 @@
-"""`prefuse completion`: a real bash completes commands, flags, values and files; every shell's script is written."""
+"""`prefuse completion`: bash completes commands, flags, values and files, and bash and zsh do at TAB in a terminal."""
 
+import contextlib
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -108,9 +112,50 @@ def test_fish_completes_words(line, found, scripts):
     assert done.stdout.split("\t")[0] == found
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
-def test_zsh_reads_its_script(scripts):
-    subprocess.run(["zsh", "-n", str(scripts["zsh"])], check=True)
+@contextlib.contextmanager
+def terminal_of(shell):
+    """A real shell in a terminal: `write` types, `appears` says whether a text comes behind what has appeared."""
+    command = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}[shell]
+    terminal, own = pty.openpty()
+    environment = os.environ | {"TERM": "dumb", "PS1": "", "HISTFILE": ""}
+    process = subprocess.Popen(["setsid", "--ctty", *command], stdin=own, stdout=own, stderr=own, env=environment)
+    os.close(own)
+    said = ""
+
+    def appears(wanted):
+        nonlocal said
+        while wanted not in said and select.select([terminal], [], [], 20)[0]:
+            said += os.read(terminal, 4096).decode(errors="replace")
+        there = wanted in said
+        said = said.partition(wanted)[2]
+        return there
+
+    try:
+        yield lambda text: os.write(terminal, text.encode()), appears
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("prefuse tra", "prefuse train "), ("prefuse train --loss_type sigmoid_n", "--loss_type sigmoid_norm ")],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_tab_in_a_terminal(shell, line, completed, scripts, tmp_path):
+    if shutil.which(shell) is None or shutil.which("setsid") is None:
+        pytest.skip(f"needs {shell} and setsid")
+    shutil.copy(scripts["zsh"], tmp_path / "_prefuse")
+    setup = {
+        "bash": f"source {scripts['bash']}",
+        "zsh": f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D",
+    }
+    with terminal_of(shell) as (write, appears):
+        write(f"{setup[shell]}; echo rea''dy\n")
+        assert appears("ready\r\n")
+        write(f"{line}\t")
+        assert appears(completed)
 
 
 def test_an_unknown_shell_is_one_line(capsys):

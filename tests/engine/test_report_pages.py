@@ -26,19 +26,37 @@ RUNS = [f"run-{number}" for number in range(8)]
 # What stands where
 
 
+def glance_of(page):
+    return Tags(page[page.index('class="glance"') : page.index('id="data"')]).text
+
+
 def test_a_glance_has_the_first_answer_to_each_question(tmp_path):
-    page = page_of(write_run(tmp_path / "one"), write_run(tmp_path / "two"))
-    glance = Tags(page[page.index('class="glance"') : page.index('id="data"')]).text
-    for said in (
-        "trained on",
-        "19 rows, 3 skipped",
-        "0.6931 → 0.25",
-        "win rate",
-        "62.5% (50.0% to 70.0%)",
-        "warnings",
-        "1",
-    ):
+    glance = glance_of(page_of(write_run(tmp_path / "one"), write_run(tmp_path / "two")))
+    answers = {
+        "What was it trained on?": "19 rows of a plain text, 3 skipped, 1 held out",
+        "Did it learn?": "0.6931 → 0.25",
+        "Is it better?": "62.5% (50.0% to 70.0%): not decided",
+        "What went wrong?": "1, the last: a plain text",
+        "With which settings?": "2 settings",  # beta, dataset_name
+    }
+    places = [glance.index(text) for pair in answers.items() for text in pair]
+    assert places == sorted(places)  # each answer behind its question, before the next one
+    assert "held-out loss lower is better" in glance
+
+
+def test_a_glance_says_what_is_not_known_and_what_broke_off(tmp_path):
+    files = dict.fromkeys(("eval.json", "wins.json", "curve.json", "answers.jsonl", "messages.jsonl"), "")
+    mark = json.dumps({"command": "train", "state": "training", "total_steps": 90})
+    losses = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2))
+    glance = glance_of(page_of(write_run(tmp_path / "one", **files | {"run.json": mark, "metrics.jsonl": losses})))
+    for said in ("training loss", "1 → 0.5", "not measured yet", "not finished: step 2 of 90", "none"):
         assert said in glance, said
+
+
+def test_many_runs_do_not_fill_the_first_screen_with_their_names(tmp_path):
+    page = page_of(*(write_run(tmp_path / f"run{number}") for number in range(4)))
+    assert "<h1>4 runs side by side</h1>" in page
+    assert "<title>run0, run1, run2, run3" in page
 
 
 def test_answers_of_several_runs_stand_beside_each_other(tmp_path):

@@ -113,3 +113,8 @@ def test_the_settings_of_a_run_say_its_command(shown, tmp_path):
 @pytest.mark.parametrize("words", [["--rows", "0"], ["--rows", "x"], ["--command", "merge"], ["--betta", "1"]])
 def test_what_is_wrong_is_one_line(words, shown):
     assert shown(PAIRS, *words, code=2).count("\n") == 1
+
+
+def test_a_mistyped_flag_of_its_own_is_named(shown):
+    assert "did you mean --row" in shown(PAIRS, "--rowz", "1", code=2)
+    assert "did you mean beta" in shown(PAIRS, "--betta", "1", code=2)

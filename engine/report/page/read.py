@@ -57,7 +57,7 @@ class RunFiles:
         total = self.mark.get("total_steps")
         state = self.mark.get("state", "unknown")
         if state == "finished":
-            return f"finished, {self.steps} steps"
+            return f"finished, {self.steps} step{'s' * (self.steps != 1)}"
         return f"not finished: step {self.steps}" + (f" of {total}" if isinstance(total, int) else "")
 
 

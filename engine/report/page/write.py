@@ -11,26 +11,17 @@ from pathlib import Path
 from prefuse.engine.config.setting import TRAINING
 from prefuse.engine.config.settings import Config, settings_of
 from prefuse.engine.report.page.better import curves_over_kl, evaluations_of, mistakes_of, rounds_of, told_answers
+from prefuse.engine.report.page.glance import COMPARED, QUESTIONS, glance_of
 from prefuse.engine.report.page.read import RunFiles
-from prefuse.engine.report.page.render import in_short, write_rendered
+from prefuse.engine.report.page.render import write_rendered
 from prefuse.engine.report.page.series import charts_of, in_order
 
 OPEN_CHARTS = 8  # the rest stands folded below them
 MOST_SIDE_BY_SIDE = 8
-COMPARED = (  # of the first and the last evaluation
-    ("eval_loss", "loss", "lower is better"),
-    ("eval_reward", "reward of sampled answers", "higher is better"),
-    ("eval_gold", "gold score of sampled answers", "higher is better"),
-    ("eval_ece", "calibration error of the scores", "lower is better"),
-    ("eval_rewards/accuracies", "reward accuracy (a tie counts half)", "higher is better"),
-    ("eval_rewards/margins", "reward margin", ""),
-    ("eval_kl_to_ref", "KL to the reference, nats per token", "the price paid"),
-    ("eval_accuracy", "accuracy", "higher is better"),
-)
 
 
 def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
-    titles, charts = _titles(runs), _charts(runs)
+    titles, charts, settings = _titles(runs), _charts(runs), _settings(runs)
     tables = [_progress(run) for run in runs]
     over = curves_over_kl(runs, titles)
     write_rendered(
@@ -39,7 +30,8 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
         titles,
         charts + over,
         runs=runs,
-        glance=_glance(runs, tables),
+        questions=QUESTIONS,
+        glance=glance_of(runs, tables, settings),
         charts=charts,
         over_kl=over,
         open_charts=OPEN_CHARTS,
@@ -49,7 +41,7 @@ def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
         rounds=[rounds_of(run) for run in runs],
         mistakes=[mistakes_of(run) for run in runs],
         next=[line for run in runs for line in _next(run)],
-        settings=_settings(runs),
+        settings=settings,
         libraries=_libraries(runs),
     )
 
@@ -72,40 +64,6 @@ def _next(run: RunFiles) -> list[str]:
 
 def _typed(command: str, **settings: object) -> str:
     return shlex.join(["prefuse", command, *(word for name, x in settings.items() for word in (f"--{name}", str(x)))])
-
-
-def _glance(runs: Sequence[RunFiles], tables: Sequence[list[dict]]) -> list[dict]:
-    """[{question, name, cells}]: the first answer to each question, a cell for each run; empty rows are left out."""
-    rows = [
-        ("data", "trained on", [_said_of_rows(run) for run in runs]),
-        *(
-            ("learned", label, [_said_of_change(table, label) for table in tables])
-            for _, label, _ in COMPARED
-            if label != "reward margin"
-        ),
-        ("better", "win rate", [_said_of_wins(run) for run in runs]),
-        ("wrong", "warnings", [str(len(run.messages)) if run.messages else "none" for run in runs]),
-    ]
-    return [{"question": question, "name": name, "cells": cells} for question, name, cells in rows if any(cells)]
-
-
-def _said_of_rows(run: RunFiles) -> str:
-    rows, what = run.about.get("rows"), "prompts" if run.command == "online" else "rows"
-    skipped = f", {run.skipped.total()} skipped" if run.skipped else ""
-    return f"{in_short(rows['train'])} {what}{skipped}" if rows else ""
-
-
-def _said_of_change(table: list[dict], label: str) -> str:
-    return next((f"{in_short(row['first'])} → {in_short(row['last'])}" for row in table if row["label"] == label), "")
-
-
-def _said_of_wins(run: RunFiles) -> str:
-    for _, metrics in run.evaluations:
-        if "win_rate" in metrics:
-            low, high = metrics.get("win_rate_low"), metrics.get("win_rate_high")
-            interval = f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else ""
-            return f"{metrics['win_rate']:.1%}{interval}"
-    return ""
 
 
 def _titles(runs: Sequence[RunFiles]) -> list[str]:
@@ -145,7 +103,7 @@ def _with_ties(row: dict, name: str) -> float | None:
 
 
 def _settings(runs: Sequence[RunFiles]) -> list[dict]:
-    """[{topic, rows: [{name, values, differs, changed}]}]: `differs` between runs, `changed` from the default."""
+    """[{topic, rows: [{name, values, differs, changed}]}]: `differs` between runs; `changed`: of each, no default."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     topics = {}
     for command in TRAINING:
@@ -163,7 +121,7 @@ def _settings(runs: Sequence[RunFiles]) -> list[dict]:
             differs = any(value != values[0] for value in values)
             rows.append({
                 "name": name, "values": values, "differs": differs,
-                "changed": any(value != defaults.get(name) for value in values),
+                "changed": [name in run.settings and run.settings[name] != defaults.get(name) for run in runs],
             })  # fmt: skip
         if rows:
             found.append({"topic": topic, "rows": rows})
