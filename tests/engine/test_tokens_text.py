@@ -172,10 +172,11 @@ def test_conversations_decode_to_what_the_template_wrote(tmp_path, tokenizers, k
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in LOSSY | {"unigram"}])
-def test_what_stands_before_a_later_answer_has_the_ids_that_the_model_meets(tmp_path, tokenizers, kind):
+@pytest.mark.parametrize("template", [TEMPLATES[name] for name in ("special", "plain")], ids=["special", "plain"])
+def test_what_stands_before_a_later_answer_has_the_ids_that_the_model_meets(tmp_path, tokenizers, kind, template):
     """Those of the text as a whole, also where the tokenizer puts a blank behind special tokens."""
     tokenizer = tokenizers(kind)
-    tokenizer.chat_template = TEMPLATES["special"]
+    tokenizer.chat_template = template
     turns = [("user", "what colour?"), ("assistant", "it is blue"), ("user", "and the sea"), ("assistant", "green")]
     messages = [{"role": role, "content": content} for role, content in turns]
     (example,) = load(tmp_path, [{"messages": messages}], "sft", tokenizer).examples
