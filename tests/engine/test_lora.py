@@ -13,13 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import prefuse
-from prefuse.bench.timing import peak_bytes
 from prefuse.engine import train as train_module
 from prefuse.engine.cli import main
 from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.errors import UserError
-from prefuse.engine.model.adapted_linear import adapted_linear
 from prefuse.engine.model.adapters import adapter_state, adapters_off, base_state
 from prefuse.engine.model.forward import completion_logps, fused_loss
 from prefuse.engine.model.load import load_model, load_tokenizer
@@ -177,80 +175,6 @@ def test_what_an_adapter_adds_has_the_bits_of_peft_and_is_scaled_where_it_is_nar
     assert found["peft"][1] == [(5, 32)]
     for own, peft in zip(found["own"][0], found["peft"][0], strict=True):
         assert torch.equal(own, peft)
-
-
-def test_a_layer_with_its_adapter_is_the_formula_and_makes_no_tensor_of_what_the_adapter_adds():
-    g = torch.Generator().manual_seed(0)
-    shapes = ((2, 5, 300), (400, 300), (400,), (4, 300), (400, 4))  # x, weight, bias, first, second
-    x, weight, bias, first, second = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes)
-    leaves = [t.requires_grad_() for t in (x, first, second)]
-
-    def formula(x, weight, bias, first, second, scaling):
-        return torch.einsum("...d,ed->...e", x, weight + scaling * second @ first) + bias
-
-    results = []
-    for layer in (adapted_linear, formula):
-        y = layer(x, weight, bias, first, second, 0.5)
-        results.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
-
-    def step():
-        y = adapted_linear(x, weight, bias, first, second, 0.5)
-        y.backward(grad)
-
-    grad = torch.ones(2, 5, 400, dtype=torch.float64)
-    outputs, gradients = 8 * 10 * 400, 8 * (10 * 300 + 4 * 300 + 400 * 4)
-    assert peak_bytes(step) <= outputs + gradients + 8 * 3 * 10 * 4  # and three times r numbers for each token
-
-
-def test_every_rank_draws_the_same_adapters_whatever_was_drawn_before(model):
-    made, later = [], []
-    for seed, changes in ((5, {}), (6, {}), (6, {"lora_r": 7})):
-        torch.manual_seed(seed)
-        lm = loaded(model, **changes)
-        made.append({name: p for name, p in lm.model.named_parameters() if p.requires_grad})
-        later.append(torch.rand(()).item())
-    assert all(torch.equal(p, made[1][name]) for name, p in made[0].items())
-    assert later[0] != later[1] == later[2]  # and what is drawn later does not depend on them
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, r"LoRA on the head \(lm_head\) would be left out"),
-        ({"lora_target_modules": ["nothing"]}, "lora_target_modules or lora_modules_to_save: .*nothing"),
-        ({"lora_target_modules": ["q_proj", "roj"]}, "lora_target_modules: no module of the model is called roj"),
-        ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save: no module of the model is called nothing"),
-        ({"lora_target_modules": ["act_fn"]}, "lora_target_modules or lora_modules_to_save: .*SiLU.* is not supported"),
-    ],
-)
-def test_adapters_that_cannot_be_are_named(changes, message, model):
-    with pytest.raises(UserError, match=message):
-        loaded(model, **changes)
-
-
-@pytest.mark.parametrize(
-    ("targets", "found"),
-    [(None, 14), (["q_proj"], 2), (["q_proj", "mlp.up_proj"], 4), ([r".*layers\.1\..*_proj"], 7), (["all-linear"], 14)],
-)
-def test_layers_are_chosen_by_name_or_pattern(targets, found, model):
-    lm = loaded(model, lora_target_modules=targets)
-    assert sum("lora_A" in name for name, _ in lm.model.named_parameters()) == found
-
-
-def test_training_does_not_start_from_adapters(model, pairs, tmp_path):
-    train(lora(model, pairs, tmp_path / "run", max_steps=1), "train")
-    with pytest.raises(UserError, match="run holds adapters, and training of all weights starts from a whole model"):
-        train(lora(str(tmp_path / "run"), pairs, tmp_path / "again", use_peft=False, lora_r=16, lora_alpha=32), "train")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Runs
 
 
 @pytest.mark.quick_cases(every=3)
