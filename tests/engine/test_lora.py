@@ -177,6 +177,55 @@ def test_what_an_adapter_adds_has_the_bits_of_peft_and_is_scaled_where_it_is_nar
         assert torch.equal(own, peft)
 
 
+def test_every_rank_draws_the_same_adapters_whatever_was_drawn_before(model):
+    made, later = [], []
+    for seed, changes in ((5, {}), (6, {}), (6, {"lora_r": 7})):
+        torch.manual_seed(seed)
+        lm = loaded(model, **changes)
+        made.append({name: p for name, p in lm.model.named_parameters() if p.requires_grad})
+        later.append(torch.rand(()).item())
+    assert all(torch.equal(p, made[1][name]) for name, p in made[0].items())
+    assert later[0] != later[1] == later[2]  # and what is drawn later does not depend on them
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, r"LoRA on the head \(lm_head\) would be left out"),
+        ({"lora_target_modules": ["nothing"]}, "lora_target_modules or lora_modules_to_save: .*nothing"),
+        ({"lora_target_modules": ["q_proj", "roj"]}, "lora_target_modules: no module of the model is called roj"),
+        ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save: no module of the model is called nothing"),
+        ({"lora_target_modules": ["act_fn"]}, "lora_target_modules or lora_modules_to_save: .*SiLU.* is not supported"),
+    ],
+)
+def test_adapters_that_cannot_be_are_named(changes, message, model):
+    with pytest.raises(UserError, match=message):
+        loaded(model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [(None, 14), (["q_proj"], 2), (["q_proj", "mlp.up_proj"], 4), ([r".*layers\.1\..*_proj"], 7), (["all-linear"], 14)],
+)
+def test_layers_are_chosen_by_name_or_pattern(targets, found, model):
+    lm = loaded(model, lora_target_modules=targets)
+    assert sum("lora_A" in name for name, _ in lm.model.named_parameters()) == found
+
+
+def test_training_does_not_start_from_adapters(model, pairs, tmp_path):
+    train(lora(model, pairs, tmp_path / "run", max_steps=1), "train")
+    with pytest.raises(UserError, match="run holds adapters, and training of all weights starts from a whole model"):
+        train(lora(str(tmp_path / "run"), pairs, tmp_path / "again", use_peft=False, lora_r=16, lora_alpha=32), "train")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs
+
+
 @pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("changes", [{}, {"lora_modules_to_save": ["lm_head", "norm"]}, {"lora_dropout": 0.2}])
 def test_a_run_starts_at_ln_2_learns_and_leaves_adapters_that_peft_reads(changes, model, pairs, tmp_path, monkeypatch):
