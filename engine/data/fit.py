@@ -140,9 +140,12 @@ def _spelling_of_bytes(tokenizer: Any) -> dict[str, int] | None:
 
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # without a probe: one of words alone raises for a letter that it lacks
-        return letters if "ByteLevel" in str(backend.decoder) else None
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        return letters
+    try:
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    except Exception:  # tokenizers has no class of its own for a text that it cannot read
+        return None
     if not all(isinstance(token, str) for token in tokens):
         return None
     for spelling in (letters, {chr(byte): byte for byte in range(256)}):
