@@ -122,6 +122,8 @@ LABELS = {
     "4 out of 5": (beside(ANSWER, "rating", "4 out of 5", "1 out of 5"), {"good_from": 4, "bad_to": 2}, [True, False]),
     "stars": (beside(ANSWER, "stars", "5 stars", "1 star"), {"good_from": 4, "bad_to": 2}, [True, False]),
     "percent": (beside(ANSWER, "score", "85%", "20%"), {"good_from": 60, "bad_to": 40}, [True, False]),
+    "no scale among scales": (beside(ANSWER, "score", "85%", "70%", 0.85), {"good_from": 60, "bad_to": 40}, [True] * 2),
+    "five full stars": (beside(ANSWER, "stars", "★★★★☆", "★★★★★", "★☆☆☆☆"), {"good_from": 5}, [True]),
     "another scale is a bad row": (beside(ANSWER, "rating", "4/5", "4/5", "4/10"), {"good_from": 4}, [True, True]),
     "votes": (beside(ANSWER, "vote", 1, -1, 0), {"score_column": "vote", "good_from": 1, "bad_to": -1}, [True, False]),
     "a probability": (beside(ANSWER, "label", 0.9, 0.1), {"score_column": "label", "good_from": 0.5}, [True]),
@@ -317,6 +319,13 @@ ASKED = {
 def test_what_is_asked(tmp_path, kind, rows, options, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path, rows, kind, **options)
+
+
+def test_a_prompt_that_one_side_alone_repeats_is_counted(tmp_path):
+    row = {"prompt": "Name a red fruit:", "chosen": "Name a red fruit: A", "rejected": " B"}
+    records, reading, _ = read(tmp_path, [row], "pair")
+    assert records == [tuple(row.values())]
+    assert reading.form.tally.lines == ["rows whose prompt stands at the start of one side alone, and stays there: 1"]
 
 
 def test_pairs_whose_scores_say_the_opposite_are_counted(tmp_path):

@@ -152,6 +152,11 @@ def test_a_broken_first_line_is_one_bad_row(tmp_path):
     assert rest == ROWS
 
 
+def test_a_key_that_stands_twice_in_a_row_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r'rows.jsonl:2 names "prompt" twice'):
+        rows_of(write(tmp_path / "rows.jsonl", '{"prompt": "Q"}\n{"prompt": "Q", "text": "A", "prompt": "R"}\n'))
+
+
 def test_values_longer_than_a_window_are_read_whole(tmp_path, monkeypatch):
     from prefuse.engine.data.sources import json_text
 
