@@ -111,18 +111,15 @@ def _read_lines(path: Path, opener: Opener, name: str) -> Rows:
 
 
 def _parse_row(text: str, row: str) -> Any:
-    """A line of which no object may name a key twice: of two values json.loads keeps the last."""
-    twice: list[str] = []
+    """A line whose object may not name a column twice: of two values json.loads keeps the last."""
+    names: list[str] = []
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.extend(name for name in names if names.count(name) > 1)
-        return found
+    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names[:] = [name for name, _ in pairs]  # those of the outermost object come last
+        return dict(pairs)
 
-    value = _parse_line(text, object_pairs_hook=unique)
-    if twice:
+    value = _parse_line(text, object_pairs_hook=noted)
+    if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f'{row} names "{twice[0]}" twice: one of two values would be lost. Fix: give each its own name')
     return value
 
