@@ -308,6 +308,9 @@ ASKED = {
     "a verdict beside the sides": ("pair", beside(ROW, "preference", 1, 2), {}, "are to be swapped"),
     "ranks of demonstrations": ("sft", beside(ANSWER, "rank", 1, 2), {}, "--good_from -1 --bad_to -3"),
     "a role that nothing takes": ("pair", [ROW | {"title": "x"}], {"columns": "label=title"}, "has no such role"),
+    "a weight of joined rows": (
+        "pair", beside(ANSWER | {"w": 1}, "score", 1, 2), {"columns": "weight=w"}, "has no such role",
+    ),
     "a source that may be the prompt": ("sft", [{"prompt": "Translate", "source": "Q", "target": "A"}], {}, "each be"),
     "a title of many words": ("sft", [ANSWER | {"title": "word " * 30}], {}, '"title" holds text'),
     "functions that are no tools": ("sft", [{"messages": [USER, GOOD], "functions": ["a b"]}], {}, '"functions" h'),

@@ -185,7 +185,8 @@ def _refuse_swapped(look: Look, form: Form) -> None:
 def _refuse_unused_roles(look: Look, form: Form, named: dict[str, list[str]], kind: str) -> None:
     """A column that was given a role and has none in the form that was found."""
     for role, columns in named.items():
-        if kind != "prompt" and role not in ("unused", *NUMBER_ROLES) and not form.used.issuperset(columns):
+        is_number = role in NUMBER_ROLES and form.gather is None
+        if kind != "prompt" and role != "unused" and not is_number and not form.used.issuperset(columns):
             raise DataError(
                 f'{look.source}: --columns has {role}={columns[0]}, and {form.name} for "{kind}" data has no such role '
                 f"({form.roles}). Fix: name all columns of the form that is meant, or leave {role} out"
