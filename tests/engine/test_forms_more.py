@@ -90,6 +90,18 @@ def test_lists_of_answers(tmp_path, row):
     ]
 
 
+def test_of_several_answers_none_may_be_the_best(tmp_path):
+    row = {"prompt": "Q", "response_a": "A", "response_b": "B", "response_c": "C"}
+    records, _, (skipped,) = read(tmp_path, beside(row, "winner", "a", "tie"), "pair")
+    assert (len(records), skipped.reason, skipped.by_rule) == (1, "a tie: no answer is preferred", True)
+
+
+def test_aspects_of_a_row_are_no_scores_of_its_answers(tmp_path):
+    answers = [{"text": "B", "score": 1}, {"text": "A", "score": 2}]
+    row = {"prompt": "Q", "answers": answers, "ratings": {"fluency": 3, "tone": 1}}
+    assert read(tmp_path, [row], "pair")[0] == [RAW]
+
+
 def test_how_sure_a_probability_is_weighs_the_row(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", beside(TWO, "preference", 0.75, 0.0))
     records = list(read_records(path, "pair", options=read_options(verdict_first=">0.5")).outcomes)
