@@ -86,8 +86,8 @@ def _is_tie(value: Any) -> bool:
 
 
 def _has_its_names(value: Any, names: list[str], answers: list[Any]) -> bool:
-    """An object with the names of answers for keys."""
-    return isinstance(value, dict) and bool(value) and all(place_of(name, names) is not None for name in value)
+    """An object with the name of every answer among its keys."""
+    return isinstance(value, dict) and {place_of(name, names) for name in value} >= set(range(len(names)))
 
 
 def _by_scores(look: Look, column: str, sign: int) -> Judged:
