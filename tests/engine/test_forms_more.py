@@ -55,7 +55,7 @@ LISTS = {
     "keyed, objects": {"responses": {"gpt-4": {"text": "A", "score": 9}, "m": {"text": "B", "score": 2}}},
     "keyed, the winner's key": {"responses": {"gpt-4": "B", "m": "A"}, "winner": "m"},
     "keyed, an order of keys": {"responses": {"gpt-4": "B", "m": "A"}, "ranking": ["m", "gpt-4"]},
-    "keyed, one model did not answer": {"responses": {"x": "A", "y": None, "z": "B"}, "scores": {"x": 3, "y": None, "z": 1}},
+    "keyed, with a null": {"responses": {"x": "A", "y": None, "z": "B"}, "scores": {"x": 3, "y": None, "z": 1}},
     "names beside the list": {"models": ["x", "y"], "responses": ["B", "A"], "scores": {"x": 1, "y": 5}},
     "letters of columns": {"response_a": "A", "response_b": "C", "response_c": "B", "ranking": "A>B>C"},
     "letters of a list": {"responses": ["B", "A", "C"], "ranking": "B > C > A"},
