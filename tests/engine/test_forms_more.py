@@ -325,6 +325,7 @@ ASKED = {
     ),
     "a source that may be the prompt": ("sft", [{"prompt": "Translate", "source": "Q", "target": "A"}], {}, "each be"),
     "a title of many words": ("sft", [ANSWER | {"title": "word " * 30}], {}, '"title" holds text'),
+    "a task that is an instruction": ("sft", [{"task": "Put it into French"} | ANSWER], {}, '"task" h'),
     "functions that are no tools": ("sft", [{"messages": [USER, GOOD], "functions": ["a b"]}], {}, '"functions" h'),
     "other answers": ("sft", [{"problem": "Q", "generations": ["x"], "messages": [USER, GOOD]}], {}, '"generations" h'),
 }  # fmt: skip

@@ -165,7 +165,8 @@ def _refuse_unused_text(look: Look, form: Form, kind: str) -> None:
 def _is_long(column: str, values: list[Any]) -> bool:
     """Whether a column that is named like a source, a title or the like holds whole texts."""
     texts = [value for value in values if isinstance(value, str)]
-    long = sum(len(text.split()) > 20 or (len(text) > 100 and not text.isascii()) for text in texts)
+    most = 2 if plain_name(column) == "task" else 20  # words: "summarization", and no instruction
+    long = sum(len(text.split()) > most or (len(text) > 100 and not text.isascii()) for text in texts)
     return plain_name(column) not in REMARKS and long > 0.5 * len(values)
 
 
