@@ -33,7 +33,7 @@ def glance_of(page):
 def test_a_glance_has_the_first_answer_to_each_question(tmp_path):
     glance = glance_of(page_of(write_run(tmp_path / "one"), write_run(tmp_path / "two")))
     answers = {
-        "What was it trained on?": "19 rows of a plain text, 3 skipped, 1 held out",
+        "What was it trained on?": "19 rows of a plain text, 3 skipped, 1 held out (too few for a reliable number)",
         "Did it learn?": "0.6931 → 0.25",
         "Is it better?": "62.5% (50.0% to 70.0%): not decided",
         "What went wrong?": "1, the last: a plain text",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefuse.engine.config.data import FEW_HELD_OUT
 from prefuse.engine.report.page.read import RunFiles
 from prefuse.engine.report.page.render import in_short
 
@@ -59,7 +60,9 @@ def _rows(run: RunFiles) -> str:
     files = run.settings.get("datasets") or run.settings.get("dataset_name")
     source = f" of {Path(files).name}" if isinstance(files, str) else ""
     skipped = f", {run.skipped.total()} skipped" if run.skipped else ""
-    return f"{in_short(rows['train'])} {what}{source}{skipped}, {in_short(rows['held_out'])} held out"
+    held = rows["held_out"]
+    few = " (too few for a reliable number)" if isinstance(held, int) and 0 < held < FEW_HELD_OUT else ""
+    return f"{in_short(rows['train'])} {what}{source}{skipped}, {in_short(held)} held out{few}"
 
 
 def _model(run: RunFiles) -> str:
