@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,25 @@ if not HAS_GPU:
 OPCHECK_WARNS = "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest takes the slow ones out
 def pytest_collection_modifyitems(items):
+    _mark_slow_cases(items)
     for item in items:
         if "opcheck" in item.name:
             item.add_marker(pytest.mark.filterwarnings(OPCHECK_WARNS))
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+
+
+def _mark_slow_cases(items):
+    """Of the cases of a test with `quick_cases(every=n)` the first and each n-th after it stay in `make test`."""
+    cases = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("quick_cases"):
+            function = item.nodeid.split("[")[0]
+            if cases[function] % marker.kwargs["every"]:
+                item.add_marker(pytest.mark.slow)
+            cases[function] += 1
 
 
 @pytest.fixture(scope="session")

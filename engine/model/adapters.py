@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapted_linear import adapted_linear
 from prefuse.engine.run.files import file_faults_as_oserror
 from prefuse.models.trunk import class_of
 
@@ -286,10 +287,15 @@ def _lora_forward(layer: nn.Module, peft_forward: Callable[..., Tensor], x: Tens
     plain = not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
     if not plain or len(names) != 1 or math.frexp(layer.scaling[names[0]])[0] != 0.5:
         return peft_forward(x, *args, **kwargs)
-    first, second, drop, scaling = (
-        getattr(layer, part)[names[0]] for part in ("lora_A", "lora_B", "lora_dropout", "scaling")
+    base, first, second, drop, scaling = (
+        layer.base_layer,
+        *(getattr(layer, part)[names[0]] for part in ("lora_A", "lora_B", "lora_dropout", "scaling")),
     )
-    result = layer.base_layer(x)
+    one_dtype = x.dtype == base.weight.dtype == first.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    frozen = not any(p.requires_grad for p in base.parameters())
+    if one_dtype and frozen and second.bias is None and isinstance(drop, nn.Identity):
+        return adapted_linear(x, base.weight, base.bias, first.weight, second.weight, scaling)
+    result = base(x)
     added = second(first(drop(layer._cast_input_dtype(x, first.weight.dtype))) * scaling)
     # In place: the gradient of a linear layer needs its input and weight alone.
     return result.add_(added) if added.dtype == result.dtype else (result + added).to(result.dtype)

@@ -61,9 +61,8 @@ def linear_kl(
         bias, ref_bias: (V,) added to the products. Columns that are -inf in both heads add nothing.
         mask: (N,) bool, True for the rows to keep. The others are exactly 0, with exactly zero gradient, whatever
             their hidden states hold.
-        softcap, logit_scale, temperature: as in `linear_logprobs`, for both heads.
+        softcap, logit_scale, temperature, impl: as in `linear_logprobs`, for both heads.
         ref_options: those of the reference where they differ, such as `{"softcap": None}`.
-        impl: as in `linear_logprobs`.
 
     Returns:
         (N,) nats, float32. The gradient goes to hidden, weight and bias alone: the reference's tensors are taken as

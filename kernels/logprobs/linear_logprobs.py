@@ -24,7 +24,6 @@ from prefuse.kernels.logprobs.call import (
     stash_dtype,
 )
 from prefuse.kernels.logprobs.portable import RowGrads, empty_forward
-from prefuse.kernels.logprobs.sparse_autograd import sparse_logprobs
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.vocab import Whole, remember, shard_of, shard_place
 
@@ -116,6 +115,9 @@ def logprobs_of(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """What `linear_logprobs` returns."""
     if call.gradient_tolerance > 0.0 and torch.is_grad_enabled() and any(call.needs) and len(call.hidden):
+        # Its `torch.compiler.disable` imports torch._dynamo, a second and more, which only a tolerance needs.
+        from prefuse.kernels.logprobs.sparse_autograd import sparse_logprobs
+
         logps, extra = sparse_logprobs(call, outputs, guess, meter)
         return (logps, _named(outputs, extra)) if outputs else logps
     hidden, weight, bias, targets, o, impl, vocab_group, _ = call

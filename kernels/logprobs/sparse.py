@@ -25,10 +25,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prefuse.kernels.cost import report_cost, size
 from prefuse.kernels.gemm import accumulator_dtype, addmm_, operand
-from prefuse.kernels.gradients import Gradients, Needs, Sums
+from prefuse.kernels.gradients import Gradients, Needs, Sums, zero_gradients
 from prefuse.kernels.logprobs.portable import RowGrads
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
@@ -104,22 +105,22 @@ def choose_columns(
     """The columns to keep: all but those of the smallest statistic that together have `share` of the mass."""
     # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
-    order = s.argsort(stable=True)
-    cumulative = s[order].double().cumsum(0)
+    ordered = s.sort().values
+    cumulative = ordered.double().cumsum(0)
     # Without a guess s is too large, most so where the vocabulary begins, and the rows' q is their mass; by a guess of
     # too little, s is too small.
     mass = torch.minimum(torch.where(s.isfinite(), s, 0.0).double().sum(), q.double().sum())
     budget = share * mass
-    kept = torch.ones_like(s, dtype=torch.bool)
-    kept[order[cumulative <= budget]] = False
+    # From the first column on that the budget does not reach: equal ones are all kept or all dropped.
+    kept = s >= pad(ordered, (0, 1), value=math.inf)[(cumulative <= budget).sum()]
     kept[targets] = True
     return kept
 
 
 class Block(NamedTuple):
-    """Some rows of a call, every one kept, and the columns that they keep."""
+    """Some rows of a call, each with a gradient, and the columns that they keep."""
 
-    rows: slice
+    rows: Tensor  # (R,)
     columns: Tensor  # (K,)
     mean: Tensor  # (D,) of the dropped rows of the weight
 
@@ -138,11 +139,12 @@ def backward(
     tolerance: float,
     meter: Tensor | None = None,  # (2,) to be filled with the skipped and the whole mass
 ) -> Gradients:
-    """`module.backward`, except for `tolerance` of the gradient's mass; the same bits where no block is sparse."""
-    blocks, exact = _blocks(hidden, weight, targets, row.q, options, statistic, tolerance)
+    """`module.backward`, except for `tolerance` of the gradient's mass, and without the rows whose gradient is 0; the
+    same bits where every row has one and no block is sparse."""
+    blocks, exact = _blocks(hidden, weight, targets, row, options, statistic, tolerance)
     acc = accumulator_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden) if needs.hidden else None
-    sums, skipped = None, torch.zeros_like(row.q)
+    sums, kept, skipped = None, [], torch.zeros_like(row.q)
     # One buffer for every block: fresh memory costs a page fault wherever it is written.
     gathered = weight.new_empty(max((len(block.columns) for block in blocks), default=0), hidden.shape[1])
     for block in blocks:
@@ -151,6 +153,7 @@ def backward(
         if grads is None:
             exact.append(block.rows)
             continue
+        kept.append(block)
         skipped[block.rows] = m
         if needs.hidden:
             dhidden[block.rows] = grads.hidden
@@ -159,10 +162,12 @@ def backward(
         for total, part in ((sums.dweight, grads.weight), (sums.dbias, grads.bias)):
             if total is not None:
                 total.index_add_(0, block.columns, part)  # each column once: the same bits every time
-    _record(hidden, row, skipped, blocks, exact, weight, options, needs, meter)
+    _record(hidden, row, skipped, kept, len(exact), weight, options, needs, meter)
+    if not blocks and not exact:
+        return zero_gradients(hidden, weight, bias, needs)
     dweight, dbias = sums or (None, None)
     if exact:
-        at = torch.cat([torch.arange(r.start, r.stop, device=hidden.device) for r in exact]).sort().values
+        at = torch.cat(exact).sort().values
         grads = module.backward(hidden[at], weight, bias, targets[at], row[at], options, needs)
         if needs.hidden:
             dhidden[at] = grads.hidden
@@ -174,15 +179,18 @@ def backward(
 
 
 def _blocks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, q: Tensor, options: HeadOptions, statistic: ColumnStatistic,
+    hidden: Tensor, weight: Tensor, targets: Tensor, row: RowGrads, options: HeadOptions, statistic: ColumnStatistic,
     tolerance: float,
-) -> tuple[list[Block], list[slice]]:  # fmt: skip
+) -> tuple[list[Block], list[Tensor]]:  # fmt: skip
     """The blocks that may be sparse, and the rows of those that cannot."""
     chosen, exact, masks = [], [], []
-    for i, rows in enumerate(row_blocks(len(hidden), statistic.rows)):
-        kept = choose_columns(statistic.sums[i], targets[rows], q[rows], statistic.margin * tolerance)
+    for i, at in enumerate(row_blocks(len(hidden), statistic.rows)):
+        rows = row.grad[at].nonzero()[:, 0] + at.start
+        if len(rows) == 0:
+            continue
+        kept = choose_columns(statistic.sums[i], targets[rows], row.q[rows], statistic.margin * tolerance)
         columns = kept.nonzero()[:, 0]
-        stored = len(columns) * (rows.stop - rows.start) * hidden.element_size()
+        stored = len(columns) * len(rows) * hidden.element_size()
         if len(columns) > MOST_COLUMNS * len(weight) or stored > MOST_BYTES:
             exact.append(rows)
             continue
@@ -219,7 +227,7 @@ def _sparse_block(
 
 
 def _record(
-    hidden: Tensor, row: RowGrads, skipped: Tensor, blocks: list[Block], exact: list[slice], weight: Tensor,
+    hidden: Tensor, row: RowGrads, skipped: Tensor, sparse: list[Block], exact: int, weight: Tensor,
     options: HeadOptions, needs: Needs, meter: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the masses into `meter` and into every open `record_skipped_mass`."""
@@ -227,12 +235,11 @@ def _record(
     whole = torch.stack([(mass * skipped).sum(), (mass * row.q).sum()])
     if meter is not None:
         meter.copy_(whole)
-    sparse = [block for block in blocks if block.rows not in exact]
     for record in _watchers:
         record.skipped += float(whole[0])
         record.whole += float(whole[1])
-        record.blocks += len(sparse) + len(exact)
-        record.exact_blocks += len(exact)
+        record.blocks += len(sparse) + exact
+        record.exact_blocks += exact
         record.kept_columns += sum(len(block.columns) for block in sparse)
         if record.bounds:
             lost = mass * skipped * abs(options.slope)

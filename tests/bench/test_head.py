@@ -32,6 +32,7 @@ def measured(truth, names, mode="trainable", loss_type="logps"):
     return {row["implementation"]: row for row in rows}
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("loss_type", implementations.LOSSES)
 def test_right_implementations_get_times_and_errors(truth, loss_type):
     names = [name for name in HERE if implementations.applies(name, loss_type)]

@@ -176,6 +176,7 @@ def test_the_engine_trains_with_it_and_evaluates(loss, tmp_path, monkeypatch, ca
 # ---- TRL's trainer -------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("loss", OWN, ids=lambda loss: type(loss).__name__)
 def test_the_trainer_for_trl_trains_with_it(loss, tmp_path):
     trl = pytest.importorskip("trl")

@@ -306,6 +306,7 @@ def test_the_fused_loss_equals_its_two_halves(loss, impl):
         torch.testing.assert_close(fused, composed, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("options", [{}, HEAD], ids=["plain", "options"])

@@ -51,6 +51,7 @@ WAYS = {
 }
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("kind", ["Llama", "tied", "lora on the head", "bf16", "checkpointed"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_trainer_has_the_loss_it_had(way, kind, tmp_path):

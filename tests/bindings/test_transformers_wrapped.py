@@ -164,6 +164,7 @@ def test_an_adapter_that_transformers_put_there():
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["torch.compile", *(pytest.param(x, marks=pytest.mark.slow) for x in ("model.compile", "the trunk"))]
 )

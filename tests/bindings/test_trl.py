@@ -104,6 +104,7 @@ MORE = {
 ALL = [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_is_the_same_as_on_trls_own_function(name, tmp_path, monkeypatch):
     run = (RUNS | MORE)[name]
@@ -171,6 +172,7 @@ BF16 = {
 }
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("name", BF16)
 def test_in_bf16_every_step_is_closer_to_float64_than_on_trls_own_function(name, tmp_path, monkeypatch, capsys):
     """What is logged in the first step, and at every call of five steps the same hidden states and upstream gradients.

@@ -38,6 +38,7 @@ def test_they_stand_in_prefuse_trl():
 # ---- DPO equals TRL's ----------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize(("name", "loss_type"), models_and("sigmoid", "ipo"))
 def test_dpo_trains_and_logs_as_trls_trainer(name, loss_type, models, tmp_path):
     options = {"peft_config": LORA} if name == "lora" else {}
@@ -52,6 +53,7 @@ TRLS_OTHERS = ["hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard
                "apo_down", "discopop", "sigmoid_norm"]  # fmt: skip
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("loss_type", TRLS_OTHERS)
 def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
     smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
@@ -59,6 +61,7 @@ def test_dpo_has_trls_other_losses(loss_type, models, tmp_path):
     compare("dpo", models["llama"], tmp_path, loss_type=loss_type, **settings)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -103,6 +106,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_mean_what_they_mean_in_trl(kind, change, models, tmp_path):
@@ -129,6 +133,7 @@ def test_evaluation(kind, models, tmp_path):
     assert_same_log(logs[1], logs[0])
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("precompute", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reference", ["explicit", "lora", "trained adapter"])
@@ -154,6 +159,7 @@ def test_mixtures_of_losses(models, tmp_path):
         compare("dpo", models["llama"], tmp_path, loss_type=loss_type, loss_weights=weights)
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize(("name", "loss_type"), models_and("kto", "apo_zero_unpaired"))
 def test_kto_trains_and_logs_as_trls_trainer_where_it_samples_alike(name, loss_type, models, tmp_path):
     options = {"peft_config": LORA} if name == "lora" else {}

@@ -127,6 +127,7 @@ def cases(damages):
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in damages]
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("damage", cases(DAMAGES))
 def test_a_checkpoint_that_makes_no_sense_falls_back_to_the_one_before(damage, stopped, base, finished_once, caplog):
     newest, other = stopped / "checkpoint-4", stopped / "checkpoint-2"

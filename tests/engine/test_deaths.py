@@ -154,6 +154,7 @@ def test_ranks_whose_weights_have_drifted_apart_save_nothing_of_it(files, server
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, server, tmp_path):
     """An entry each for the rows, their mismatches, and the same held out. The second run finds one of them damaged,
     the third is of one rank."""
@@ -177,6 +178,7 @@ def test_ranks_share_a_reference_cache_and_mend_what_is_damaged_in_it(files, ser
     assert "computing it again" not in said
 
 
+@pytest.mark.slow
 def test_another_number_of_items_in_a_step_is_not_resumed(files, server, tmp_path):
     argv = command(files, tmp_path / "run", num_train_epochs=1.0)
     assert server.run(argv, 1, tmp_path / "log") == [0]

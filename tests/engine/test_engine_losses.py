@@ -45,6 +45,7 @@ def test_every_loss_type_is_tried_here_or_with_dpo():
     assert {*FIRST_LOSS, *WITHOUT_REFERENCE, *fed, "rpo", "dpo", "ipo", "kto", "ppo_clip"} == set(LOSS_TYPES)
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("loss_type", FIRST_LOSS)
 def test_a_run_starts_at_the_loss_of_no_preference(loss_type, model, pairs, tmp_path, caplog):
     steps = run(loss_type, model, pairs, tmp_path / "run")
@@ -55,6 +56,7 @@ def test_a_run_starts_at_the_loss_of_no_preference(loss_type, model, pairs, tmp_
     assert "was expected" not in caplog.text
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("loss_type", [*WITHOUT_REFERENCE, "rpo"])
 def test_likelihoods_rise_and_no_guard_mistakes_them_for_a_reference(loss_type, model, pairs, tmp_path, caplog):
     steps = run(loss_type, model, pairs, tmp_path / "run", max_steps=12, learning_rate=2e-2, eval_fraction=0.2)
@@ -66,6 +68,7 @@ def test_likelihoods_rise_and_no_guard_mistakes_them_for_a_reference(loss_type, 
     assert ("eval_kl_to_ref" in evaluations[-1]) == (loss_type == "rpo")
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("loss_type", "setting", "value"),
     [

@@ -63,6 +63,7 @@ def assert_same_training(one, two):
 ANOTHER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "kto")]
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("name", ["sft", "dpo", *ANOTHER])
 def test_training_is_the_same_as_with_padded_batches(name, model, pairs, tmp_path):
     command = "sft" if name == "sft" else "train"

@@ -299,6 +299,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("name", CHANGES)
 def test_runs_of_one_reference_and_the_same_rows_share_it(name, tmp_path, monkeypatch, caplog):

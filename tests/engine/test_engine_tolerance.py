@@ -28,6 +28,7 @@ ROWS = {
 }
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_run_logs_what_its_head_skipped(kind, base, tmp_path):
     command, rows, options = ROWS[kind]

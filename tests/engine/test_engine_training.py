@@ -121,6 +121,7 @@ def double(lm):
 # Runs
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("loss_type", "data"), [("dpo", "pairs"), ("ipo", "pairs"), ("kto", "labelled"), ("kto", "pairs")]
 )

@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import prefuse
+from prefuse.bench.timing import peak_bytes
 from prefuse.engine import train as train_module
 from prefuse.engine.cli import main
 from prefuse.engine.data import load_examples
 from prefuse.engine.data.batches import collate, examples_of
 from prefuse.engine.errors import UserError
+from prefuse.engine.model.adapted_linear import adapted_linear
 from prefuse.engine.model.adapters import adapter_state, adapters_off, base_state
 from prefuse.engine.model.forward import completion_logps, fused_loss
 from prefuse.engine.model.load import load_model, load_tokenizer
@@ -177,6 +179,31 @@ def test_what_an_adapter_adds_has_the_bits_of_peft_and_is_scaled_where_it_is_nar
         assert torch.equal(own, peft)
 
 
+def test_a_layer_with_its_adapter_is_the_formula_and_makes_no_tensor_of_what_the_adapter_adds():
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, 300), (400, 300), (400,), (4, 300), (400, 4))  # x, weight, bias, first, second
+    x, weight, bias, first, second = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes)
+    leaves = [t.requires_grad_() for t in (x, first, second)]
+
+    def formula(x, weight, bias, first, second, scaling):
+        return torch.einsum("...d,ed->...e", x, weight + scaling * second @ first) + bias
+
+    results = []
+    for layer in (adapted_linear, formula):
+        y = layer(x, weight, bias, first, second, 0.5)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    def step():
+        y = adapted_linear(x, weight, bias, first, second, 0.5)
+        y.backward(grad)
+
+    grad = torch.ones(2, 5, 400, dtype=torch.float64)
+    outputs, gradients = 8 * 10 * 400, 8 * (10 * 300 + 4 * 300 + 400 * 4)
+    assert peak_bytes(step) <= outputs + gradients + 8 * 3 * 10 * 4  # and three times r numbers for each token
+
+
 def test_every_rank_draws_the_same_adapters_whatever_was_drawn_before(model):
     made, later = [], []
     for seed, changes in ((5, {}), (6, {}), (6, {"lora_r": 7})):
@@ -226,6 +253,7 @@ def test_training_does_not_start_from_adapters(model, pairs, tmp_path):
 # Runs
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("changes", [{}, {"lora_modules_to_save": ["lm_head", "norm"]}, {"lora_dropout": 0.2}])
 def test_a_run_starts_at_ln_2_learns_and_leaves_adapters_that_peft_reads(changes, model, pairs, tmp_path, monkeypatch):
     runs, prepare = [], train_module.prepare

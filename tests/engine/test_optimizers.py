@@ -110,6 +110,7 @@ def base(tmp_path_factory):
     return {"model_name_or_path": save_model(folder / "model"), "dataset_name": data, "save_steps": 2, "max_steps": 4}
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"])
 def test_any_optimizers_states_are_resumed_bit_for_bit(optim, base, library, tmp_path):
     def config(name, **more):

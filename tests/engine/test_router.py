@@ -82,6 +82,7 @@ def test_models_without_that_loss_are_refused():
 # Runs
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
 def test_three_steps_beside_trl(kind, model, tmp_path):
     """TRL 1.16 with its default, the model's own weight: losses, aux_loss, gradient norms and the weights it ends with.

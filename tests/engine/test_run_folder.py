@@ -191,6 +191,7 @@ def test_a_finished_run_is_finished(save_steps, base, tmp_path, capsys):
     assert again["loss"] == metrics["loss"]
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("command", "change", "message"),
     [

@@ -135,6 +135,7 @@ def test_held_out_prompts_are_answered_by_the_weights_of_their_step(model, tmp_p
     assert sizes == [1] * 4 + ([4] * 4 + [1] * 4) * 2
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

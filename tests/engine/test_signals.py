@@ -38,6 +38,7 @@ def straight(files, tmp_path_factory):
     return result(out)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("number", "where"),
     [

@@ -152,6 +152,8 @@ importlib.util.find_spec = find_spec  # who asks before importing is told the sa
 import torch
 import prefuse
 
+assert "torch._dynamo" not in sys.modules  # a second and more, which only torch.compile and a tolerance need
+
 hidden = torch.randn(10, 8, requires_grad=True)
 weight = torch.randn(33, 8, requires_grad=True)
 cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32)

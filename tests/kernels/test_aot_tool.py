@@ -17,6 +17,7 @@ def compiler():
         yield lambda function, *args, **options: pool.submit(function, *args, **options).result(timeout=120)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(
     ("arch", "shape", "matrix_op"),
     [

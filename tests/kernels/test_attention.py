@@ -169,6 +169,7 @@ def test_gpu_kernels_are_as_near_the_truth_as_torchs_attention(name, window, sof
         assert (got - wanted).abs().max() <= 2 * (yardstick - wanted).abs().max() + floor
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", WINDOWS)

@@ -48,6 +48,7 @@ def assert_no_preference(out):
         assert out.metrics[name][0] == 0, name
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("per_sequence", [False, True], ids=["per token", "per sequence"])
 @pytest.mark.parametrize("needs", ["trainable", "frozen head"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,6 +199,7 @@ def test_a_second_run_has_the_same_bits(impl, dtype, needs, device):
 # ---- a long sequence keeps its digits ------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(("impl", "d", "v"), [("torch", 64, 4000), ("torch", 256, 4000), ("triton", 64, 1000)])
 def test_a_log_ratio_of_1024_tokens_is_right_to_1e_4_nats(impl, d, v, device, monkeypatch):
     """bf16 inputs, a policy a little off its reference; rounding logits to bf16 would cost some 0.2 nats."""

@@ -83,6 +83,7 @@ def relative_error(x, truth):
     return ((x.double() - truth).norm() / truth.norm()).item()
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("p", [1e-4, 0.1, 0.9, 0.99, 0.999, 0.9999, 0.99999])
 @pytest.mark.parametrize("needs", ["trainable", "frozen head"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,6 +173,7 @@ def biased(device, *changes, n=19, d=8, v=70, dtype=torch.float32, spread=1.0):
     return inputs.but(bias=bias)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("gap", [30.0, 50.0, 100.0, 1000.0, 10_000.0])
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 def test_a_target_far_under_another_logit(impl, gap, device, small_tiles):
@@ -202,6 +204,7 @@ MASKED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("masked", MASKED)
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
@@ -231,6 +234,7 @@ def test_huge_logits(impl, spread, device, small_tiles):
 
 # Neither vocabulary is a multiple of a tile. A tail column of zeros that slipped in, or one that the softcap turned
 # from -inf into -cap, would outweigh everything.
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", [35, 70])
 @pytest.mark.parametrize("softcap", [None, 1.0, 30.0])

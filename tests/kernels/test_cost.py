@@ -37,6 +37,7 @@ def batch(impl, device, n, d=16, v=300):
     return random_inputs(n, d, v, torch.bfloat16, device=device if impl == "triton" else "cpu")
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_mode_multiplies_what_the_table_says(impl, mode, device):
@@ -92,6 +93,7 @@ def peak(mode, n, d, v, dtype=torch.float32) -> int:
     return peak_bytes(lambda: step(inputs, mode, "torch"))
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("mode", ["no grad", "frozen", "lean"])
 def test_memory_beyond_gradients_is_flat_in_the_vocabulary(mode):

@@ -58,6 +58,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", LOSSES)
@@ -82,6 +83,7 @@ def test_groups_change_nothing_but_rounding(case, impl, dtype, device):
     assert not made["grouped"][1]["hidden"][inputs.targets == -100].any()
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [32, 48, 64])
 def test_groups_take_three_units(impl, rows, device):

@@ -39,6 +39,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_agrees_with_float64(small_tiles, device, shape, impl, dtype):
@@ -48,6 +49,7 @@ def test_every_shape_agrees_with_float64(small_tiles, device, shape, impl, dtype
 
 
 # D = 13: by pointer. D = 16: by descriptor in the kernels, and the fold in halves.
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize(
     ("impl", "name", "dtype", "d"),
     [
@@ -60,6 +62,7 @@ def test_every_option_agrees_with_float64(small_tiles, device, impl, name, dtype
     check_kl(head(impl), random_models(19, d, 70, dtype, masked=0.2, device=on(impl, device), **OPTIONS[name]))
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("needs", NEEDS)
 def test_every_set_of_gradients_agrees_with_float64(small_tiles, device, needs, impl):
@@ -74,6 +77,7 @@ def test_real_tiles_agree_with_float64(dtype):
     check_kl(head("torch"), random_models(257, 33, 2049, dtype, masked=0.1, **OPTIONS["all"]))
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("hidden", "weight"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
@@ -100,6 +104,7 @@ def layouts(x):
 LAYOUTS = list(layouts(torch.zeros(2, 2)))
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("which", ["hidden", "weight", "ref_hidden", "ref_weight"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -172,6 +177,7 @@ def test_real_sizes_agree_with_float64(device, d, ref_d, dtype):
 
 
 # The kernels load the same numbers from any layout, which other tests hold them to; a BLAS has a choice of its own.
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize(
     ("impl", "layout"),
     [
@@ -194,6 +200,7 @@ def test_equal_models_have_exactly_no_divergence_and_no_gradient(device, d, dtyp
         assert not x.any(), name
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize(("impl", "v"), [("torch", 4500), ("triton", 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("apart", [1e-3, 1e-2, 0.1, 1.0, 4.0])
@@ -219,6 +226,7 @@ def test_a_constant_between_the_logits_changes_little(small_tiles, device, shift
 
 
 # Logits apart by more than float32's exponent, in both directions; all of the policy on what the reference cannot hold.
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("gap", [30.0, 90.0, 200.0, 1e4])
 def test_models_far_apart(small_tiles, device, gap, impl):

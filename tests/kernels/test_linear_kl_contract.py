@@ -77,6 +77,7 @@ def test_a_second_run_has_the_same_bits(small_tiles, device, needs, impl):
 # ---- rows that do not count, and the reference ---------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("needs", ["trainable", "frozen head"])
 @pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -149,12 +150,14 @@ def op_inputs(impl, device, case, needs=()):
 CASES = ["plain", "masked", "transposed", "transposed, masked"]
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", FUSED)
 def test_the_forward_passes_opcheck(impl, case, device):
     torch.library.opcheck(ops.linear_kl_forward, (*op_inputs(impl, device, case, NAMES), *SCALARS, impl))
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("impl", "needs"),
@@ -231,6 +234,7 @@ def _rest(m):
     return m.weight, m.ref_hidden, m.ref_weight
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize(
     "needs", [Needs(True, True, False), Needs(True, False, False)], ids=["trainable", "frozen head"]

@@ -46,6 +46,7 @@ def op_inputs(impl, device, case, needs=()):
     return inputs.leaves(needs)
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("impl", "outputs"), [("torch", ""), ("torch", "entropy,is_top1"), ("triton", "entropy,is_top1")]
@@ -65,6 +66,7 @@ def test_the_forward_passes_opcheck(mode, impl, outputs, case, device):
 EVERYTHING, ONLY_HIDDEN, ONLY_WEIGHT = Needs(True, True, True), Needs(True, False, False), Needs(False, True, False)
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("impl", "needs", "entropy", "mode"),
@@ -157,6 +159,7 @@ def check_compiled(make, **options):
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen head"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_a_training_step_compiles_without_a_graph_break(loss, frozen):

@@ -117,6 +117,7 @@ def check_promise(x, grad, tolerance, impl, **more):
     return record, {name: (got[name].double() - exact[name]).norm() / exact[name].norm() for name in got}
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("tolerance", TOLERANCES)
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -164,6 +165,7 @@ def test_the_dropped_columns_mean_takes_most_of_the_error_of_dhidden(impl, devic
     assert with_mean["hidden"] < 0.5 * (plain - truth).norm() / truth.norm()
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")], ids=repr)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_option_and_every_set_of_gradients(impl, needs, device):
@@ -222,6 +224,21 @@ def test_the_cost_is_what_the_kept_columns_say():
     with count_cost() as frozen:
         record = gradients(x, torch.ones(n), 2**-4, "torch", needs=("hidden",))[2]
     assert frozen.flops == 2 * D * (n * V + 2 * 16 * record.kept_columns + 3 * V) + 2 * n * V
+
+
+def test_rows_without_a_gradient_cost_nothing():
+    """TRL on a CPU scores prompts and padding too and masks them afterwards. A block of such rows alone is not made."""
+    x, grad = peaked(48), torch.ones(48)
+    grad[::2] = grad[16:32] = 0.0
+    with count_cost() as cost:
+        _, got, record = gradients(x, grad, 2**-4, "torch")
+    assert (record.blocks, record.exact_blocks) == (2, 0)
+    assert cost.flops == 2 * D * (48 * V + 3 * 8 * record.kept_columns + 2 * V) + 2 * 48 * V
+    assert not got["hidden"][grad == 0].any()
+    check_promise(x, grad, 2**-4, "torch")
+    none = gradients(x, torch.zeros(48), 2**-4, "torch")
+    assert none[1].keys() == {"hidden", "weight"}
+    assert not any(t.any() for t in none[1].values())
 
 
 def test_the_triton_backward_costs_three_passes_of_the_kept_columns(device):

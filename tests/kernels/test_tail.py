@@ -28,6 +28,7 @@ else:
 # ---- the torch path, and plain Python ------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("per_token", [True, False], ids=["per token", "per sequence"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -136,6 +137,7 @@ def operate(arguments, loss, labels=None, z0=0.0, items=1.0):
     )  # fmt: skip
 
 
+@pytest.mark.quick_cases(every=5)
 @pytest.mark.parametrize("loss", EQUATIONS, ids=repr)
 def test_each_device_equation_is_its_dataclass_everywhere(loss, device):
     """Losses, and derivatives in float64, over every pair of extremes (for KTO: every ratio, label and z0)."""

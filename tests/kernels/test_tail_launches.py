@@ -87,6 +87,7 @@ def test_each_way_is_one_launch(loss, launches, device):
     assert set(backward.names) <= {"ones_like", "preference_tail_backward"}
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_any_order_of_arrival_has_the_same_bits(loss, device):
     """Another program is the last, and adds everything up."""
@@ -271,6 +272,7 @@ def test_a_second_derivative_is_refused(device):
 # ---- as torch sees it ----------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
 @pytest.mark.parametrize("given", ["numbers", "tensors"])
 def test_the_operators_pass_opcheck(loss, given, device):
@@ -294,6 +296,7 @@ def test_the_backward_passes_opcheck(device):
     torch.library.opcheck(ops.preference_tail_backward, (torch.tensor(2.0, device=device), slopes, cu_seqlens, 5))
 
 
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize("given", ["numbers", "tensors", "mismatched"])
 @pytest.mark.parametrize("loss", [DPO(0.1, 0.1), KTO()], ids=repr)
 def test_a_training_step_compiles_without_a_graph_break(loss, given, device, monkeypatch):

@@ -43,6 +43,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_agrees_with_float64(small_slices, device, shape, dtype):
@@ -51,6 +52,7 @@ def test_every_shape_agrees_with_float64(small_slices, device, shape, dtype):
 
 
 # 37 rows and 41 columns: three row blocks of a kernel, two of the backward's buffer; two tiles. D = 13: by pointer.
+@pytest.mark.quick_cases(every=4)
 @pytest.mark.parametrize(
     ("name", "dtype", "d"),
     [
@@ -84,6 +86,7 @@ def test_a_weight_of_another_dtype_is_rounded_to_hiddens_and_gets_its_own_dtype_
     check_head(head, inputs, entropy=False, softcap=3.0)
 
 
+@pytest.mark.quick_cases(every=3)
 @pytest.mark.parametrize("which", ["hidden", "weight"])
 @pytest.mark.parametrize("layout", ["transposed", "strided rows", "sliced", "strided columns", "unaligned"])
 def test_any_layout_will_do(small_slices, device, layout, which):

@@ -325,6 +325,7 @@ def wall_timer(run):
 SMALL_TILES = [Tile(32, 32, 16, 4, 1, True), Tile(16, 16, 32, 4, 1, True)]
 
 
+@pytest.mark.quick_cases(every=4)
 @interpreted
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_every_workload_runs_with_every_candidate(kernel, monkeypatch):
