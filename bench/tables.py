@@ -183,22 +183,24 @@ def every(verb: str) -> Callable[[Results], str]:
 
 
 def cpu_shares(results: Results) -> str:
-    """Of the portable head on one thread: how near it is to its own products, and where its time goes."""
-    records = [r for r in results.every("cpuhead") if r.settings.get("clock") == "cpu" and "shares" in r.details]
-    records.sort(key=lambda record: record.settings["D"])
-    kinds = ("forward", "forward+backward")
+    """Of the portable head: how near it is to its own products and to TRL, and where its time goes."""
+    records = [record for record in results.every("cpuhead") if "shares" in record.details]
+    records.sort(key=lambda record: (record.device["threads"], record.settings["D"]))
     names = list(records[0].details["shares"]["forward"])
-    cells = [["of its own bare products' speed"], *([name] for name in names)]
+    cells = []
     for record in records:
-        for kind in kinds:
-            ours = row(record, **{"pass": kind, "implementation": "prefuse"})
-            shares = [1 / ours["ratio_to_gemms"], *(record.details["shares"][kind][name] for name in names)]
-            for cell, share in zip(cells, shares, strict=True):
-                cell.append(f"{share:.1%}")
-    header = [f"{kind}, D = {record.settings['D']}" for record in records for kind in kinds]
-    shapes = (link(r, ", ".join(f"{name} = {r.settings[name]}" for name in "NDV")) for r in records)
-    said = f"{where(records[0])[0].upper()}{where(records[0])[1:]}, CPU time: {', '.join(shapes)}."
-    return "\n\n".join([said, markdown(["", *header], cells)])
+        shape = " x ".join(str(record.settings[name]) for name in "NDV")
+        clock = {"cpu": "processor time", "wall": "time"}[record.settings["clock"]]
+        for kind, shares in record.details["shares"].items():
+            ratios = {x["implementation"]: x["ratio_to_gemms"] for x in record.rows if x["pass"] == kind}
+            times_trl = f"{ratios['TRL'] / ratios['prefuse']:.2f}" if "TRL" in ratios else ""
+            cells.append(
+                [link(record, shape), f"{record.device['threads']}, {clock}", kind, f"{1 / ratios['prefuse']:.1%}",
+                 times_trl, *(f"{shares[name]:.1%}" for name in names)]
+            )  # fmt: skip
+    machine = f"{records[0].device['name']}, torch {records[0].environment['packages']['torch'].split('+')[0]}"
+    header = ["N x D x V", "threads, clock", "pass", "of its own bare products' speed", "times TRL's speed", *names]
+    return "\n\n".join([f"{machine}, float32.", markdown(header, cells)])
 
 
 def ranks(results: Results) -> str:

@@ -22,9 +22,9 @@ from prefuse.engine.config.rows import RowSettings
 from prefuse.engine.config.setting import known
 from prefuse.engine.config.tools import ToolParser, number_from
 from prefuse.engine.config.values import from_words, literals
-from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped, read_records
+from prefuse.engine.data.forms import BadRow, ReadOptions, Record, Skipped
 from prefuse.engine.data.forms.read import Reading
-from prefuse.engine.data.records import DataError
+from prefuse.engine.data.guess import KINDS, read_as
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stats import Stats, characters, identity_of, judgement_of, measure_rows, short_digest
 from prefuse.engine.data.table import source_row
@@ -41,7 +41,7 @@ PARTS = {  # of the examples of each kind
     "sft": ("prompt", "completion"),
 }
 SHOWN_ROWS = 3  # of a page
-KINDS = ("auto", "pair", "labelled", "scored", "sft", "prompt")
+CHOICES = ("auto", *KINDS)
 
 
 def main(words: Sequence[str]) -> int:
@@ -94,12 +94,12 @@ def convert(args: argparse.Namespace) -> None:
     path = Path(args.output)
     check_output(path)
     reading, _ = _read(args.source, args, TARGETS[args.to])
-    skipped: Counter[str] = Counter()
-    count = write_rows(path, _converted(reading, args, skipped))
+    skipped, used = Counter(), Counter()
+    count = write_rows(path, _converted(reading, args, skipped, used))
     _say_form(args.source, reading, TARGETS[args.to])
     if reading.ignored:
         say(f"  columns not kept: {', '.join(reading.ignored)}")
-    _say_written(path, count, reading, skipped)
+    _say_written(path, count, reading, skipped, None if reading.form.gather else len(used))
 
 
 def filter_rows(args: argparse.Namespace) -> None:
@@ -168,19 +168,7 @@ def _as_text(text: Any) -> str:
 
 
 def _read(source: str, args: argparse.Namespace, kind: str | None = None) -> tuple[Reading, str]:
-    """The rows as the kind that is asked for; "auto" is the first kind that fits."""
-    kind = kind or getattr(args, "kind", "auto")
-    if kind != "auto":
-        return read_records(source, kind, args.split, _for_kind(args.options, kind)), kind
-    refused: list[DataError] = []
-    for kind in KINDS[1:]:
-        try:
-            return read_records(source, kind, args.split, _for_kind(args.options, kind)), kind
-        except DataError as error:
-            if "a column is missing" not in str(error):
-                raise
-            refused.append(error)
-    raise refused[0]
+    return read_as(source, kind or getattr(args, "kind", "auto"), args.split, args.options)
 
 
 def _source_rows(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -188,13 +176,10 @@ def _source_rows(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     return open_source(args.source, args.split, args.options.dataset_config).rows()
 
 
-def _for_kind(options: ReadOptions, kind: str) -> ReadOptions:
-    if kind == "scored" and options.good_from is None and options.bad_to is None:
-        return dataclasses.replace(options, keep_scores=True, pairs="all")
-    return options
-
-
-def _converted(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+def _converted(
+    reading: Reading, args: argparse.Namespace, skipped: Counter[str], used: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """`used`: how many rows each source row gave."""
     written: set[bytes] = set()
     for record in _records(reading, skipped):
         try:
@@ -208,6 +193,7 @@ def _converted(reading: Reading, args: argparse.Namespace, skipped: Counter[str]
                 if identity in written:
                     continue
                 written.add(identity)
+            used[source_row(record.row)] += 1
             yield row
 
 
@@ -300,9 +286,11 @@ def _say_form(source: str, reading: Reading, kind: str) -> None:
         say(f"  columns not used: {', '.join(reading.ignored)}")
 
 
-def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[str]) -> None:
+def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[str], used: int | None = None) -> None:
+    """`used`: how many rows of the source are in what was written, where that is another number."""
     if path is not None:
-        say(f"{path}: {count} rows written")
+        of_rows = "" if used in (None, count) else f", of {used} rows of the source"
+        say(f"{path}: {count} rows written{of_rows}")
     for reason, rows in left.most_common():
         say(f"  {rows} not: {reason}")
 
@@ -345,7 +333,7 @@ def parser() -> ToolParser:
     parser = ToolParser(prog="prefuse data", description="Look at rows, convert, filter and split them (docs/data.md).")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     one = verbs.add_parser("inspect", help="counts, lengths, duplicates, contradictions, balance")
-    one.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    one.add_argument("--kind", choices=CHOICES, default="auto", help="what the rows are to be read as")
     one.add_argument("--tokenizer", help="a model: lengths in its tokens, and what its chat template refuses")
     one.add_argument("--max_length", type=number_from(2), default=1024, help="with --tokenizer: most tokens of a row")
     one.add_argument("--picture", help="a PNG of the lengths")
@@ -356,7 +344,7 @@ def parser() -> ToolParser:
     two.add_argument("--as_turns", action="store_true", help="strings, transcripts among them, become turns")
     two.set_defaults(run=convert)
     three = verbs.add_parser("filter", help="rows that pass rules")
-    three.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    three.add_argument("--kind", choices=CHOICES, default="auto", help="what the rows are to be read as")
     three.add_argument("--min_score_gap", type=number_from(0.0), help="least difference of the scores of both sides")
     three.add_argument("--min_characters", type=number_from(0), help="of each answer")
     three.add_argument("--max_characters", type=number_from(1), help="of each answer")
@@ -366,7 +354,7 @@ def parser() -> ToolParser:
     three.add_argument("--drop_contradictions", action="store_true", help="drop rows that another contradicts")
     three.set_defaults(run=filter_rows)
     four = verbs.add_parser("split", help="train and test files, by prompt")
-    four.add_argument("--kind", choices=KINDS, default="auto", help="what the rows are to be read as")
+    four.add_argument("--kind", choices=CHOICES, default="auto", help="what the rows are to be read as")
     four.add_argument(
         "--eval_fraction", type=number_from(0.0, 1.0), default=0.1, help="share of prompts to test on (0.1)"
     )

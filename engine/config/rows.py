@@ -29,11 +29,20 @@ class RowSettings(Topic):
     )
     verdict_first: str | None = setting(
         None,
-        "Its values that prefer the first of the two answers, separated by commas: --verdict_first=-3,-2,-1.",
+        "Its values that prefer the first of the two answers, separated by commas: --verdict_first=-3,-2,-1; of "
+        "numbers on a scale, from where on they do: --verdict_first '>0.5'.",
+        may_differ=True,
+    )
+    verdict_second: str | None = setting(
+        None,
+        "Its values that prefer the second answer, where others beside them are neither: those are ties.",
         may_differ=True,
     )
     score_column: str | None = setting(
-        None, "Of several columns of scores (or keys of answers), the one that counts.", may_differ=True
+        None,
+        "Of several columns of scores (or keys of answers), the one that counts; --score_column=-loss where the lowest "
+        "is the best.",
+        may_differ=True,
     )
     good_from: float | None = setting(
         None, "Answers with this score or a higher one are good (kto, sft).", rule=NUMBER, may_differ=True
@@ -83,8 +92,8 @@ class RowSettings(Topic):
 
     def reading(self) -> dict[str, Any]:
         """What `load_examples` takes of it."""
-        names = "columns", "verdict_column", "verdict_first", "score_column", "good_from", "bad_to", "pairs"
-        names = *names, "row_weights", "objective_weights", "dataset_config", "seed"
+        names = "columns", "verdict_column", "verdict_first", "verdict_second", "score_column", "good_from", "bad_to"
+        names = *names, "pairs", "row_weights", "objective_weights", "dataset_config", "seed"
         return {name: getattr(self, name) for name in names}
 
     def check(self, command: str) -> None:

@@ -1,6 +1,7 @@
 """Fixes for a row that a chat template changes: they are tried, and the error that refuses the row names one."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,12 +9,14 @@ from prefuse.engine.data.records import BadRow
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.turns import Message
 
-# Arguments by which templates turn reasoning on and off.
+# Arguments by which templates turn reasoning on and off; a template's own ones of other names come on top.
 SWITCHES: list[dict[str, Any]] = [
     {"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True},
     {"enable_thinking": False, "thinking": False}, {"enable_thinking": True, "thinking": True},
     {"preserve_thinking": True}, {"clear_thinking": False},
 ]  # fmt: skip
+SWITCH = re.compile("think|reason", re.IGNORECASE)  # in the name of an argument that is true or false
+NO_SWITCH = re.compile("effort|budget|content|token|history", re.IGNORECASE)
 NONE_HELPS = "No argument of the template helps. Fix: give another --chat_template"
 
 
@@ -27,19 +30,19 @@ def cure_for_prefix(
         text = template.text(prompt, generation_prompt=True, **own)
         return template.text([*prompt, *turns], **own).startswith(text)
 
-    return _said(more for more in SWITCHES if _try(holds, more))
+    return _said(more for more in _switches(template, arguments["tools"]) if _try(holds, more))
 
 
 def cure_for_lost_text(
     template: ChatTemplate,
     messages: list[Message],
     tools: list[Message] | None,
-    carries: Callable[[list[Message], str], bool],
+    carries: Callable[[list[Message], str, dict[str, Any]], bool],
 ) -> str:
     """What keeps the text in the conversation: another place for the reasoning, another role, or an argument."""
 
     def holds(more: dict[str, Any], turns: list[Message]) -> bool:
-        return carries(turns, template.text(turns, tools=tools, arguments=more))
+        return carries(turns, template.text(turns, tools=tools, arguments=more), more)
 
     if any("<think>" in (turn.get("content") or "") for turn in messages):
         apart = [_with_reasoning_apart(turn) for turn in messages]
@@ -53,7 +56,13 @@ def cure_for_lost_text(
         renamed = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in messages]
         if _try(holds, {}, renamed):
             return 'Fix: name the role "developer" "system"'
-    return _said(more for more in SWITCHES if _try(holds, more, messages))
+    return _said(more for more in _switches(template, tools) if _try(holds, more, messages))
+
+
+def _switches(template: ChatTemplate, tools: list[Message] | None) -> list[dict[str, Any]]:
+    known = {name for switch in SWITCHES for name in switch}
+    own = [name for name in template.reads(tools) if SWITCH.search(name) and not NO_SWITCH.search(name)]
+    return SWITCHES + [{name: value} for name in own if name not in known for value in (False, True)]
 
 
 def folded(messages: list[Message]) -> list[Message] | None:

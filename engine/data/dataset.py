@@ -30,7 +30,7 @@ from prefuse.engine.data.forms.look import columns_by_role
 from prefuse.engine.data.forms.mixture import mixture_parts, sources_of
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.data.sources import open_source
-from prefuse.engine.data.stops import describe_unstopped
+from prefuse.engine.data.stops import describe_unknown, describe_unstopped
 from prefuse.engine.data.templates import TextOptions
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
@@ -102,8 +102,9 @@ def read_examples(
     say(summarize_skipped(dataset))
     say(f"  {describe_learned(dataset)}")
     unstopped = describe_unstopped(dataset.examples, tokenizer, dataset.completions_cut)
-    if unstopped is not None:
-        say(f"  {unstopped}")
+    for line in (unstopped, describe_unknown(dataset.examples, tokenizer)):
+        if line is not None:
+            say(f"  {line}")
     if kind == "labelled" and dataset.is_paired:
         pairs = len(dataset.examples) // 2
         say(f"  each of {pairs} pairs is used as one desirable and one undesirable completion")

@@ -39,8 +39,14 @@ class Encoder:
             ]
         return ids
 
-    def encode_after(self, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text as it stands behind the other."""
+    def encode_after(
+        self, before: Sequence[str], texts: Sequence[str], written: Sequence[bool] | None = None
+    ) -> list[list[int]]:
+        """The ids of each text as it stands behind the other.
+
+        `written`: whether the model is to write it. A text that it reads alone has the ids that it meets, also where
+        the tokenizer puts a blank before them.
+        """
         if self.context_free:
             return self.encode(texts)
         tails = [text[-self.tail :] for text in before]
@@ -48,7 +54,8 @@ class Encoder:
             wholes = self.encode([tail + text for tail, text in zip(tails, texts, strict=True)])
         except Exception:  # tokenizers has no class of its own for a text that it cannot read
             return [self._behind_or_alone(*both) for both in zip(before, texts, strict=True)]
-        return [self._behind(*both) for both in zip(tails, texts, wholes, strict=True)]
+        written = [True] * len(texts) if written is None else written
+        return [self._behind(*each) for each in zip(tails, texts, wholes, written, strict=True)]
 
     def _behind_or_alone(self, before: str, text: str) -> list[int]:
         """`_behind`, or the ids of `text` alone if the tokenizer has no token for a word that both texts share."""
@@ -63,12 +70,14 @@ class Encoder:
             return False
         return True
 
-    def _behind(self, tail: str, text: str, whole: list[int]) -> list[int]:
+    def _behind(self, tail: str, text: str, whole: list[int], written: bool = True) -> list[int]:
         """The ids of `text` behind `tail`; `whole` has those of both."""
         if not tail or not text:
             return whole if text else []
         first, said = self._read(tail)
         found = [whole[len(first) :]] if whole[: len(first)] == first else []
+        if found and not written:
+            return found[0]
         blank = tail[len(tail.rstrip()) :]
         dropped = "" if said.endswith(blank) else " "  # WordPiece drops it; its decoder puts a blank between words
         if found and any(self._says(first, said, found[0], before + text) for before in {"", dropped}):

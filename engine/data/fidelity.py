@@ -1,9 +1,11 @@
 """What a chat template did to a row: text it dropped or doubled is found here, and named.
 
-Templates may trim white space, and may leave the reasoning of earlier answers out; all else must stand in the text.
+Templates may trim white space around a text, and may leave the reasoning of earlier answers out; all else must stand in
+the text. Within a prompt they may also write white space otherwise, for the model meets it so; within an answer not.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,9 @@ from prefuse.engine.data.turns import REASONING, Message
 
 THINK = "<think>"
 THOUGHT = "</think>"
+# How an answer may begin: <think>, [THINK], <|begin_of_thought|>, <seed:think>, ◁think▷.
+OPENING = re.compile(r"\s*(<[^<>/\s][^<>\s]*>|\[[A-Z_]+\]|◁[^◁▷\s]+▷)")
+TAGS = re.compile(r"(</?[^<>\s]+>|\[/?[A-Z_]+\]|◁/?[^◁▷\s]+▷)")
 
 
 def lost_in_prompt(messages: list[Message], text: str) -> str | None:
@@ -29,7 +34,7 @@ def lost_in_prompt(messages: list[Message], text: str) -> str | None:
 def lost_in_answer(turn: Message, prompt: str, completion: str) -> str | None:
     """What of an answer does not stand in its text, or None. Its opening may stand at the end of the prompt."""
     content, reasoning = turn.get("content") or "", turn.get("reasoning_content") or ""
-    if not (contains(completion, content) or _continues(prompt, completion, content)):
+    if not (holds(completion, content) or _continues(prompt, completion, content)):
         return f"its reasoning ({THINK}...{THOUGHT})" if _only_reasoning_lost(completion, content) else "its text"
     if not contains(completion, reasoning):
         return f'its "{next(name for name in reversed(REASONING) if turn.get(name))}"'
@@ -37,13 +42,26 @@ def lost_in_answer(turn: Message, prompt: str, completion: str) -> str | None:
     return None if name is None else f'the tool call "{name}"'
 
 
-def doubles_reasoning(turn: Message, prompt: str, completion: str) -> bool:
-    """Whether <think> stands more often in the answer's text than in the answer."""
-    content = turn.get("content") or ""
-    if THINK not in content:
-        return False
-    opened = prompt.rstrip().endswith(THINK)
-    return completion.count(THINK) + opened > content.count(THINK)
+def reasoning_tags(turn: Message) -> list[str]:
+    """The tags by which an answer, or its "reasoning_content", marks its reasoning itself."""
+    content, reasoning = turn.get("content") or "", turn.get("reasoning_content") or ""
+    found = [opening_tag(content), opening_tag(reasoning)]
+    found += [tag for tag in (THINK, THOUGHT) if tag in reasoning or (tag == THINK and tag in content)]
+    return [tag for tag in dict.fromkeys(found) if tag]
+
+
+def doubled_tag(turns: list[Message], header: str, completion: str) -> str | None:
+    """One of their `reasoning_tags` that the template writes as well; `header`: what it opens the answers with."""
+    around, content = header + completion, "".join(turn.get("content") or "" for turn in turns)
+    for reasoning in (turn.get("reasoning_content") or "" for turn in turns):
+        around = around.replace(reasoning.strip(), "", 1) if reasoning.strip() else around
+    tags = [tag for turn in turns for tag in reasoning_tags(turn)]
+    return next((tag for tag in tags if around.count(tag) > content.count(tag)), None)
+
+
+def opening_tag(content: str) -> str | None:
+    found = OPENING.match(content)
+    return found and found[1]
 
 
 def _only_reasoning_lost(completion: str, content: str) -> bool:
@@ -88,14 +106,33 @@ def _stands(leaf: Any, text: str) -> bool:
 
 
 def contains(text: str, content: str) -> bool:
-    """Whether `content` is in `text`, but for white space: templates trim it."""
+    """Whether `content` is in `text`, but for white space."""
     return content.strip() in text or squeezed(content) in squeezed(text)
 
 
+def holds(text: str, content: str) -> bool:
+    """Whether `content` is in `text`, but for white space at its ends and beside its tags (<think>)."""
+    if content.strip() in text:
+        return True
+    at = 0
+    for part in TAGS.split(content):
+        at = text.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    return contains(text, content)
+
+
+def is_trimmed(turn: Message, completion: str) -> bool:
+    """Whether an answer has white space at its ends that its text has not."""
+    content = turn.get("content") or ""
+    return content != content.strip() and content not in completion and content.strip() in completion
+
+
 def _continues(prompt: str, completion: str, content: str) -> bool:
-    """Whether the content's opening <think> stands at the end of the prompt, and the rest of it in the completion."""
-    opening, thought, rest = content.lstrip().partition(THINK)
-    return opening == "" and thought != "" and prompt.rstrip().endswith(THINK) and contains(completion, rest)
+    """Whether the tag that opens the content stands at the end of the prompt, and its rest in the completion."""
+    tag = opening_tag(content)
+    return bool(tag) and prompt.rstrip().endswith(tag) and holds(completion, content.partition(tag)[2])
 
 
 def squeezed(text: str) -> str:

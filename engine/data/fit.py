@@ -110,13 +110,12 @@ def _is_cut(text: bytes) -> bool:
     return False
 
 
+PROBE = "é字"  # whose bytes show how a tokenizer writes bytes
+
+
 def character_parts(tokenizer: Any) -> CharacterParts:
     """The bytes of each token of a byte-level tokenizer, or of one that falls back on bytes; others are whole."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+    bytes_of = _spelling_of_bytes(tokenizer)
     added = set(tokenizer.get_added_vocab().values())
 
     @cache
@@ -124,12 +123,32 @@ def character_parts(tokenizer: Any) -> CharacterParts:
         text = tokenizer.convert_ids_to_tokens(token)
         if text is None or token in added:
             return b"a"
-        if byte_level:
+        if isinstance(text, bytes):
+            return text
+        if bytes_of is not None:
             return bytes(bytes_of.get(letter, ord("a")) for letter in text)
         fallback = BYTE_TOKEN.fullmatch(text)
         return bytes([int(fallback[1], 16)]) if fallback else text.encode()
 
     return parts
+
+
+def _spelling_of_bytes(tokenizer: Any) -> dict[str, int] | None:
+    """{letter: byte} of a byte-level tokenizer: the letters of GPT-2's (each fast one has these), or those of Latin-1
+    (ByT5's). None for other tokenizers, and where tokens are bytes themselves."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        return letters
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    if not all(isinstance(token, str) for token in tokens):
+        return None
+    for spelling in (letters, {chr(byte): byte for byte in range(256)}):
+        if bytes(spelling.get(letter, 0) for letter in "".join(tokens)).endswith(PROBE.encode()):
+            return spelling
+    return None
 
 
 def count_cut(before: Sequence[Record | Skipped], after: Sequence[Record | Skipped]) -> int:

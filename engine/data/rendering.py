@@ -59,9 +59,12 @@ class ChatTemplate:
         return "".join(pieces), spans
 
     def _shaped(self, turn: Message) -> Message:
-        """The turn as this template reads it: content in parts, a call's arguments as an object or as JSON text."""
+        """The turn as this template reads it: content in parts, a call's arguments as an object or as JSON text, and
+        its content, where it has none, as an empty text."""
         if "tool_calls" in turn and not self._probing:
             turn = turn | {"tool_calls": [self._shaped_call(call) for call in turn["tool_calls"]]}
+            if "content" not in turn and self._asks_for_content:
+                turn = turn | {"content": ""}
         if isinstance(turn.get("content"), str) and not self._probing and self._reads_parts:
             return turn | {"content": [{"type": "text", "text": turn["content"]}]}
         return turn
@@ -85,6 +88,12 @@ class ChatTemplate:
             [{"role": "user", "content": [{"type": "text", "text": word}]}], word
         )
 
+    @cached_property
+    def _asks_for_content(self) -> bool:
+        """Whether a call without a content is refused, as by templates that write `'' + message['content']`."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {}}}
+        return not self._prints([{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}], "")
+
     def _prints_call(self, arguments: Any) -> bool:
         """Whether such arguments of a tool call are printed as they are."""
         if type(arguments) not in self._printed_calls:
@@ -105,6 +114,14 @@ class ChatTemplate:
 
     def source(self, tools: list[Message] | None = None) -> str:
         return self.tokenizer.get_chat_template(None, tools)
+
+    def reads(self, tools: list[Message] | None = None) -> list[str]:
+        """The names that the template takes from outside: messages, its arguments, functions."""
+        from jinja2.meta import find_undeclared_variables
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        source = self.source(tools)
+        return sorted(find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
 
     def marks_answers(self, tools: list[Message] | None = None) -> bool:
         source = self.source(tools)

@@ -87,10 +87,11 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
     if absent:
         raise DataError(f"{source} has no column {absent[0]}: expected prompt, completions and labels (lists)")
     unused = _unused(source, named, config)
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    text = text_options(config)
+    template = ChatTemplate(tokenizer, text.arguments, text.date) if tokenizer.chat_template else None
     labels: dict[str, list[float]] = {}
     records = [_record(name, row, template, config.separator() or SEPARATOR, labels) for name, row in named]
-    room = room_of(config.max_length, tokenizer, text_options(config))
+    room = room_of(config.max_length, tokenizer, text)
     builder, right, skipped = ExamplesBuilder(), [], []
     for outcome in each(encoded(records, tokenizer), room.fit):
         if isinstance(outcome, Skipped):

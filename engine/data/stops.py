@@ -1,10 +1,11 @@
-"""The tokens that end the answers of a data set: what generation must stop at, and whether there are any."""
+"""Tokens that a data set has or lacks: those that end its answers, at which generation must stop, and unknown ones."""
 
 from typing import Any
 
 import numpy as np
 
 from prefuse.engine.data.endings import control_tokens, ending_of
+from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.table import Examples
 
@@ -39,6 +40,25 @@ def describe_unstopped(examples: Examples, tokenizer: Any, completions_cut: int)
         f"{unstopped} of {answers} answers end with no stop token: a model that learns them does not learn to stop. "
         f"Fix: {fix}"
     )
+
+
+def describe_unknown(examples: Examples, tokenizer: Any) -> str | None:
+    """A line that says how many examples hold characters that the tokenizer does not have; None if there are none."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2's is its EOS
+        return None
+    held = {*_rows_with(unknown, examples.prompts), *_rows_with(unknown, examples.completions) // examples.sides}
+    if not held:
+        return None
+    return (
+        f"{len(held)} of {len(examples)} examples hold characters that the tokenizer does not have: the model reads "
+        f"and learns {tokenizer.unk_token} in their place"
+    )
+
+
+def _rows_with(token: int, texts: Ragged) -> np.ndarray:  # (rows,) int64
+    places = np.flatnonzero(texts.joined() == token)
+    return np.unique(np.searchsorted(np.cumsum(texts.lengths), places, side="right"))
 
 
 def missing_stop(tokenizer: Any) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
 from prefuse.engine.data.endings import control_tokens, ending_of
-from prefuse.engine.data.fidelity import doubles_reasoning, lost_in_answer, lost_in_prompt
+from prefuse.engine.data.fidelity import doubled_tag, is_trimmed, lost_in_answer, lost_in_prompt, reasoning_tags
+from prefuse.engine.data.marks import Marks
 from prefuse.engine.data.records import BadRow, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.turns import LEARNED, Message
@@ -76,8 +77,14 @@ def _outcomes(record: Record | Skipped, renderer: "Renderer") -> list[Record | S
         return [Skipped(record.row, str(problem))]
 
 
-def is_learned(turn: Message) -> bool:
-    return all(turn.get(name) not in (0, False) for name in LEARNED)
+def is_answer(turn: Message) -> bool:
+    """Whether a turn is one to learn."""
+    return turn["role"] == "assistant" and all(turn.get(name) not in (0, False) for name in LEARNED)
+
+
+def _require_learned(side: str, turns: list[Message]) -> None:
+    if any(turn["role"] == "assistant" for turn in turns) and not any(map(is_answer, turns)):
+        raise BadRow(f'no turn to learn: each answer of "{side}" has weight 0')
 
 
 class Renderer:
@@ -86,6 +93,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, options: TextOptions) -> None:
         self.options = options
         self.template = ChatTemplate(tokenizer, options.arguments, options.date)
+        self.marks = Marks(self.template)
         self.tokens = control_tokens(tokenizer)
         self.ending = ending_of(self.template)
 
@@ -97,13 +105,12 @@ class Renderer:
         if whole and len(sides) == 1:
             ((side, turns),) = sides.items()
             conversation = [*prompt, *turns]
-            answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant" and is_learned(turn)]
-            if not answers:
-                raise BadRow("no turn to learn: each of its answers has weight 0")
+            _require_learned(side, conversation)
+            answers = [i for i, turn in enumerate(conversation) if is_answer(turn)]
             if len(answers) > 1 or answers[0] != len(prompt) or self.template.marks_answers(record.tools):
                 return self._conversation(record, side, conversation, answers, arguments)
         text = self.template.text(prompt, generation_prompt=True, **arguments)
-        self._check_prompt(prompt, text, record.tools)
+        self._check_prompt(prompt, text, arguments)
         texts = {side: self._side(side, prompt, text, turns, arguments) for side, turns in sides.items()}
         return [replace(record, prompt=text, sides=texts, rendered=True)]
 
@@ -113,17 +120,20 @@ class Renderer:
         """A completion, in pieces where turns of others stand between its answers."""
         others = [i for i, turn in enumerate(turns) if turn["role"] != "assistant"]
         if not others or self.options.multi_turn == "first":
-            return self._completion(side, prompt, text, turns[: min(others, default=None)], arguments)
+            turns = turns[: min(others, default=None)]
+            _require_learned(side, turns)
+            return self._completion(side, prompt, text, turns, arguments)
         if self.options.multi_turn == "refuse" and self.options.turns == "last":
             role = turns[others[0]]["role"]
             raise BadRow(
                 f'"{side}" has a turn from "{role}", expected assistant turns only. Fix: --multi_turn first compares '
                 "the first answers that differ, --multi_turn all those behind them too"
             )
+        _require_learned(side, turns)
         conversation = [*prompt, *turns]
-        answers = [i for i in range(len(prompt), len(conversation)) if conversation[i]["role"] == "assistant"]
+        answers = [i for i in range(len(prompt), len(conversation)) if is_answer(conversation[i])]
         parts = [self._part(side, conversation, i, arguments) for i in answers]
-        pieces = _pieces(self.template.text(conversation, **arguments), parts)
+        pieces = _pieces(self.template.text(conversation, **arguments), parts, len(text))
         if pieces is None:
             raise BadRow(
                 f'the chat template writes answers of "{side}" otherwise once others follow. Fix: --multi_turn first'
@@ -136,7 +146,7 @@ class Renderer:
         if not prompt:
             raise BadRow("the conversation begins with an answer: the prompt has no turn")
         text = self.template.text(prompt, generation_prompt=True, **arguments)
-        self._check_prompt(prompt, text, arguments["tools"])
+        self._check_prompt(prompt, text, arguments)
         return text, self._completion(side, prompt, text, conversation[i : i + 1], arguments)
 
     def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
@@ -146,15 +156,23 @@ class Renderer:
             turns = [{"role": "system", "content": system}, *turns]
         return turns
 
-    def _check_prompt(self, prompt: list[Message], text: str, tools: list[Message] | None) -> None:
-        lost = lost_in_prompt(prompt, text)
+    def _check_prompt(self, prompt: list[Message], text: str, arguments: dict[str, Any]) -> None:
+        tools, own = arguments["tools"], arguments["arguments"]
+
+        def lost_in(messages: list[Message], text: str, own: dict[str, Any] | None) -> str | None:
+            return lost_in_prompt(messages, text) or self.marks.lost(messages, 0, tools, own, generation_prompt=True)
+
+        lost = lost_in(prompt, text, own)
         if lost is not None:
             cure = cure_for_lost_text(
-                self.template, prompt, tools, lambda messages, text: not lost_in_prompt(messages, text)
+                self.template, prompt, tools, lambda messages, text, more: not lost_in(messages, text, more)
             )
             raise BadRow(f"the chat template drops or rewrites {lost}. {cure}")
-        if tools and not any(str(tool.get("function", tool).get("name", "")) in text for tool in tools):
-            _say_once('the chat template does not print the "tools" of the rows: the model will not see them')
+        unseen = self.marks.unseen_tools(prompt, text, tools, own) if tools else []
+        if unseen:
+            _say_once(
+                f'the chat template does not print all "tools" of the rows ({unseen[0]}): the model will not see them'
+            )
 
     def _completion(
         self, side: str, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]
@@ -169,8 +187,7 @@ class Renderer:
                 f'the chat template renders the prompt otherwise when "{side}" follows: no true prefix. {cure}'
             )
         completion = whole[len(text) :]
-        for turn in turns:
-            self._check_answer(side, text, completion, turn, (prompt, turns, arguments))
+        self._check_answers(side, text, completion, prompt, turns, arguments)
         return self._ended(completion)
 
     def _folded(self, prompt: list[Message], text: str, turns: list[Message], arguments: dict[str, Any]) -> str | None:
@@ -183,25 +200,45 @@ class Renderer:
             return None
         return self.template.text([*moved, *turns], **arguments)
 
-    def _check_answer(self, side: str, text: str, completion: str, turn: Message, context: tuple) -> None:
-        if turn["role"] != "assistant":
-            return
-        if doubles_reasoning(turn, text, completion):
-            raise BadRow(
-                f'the chat template opens <think> for "{side}", which has one of its own: it would stand twice. Fix: '
-                'put the reasoning into "reasoning_content", or give another --chat_template'
-            )
-        lost = lost_in_answer(turn, text, completion)
+    def _check_answers(
+        self, side: str, text: str, completion: str, prompt: list[Message], turns: list[Message],
+        arguments: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Refuses answers of which the template drops something, or writes the tags of reasoning a second time."""
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if any(map(reasoning_tags, answers)):
+            tag = doubled_tag(answers, self._header(prompt, text, arguments), completion)
+            if tag is not None:
+                apart = any(tag in (turn.get("reasoning_content") or "") for turn in answers)
+                fix = "leave its tags out" if apart else 'put the reasoning into "reasoning_content"'
+                raise BadRow(
+                    f'the chat template writes {tag} for "{side}", which has one of its own: it would stand twice. '
+                    f"Fix: {fix}, or give another --chat_template"
+                )
+        if any(is_trimmed(turn, completion) for turn in answers):
+            _say_once("the chat template trims white space at the ends of answers: they are learned as it writes them")
+        lost = next((found for turn in answers if (found := lost_in_answer(turn, text, completion))), None)
+        conversation, tools = [*prompt, *turns], arguments["tools"]
+        lost = lost or self.marks.lost(conversation, len(prompt), tools, arguments["arguments"])
         if lost is None:
             return
-        prompt, turns, arguments = context
         cure = cure_for_lost_text(
             self.template,
-            [*prompt, *turns],
-            arguments["tools"],
-            lambda messages, whole: not _lost(messages, prompt, whole),
+            conversation,
+            tools,
+            lambda messages, whole, more: (
+                not (_lost(messages, prompt, whole) or self.marks.lost(messages, len(prompt), tools, more))
+            ),
         )
         raise BadRow(f'the chat template drops or rewrites text of "{side}": {lost}. {cure}')
+
+    def _header(self, prompt: list[Message], text: str, arguments: dict[str, Any]) -> str:
+        """What the template opens an answer with."""
+        try:
+            bare = self.template.text(prompt, **arguments)
+        except BadRow:
+            return ""
+        return text[len(bare) :] if text.startswith(bare) else ""
 
     def _ended(self, completion: str) -> str:
         if self.options.learn_after_stop:
@@ -222,7 +259,7 @@ class Renderer:
                 return [marked]
         parts = [self._part(side, turns, i, arguments) for i in answers]
         whole = self.template.text(turns[: answers[-1] + 1], **arguments)
-        pieces = _pieces(whole, parts)
+        pieces = _pieces(whole, parts, len(parts[0][0]))
         if pieces is not None:
             return [replace(record, prompt=parts[0][0], sides={side: pieces}, rendered=True)]
         return [replace(record, prompt=text, sides={side: completion}, rendered=True) for text, completion in parts]
@@ -231,7 +268,7 @@ class Renderer:
         self, record: Record, side: str, turns: list[Message], answers: list[int], arguments: dict[str, Any]
     ) -> Record | None:
         """By the template's {% generation %} blocks, one for each answer; None where they are not so many, or where the
-        text does not hold the prompts as they are when the model answers them."""
+        text does not hold the answers whole, or the prompts as they are when the model answers them."""
         whole, spans = self.template.marked(turns, **arguments)
         spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if len(spans) != len(spoken):
@@ -244,21 +281,22 @@ class Renderer:
             if not whole.startswith(prompt) or not at <= len(prompt) < end:
                 return None
             answer = whole[max(start, len(prompt)) : end]
-            context = (turns[:i], turns[i : i + 1], arguments)
-            self._check_answer(side, prompt, whole[len(prompt) : end], turns[i], context)
+            try:
+                self._check_answers(side, prompt, whole[len(prompt) : end], turns[:i], turns[i : i + 1], arguments)
+            except BadRow:  # alone, and last, it may stand whole
+                return None
             pieces += [(whole[at : end - len(answer)], False)] if at < end - len(answer) else []
             kept = answer if self.options.learn_after_stop else self.ending.trimmed(answer, self.tokens)
             pieces.append((kept, True))
             at = end - len(answer) + len(kept)
-        self._check_prompt(turns[: answers[-1]], prompts[-1], record.tools)
+        self._check_prompt(turns[: answers[-1]], prompts[-1], arguments)
         return replace(record, prompt=prompts[0], sides={side: pieces}, rendered=True)
 
 
-def _pieces(whole: str, parts: list[tuple[str, str]]) -> list[Piece] | None:
-    """The completion of a conversation in pieces, learned and not; None if one text does not hold all prompts and
-    answers as they are when the model gives them."""
+def _pieces(whole: str, parts: list[tuple[str, str]], at: int) -> list[Piece] | None:
+    """The text of a conversation behind character `at`, in pieces, learned and not; None if one text does not hold all
+    prompts and answers as they are when the model gives them."""
     pieces: list[Piece] = []
-    at = len(parts[0][0])
     for prompt, answer in parts:
         if not (whole.startswith(prompt) and whole.startswith(answer, len(prompt)) and at <= len(prompt)):
             return None

@@ -33,7 +33,8 @@ def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | 
     read = [record for record in records if isinstance(record, Record)]
     prompts = iter(encoder.encode([record.prompt for record in read]))
     pieces = [piece for record in read for side in record.sides.values() for piece in _behind_each_other(record, side)]
-    completions = iter(encoder.encode_after([before for before, _, _ in pieces], [text for _, text, _ in pieces]))
+    before, texts, written = zip(*pieces, strict=True) if pieces else ((), (), ())
+    completions = iter(encoder.encode_after(before, texts, written))
 
     def encode(record: Record) -> Record:
         sides: dict[str, list[int]] = {}

@@ -18,7 +18,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is the call, as JSON text
 RESULT_ROLES = ("observation", "function", "function_response", "tool_response", "ipython")  # other names of "tool"
 NAMES = ("role", "content", "from", "value", "tool_calls", "function_call")  # read here; other keys are the template's
-LEARNED = ("weight", "train", "loss_weight")  # of OpenAI and Mistral, of axolotl, of LLaMA-Factory: 0 or false says no
+# Of OpenAI and Mistral, of axolotl, of LLaMA-Factory, of ms-swift and XTuner: 0 or false says no.
+LEARNED = ("weight", "train", "loss_weight", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing, as transformers has it
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from prefuse.engine.data.forms.implicit import turns_of_transcript
+from prefuse.engine.data.forms.implicit import are_spoken, turns_of_transcript
 from prefuse.engine.data.records import BadRow, Record, SetAside
 from prefuse.engine.data.turns import REASONING
 from prefuse.engine.errors import UserError
@@ -72,8 +74,19 @@ def with_turns(record: Record) -> Record:
     """Strings as turns: transcripts are cut at their markers, any other prompt is one user turn."""
     if not isinstance(record.prompt, str):
         return record
+    if not record.prompt and set(record.sides) == {"completion"}:
+        return _turns_of_text(record)
     sides = {side: [{"role": "assistant", "content": text.strip()}] for side, text in record.sides.items()}
     return replace(record, prompt=turns_of_transcript(record.prompt), sides=sides)
+
+
+def _turns_of_text(record: Record) -> Record:
+    """A text that is a transcript."""
+    text = record.sides["completion"]
+    turns = turns_of_transcript(text) if are_spoken([text]) else []
+    if not turns or turns[-1]["role"] != "assistant":
+        raise BadRow("it is a text without a prompt, and no transcript that ends with the assistant's turn")
+    return replace(record, prompt=turns[:-1], sides={"completion": turns[-1:]}, conversation=True)
 
 
 def check_output(path: Path) -> None:
@@ -101,9 +114,18 @@ def _write_lines(path: Path, rows: Iterable[Row]) -> int:
     opened = gzip.open if path.name.endswith(".gz.tmp") else open
     with opened(path, "wt", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
             count += 1
     return count
+
+
+def _as_json(value: Any) -> Any:
+    """Values of Parquet and Arrow that JSON has no word for."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise UserError(f"a row holds a {type(value).__name__}, which JSON cannot hold; write .parquet instead")
 
 
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:

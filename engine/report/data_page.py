@@ -28,9 +28,11 @@ def _show_counts(stats: Stats, rows: int) -> None:
 
 def counts_of(stats: Stats, rows: int) -> list[tuple[str, object]]:
     by_rule = sum(stats.skipped[reason] for reason in stats.set_aside)
+    usable = rows - stats.skipped.total()
     lines: list[tuple[str, object]] = [
         ("rows", rows),
-        ("usable", stats.records),
+        ("usable", usable),
+        *([("examples in them", stats.records)] if stats.records != usable else []),
         ("set aside by a rule", by_rule),
         ("cannot be used", stats.skipped.total() - by_rule),
         ("distinct prompts", stats.prompts),

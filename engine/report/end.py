@@ -31,7 +31,9 @@ def next_commands(config: Config, command: str, holds_out: bool) -> str:
         return "\n  ".join(["next:", *_merging(config), f"in Python: {load.replace('CausalLM', kind)}"])
     how = {"sft": "--loss_type sft", "online": f"{against} --temperature 1"}.get(command, against)
     lines = [f"prefuse eval {given} {how}", f"prefuse generate {given} {against}"]
-    return "\n  ".join(["next:", *lines, *_merging(config), f"in Python: {load}"])
+    # transformers takes the base's for a folder of adapters, and with it only the base's own stop tokens.
+    stops = [f"  with generation_config = GenerationConfig.from_pretrained({run!r})"] if config.use_peft else []
+    return "\n  ".join(["next:", *lines, *_merging(config), f"in Python: {load}", *stops])
 
 
 def _merging(config: Config) -> list[str]:

@@ -255,6 +255,23 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys, words, message):
     assert json.dumps(rows_of(source)) == before
 
 
+def test_values_of_parquet_that_json_has_no_word_for(tmp_path, capsys):
+    import datetime
+    from decimal import Decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"prompt": ["Q"], "response": ["A"], "score": [Decimal("4.50")], "day": [datetime.date(2026, 1, 2)]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    assert run("filter", tmp_path / "rows.parquet", tmp_path / "out.jsonl") == 0
+    assert rows_of(tmp_path / "out.jsonl") == [{"prompt": "Q", "response": "A", "score": 4.5, "day": "2026-01-02"}]
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"extra": [b"x"]}), tmp_path / "bytes.parquet")
+    words = ("filter", tmp_path / "bytes.parquet", tmp_path / "no.jsonl", "--columns", "unused=extra")
+    assert run(*words) == 2
+    assert "write .parquet instead" in capsys.readouterr().err
+
+
 def test_pairs_that_come_from_several_rows_are_converted_first(tmp_path, capsys):
     rows = [{"prompt": "Q", "response": text, "score": score} for text, score in (("a", 1), ("b", 2))]
     source = write_lines(tmp_path / "rows.jsonl", rows)

@@ -177,6 +177,13 @@ def test_cells_of_a_table(tmp_path):
     assert str(bad) == "it has 2 cells, the first line has 3"
 
 
+def test_what_pandas_writes_into_cells(tmp_path):
+    """Its index has no name in the header; numpy writes turns without commas between them."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    text = f',messages\n0,"[{turns[0]}\n {turns[1]}]"\n'
+    assert rows_of(write(tmp_path / "rows.csv", text)) == [{"Unnamed: 0": "0", "messages": turns}]
+
+
 def test_columns_that_datasets_wrote_as_json_text_are_read_back(tmp_path):
     """Also a content "12", which such a column keeps as the number 12."""
     import datasets

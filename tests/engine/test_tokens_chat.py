@@ -93,6 +93,13 @@ def test_a_plain_answer_behind_an_opened_think_names_the_argument_that_helps(tmp
     assert by_row == (prompt, completion)
 
 
+@pytest.mark.parametrize("name", ["reasoning", "use_thoughts_thinking"])
+def test_an_argument_of_any_name_that_the_template_reads_is_tried(tmp_path, name):
+    template = CURABLE.replace("enable_thinking", name)
+    said = refusal(tmp_path, {"messages": [USER, answer()]}, template)
+    assert f"""Fix: --chat_template_kwargs '{{"{name}": false}}'""" in said
+
+
 def test_where_no_argument_helps_the_refusal_says_so(tmp_path):
     assert "No argument of the template helps" in refusal(tmp_path, {"messages": [USER, answer()]}, THINKING)
 

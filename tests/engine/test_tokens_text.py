@@ -7,6 +7,7 @@ import pytest
 
 from prefuse.engine.data import load_examples, load_prompts
 from prefuse.engine.data.encode import Encoder, continuation, is_context_free
+from prefuse.engine.data.stops import describe_unknown
 from tokenizer_kinds import MADE, REAL, made, real
 
 LOSSY = {"WordPiece"}  # blanks and unknown letters do not come back: the text is what it makes of the whole
@@ -123,6 +124,21 @@ def test_a_leading_blank_is_a_difference(tmp_path, tokenizers, kind):
     assert pair.chosen != pair.rejected
 
 
+def test_characters_that_a_tokenizer_lacks_are_counted(tmp_path):
+    rows = [
+        {"prompt": p, "chosen": c, "rejected": "sea"} for p, c in (("the ☃", " blue"), ("sky", "☃ ☃"), ("sky", " is"))
+    ]
+    tokenizer = made("WordPiece")
+    said = describe_unknown(load(tmp_path, rows, "pair", tokenizer).examples, tokenizer)
+    assert said == (
+        "2 of 3 examples hold characters that the tokenizer does not have: the model reads and learns <unk> in their "
+        "place"
+    )
+    assert describe_unknown(load(tmp_path, rows[2:], "pair", tokenizer).examples, tokenizer) is None
+    whole = made("SentencePiece, Prepend")  # falls back on bytes
+    assert describe_unknown(load(tmp_path, rows, "pair", whole).examples, whole) is None
+
+
 # "\n<|im_start|>assistant\n" ends in special tokens and plain text, in plain text alone, or in a special token.
 TEMPLATES = {
     "special": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -153,3 +169,17 @@ def test_conversations_decode_to_what_the_template_wrote(tmp_path, tokenizers, k
         both = text(tokenizer, example.prompt + example.completion)
         assert both.startswith(said)
         assert both[len(said) :].rstrip() == whole[len(prompt) :].rstrip()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in LOSSY | {"unigram"}])
+@pytest.mark.parametrize("template", [TEMPLATES[name] for name in ("special", "plain")], ids=["special", "plain"])
+def test_what_stands_before_a_later_answer_has_the_ids_that_the_model_meets(tmp_path, tokenizers, kind, template):
+    """Those of the text as a whole, also where the tokenizer puts a blank behind special tokens."""
+    tokenizer = tokenizers(kind)
+    tokenizer.chat_template = template
+    turns = [("user", "what colour?"), ("assistant", "it is blue"), ("user", "and the sea"), ("assistant", "green")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (example,) = load(tmp_path, [{"messages": messages}], "sft", tokenizer).examples
+    asked = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(asked, add_special_tokens=False).input_ids
+    assert (example.prompt + example.completion)[: len(ids)] == ids

@@ -88,7 +88,35 @@ def test_a_row_without_a_turn_to_learn_is_named(tmp_path):
     rows = [{"messages": TURNS}, {"messages": [user("u1"), answer("a1", weight=0)]}]
     path.write_text(json.dumps(rows), encoding="utf-8")
     (skipped,) = load_examples(str(path), "sft", tiny_tokenizer(chat_template=CHATML), 4096).skipped
-    assert skipped.reason == "no turn to learn: each of its answers has weight 0"
+    assert skipped.reason == 'no turn to learn: each answer of "completion" has weight 0'
+
+
+UNLEARNED = answer("a1", weight=0)
+SIDES = {"prompt": [user("u1")], "chosen": [answer("a")], "rejected": [answer("b")]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "options"),
+    [
+        ("sft", {"messages": [user("u1"), UNLEARNED]}, {"turns": "last"}),
+        ("sft", {"prompt": [user("u1")], "completion": [UNLEARNED]}, {}),
+        ("labelled", {"prompt": [user("u1")], "completion": [UNLEARNED], "label": True}, {}),
+        ("pair", {**SIDES, "chosen": [UNLEARNED]}, {}),
+        ("pair", {**SIDES, "rejected": [UNLEARNED, user("u2"), answer("a2")]}, {"multi_turn": "first"}),
+    ],
+    ids=["the last alone", "prompt and completion", "labelled", "a pair", "the first of several"],
+)
+def test_an_answer_without_weight_is_never_learned(tmp_path, kind, row, options):
+    with pytest.raises(DataError, match=r'no turn to learn: each answer of "\w+" has weight 0'):
+        load(tmp_path, [row], kind=kind, **options)
+
+
+def test_answers_without_weight_within_a_completion_of_several_turns_are_not_learned(tmp_path):
+    row = {"prompt": [user("u1")], "completion": [UNLEARNED, user("u2"), answer("a2")]}
+    tokenizer, (example,) = load(tmp_path, [row])
+    assert learned(tokenizer, example) == ["a2<|im_end|>"]
+    whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+    assert tokenizer.decode(example.prompt + example.completion) == whole.removesuffix("\n")
 
 
 def test_answers_that_the_template_writes_otherwise_when_they_are_last_are_examples_of_their_own(tmp_path):

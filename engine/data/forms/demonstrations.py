@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
+from prefuse.engine.data.forms.implicit import are_spoken, turns_of_transcript
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
@@ -22,7 +23,8 @@ class Conversation:
     column: str
     system: str | None
     history: str | None
-    repeated: str | None = None  # a column that says once more what a turn says
+    repeated: tuple[str, ...] = ()  # columns that say once more what a turn says
+    spoken: bool = False  # it is a text, cut into turns at its marks
     notes: Counter[str] = field(default_factory=Counter)
     as_turns = False
 
@@ -32,13 +34,14 @@ class Conversation:
 
     @property
     def optional(self) -> list[str]:
-        return [column for column in (self.system, self.history, self.repeated) if column]
+        return [column for column in (self.system, self.history, *self.repeated) if column]
 
     @property
     def became(self) -> list[tuple[str, str]]:
         before = (self.system, "first turn"), (self.history, "turns before the others")
-        repeated = (self.repeated, "not used: it repeats a turn")
-        return [*((column, role) for column, role in (*before, repeated) if column), (self.column, self.column)]
+        repeated = ((column, "not used: it repeats a turn") for column in self.repeated)
+        role = "turns, cut at its marks" if self.spoken else self.column
+        return [*((column, role) for column, role in (*before, *repeated) if column), (self.column, role)]
 
     def prompt(self, row: Row) -> list[Message]:
         """All turns up to the assistant's last one."""
@@ -54,13 +57,16 @@ class Conversation:
 
     def _turns(self, row: Row) -> list[Message]:
         value = row[self.column]
-        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        if self.spoken and isinstance(value, str):
+            turns = turns_of_transcript(read_text(value, self.column))
+        elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
             roles = ("user", "assistant")  # turns without roles take turns
             turns = [turn_of(roles[i % 2], text, self.column) for i, text in enumerate(value)]
         else:
             turns = read_turns(value, self.column)
-        if self.repeated and not _repeats(row, self.repeated, turns):
-            raise BadRow(f'"{self.repeated}" is none of the turns of "{self.column}", as in other rows')
+        for repeated in self.repeated:
+            if not _repeats(row, repeated, turns):
+                raise BadRow(f'"{repeated}" is none of the turns of "{self.column}", as in other rows')
         return with_turns_before(row, self.system, self.history, turns)
 
 
@@ -69,11 +75,15 @@ def _repeats(row: Row, column: str, turns: list[Message]) -> bool:
     return text is None or any((turn.get("content") or "").strip() == str(text).strip() for turn in turns)
 
 
+SPOKEN = "transcripts, every token of which is learned (--columns messages={} cuts them into turns)"
+
+
 @dataclass(frozen=True)
 class PlainText:
     """A text that is learned from its first token on."""
 
     column: str
+    spoken: bool = False
     notes: Counter[str] = field(default_factory=Counter)
     optional = ()
     as_turns = False
@@ -92,6 +102,7 @@ class PlainText:
     def read(self, name: str, row: Row, **more: Any) -> Record:
         if not isinstance(row[self.column], str):
             raise BadRow(f'"{self.column}" is {json_kind(row[self.column])}, expected a string')
+        self.notes[SPOKEN.format(self.column)] += self.spoken
         return make_record(name, "", {"completion": read_text(row[self.column], self.column)}, **more)
 
 
@@ -169,20 +180,22 @@ def _repeating(look: Look, answer: AnswerColumns) -> AnswerColumns:
 def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
     """A conversation, a prompt and an answer, or plain text; their columns are taken out of `look`."""
     if "completion" not in named:
-        column = named["messages"][0] if "messages" in named else look.find(*CONVERSATIONS)
+        column = named["messages"][0] if "messages" in named else _conversation(look)
         if column:
             look.used.add(column)
             system = named.get("system", [None])[0] or look.find(*SYSTEMS)
             history = named.get("history", [None])[0] or look.find(*HISTORIES)
             look.used |= {name for name in (system, history) if name}
-            return Conversation(column, system, history, _repeated_prompt(look, column))
+            spoken = look.all_are(column, str) and are_spoken(look.values[column])
+            repeated = () if spoken else _repeated_columns(look, column)
+            return Conversation(column, system, history, repeated, spoken)
     answer = named["completion"][0] if "completion" in named else look.find(*ANSWERS)
     if answer is None:
         text = named["text"][0] if "text" in named else look.find("text")
         if text is None or not look.all_are(text, str):
             return None
         look.used.add(text)
-        return PlainText(text)
+        return PlainText(text, are_spoken(look.values[text]))
     look.used.add(answer)
     prompt = find_prompt(look, named)
     if prompt is None:
@@ -205,19 +218,31 @@ def _is_copy(row: Row, text: str, question: str, answer: str) -> bool:
     return asked.strip() in whole and said.strip() in whole
 
 
-def _repeated_prompt(look: Look, conversation: str) -> str | None:
-    """A prompt column beside a conversation whose text is a turn of it in every one of the first rows."""
-    column = look.find(*PROMPTS)
-    if column is None or not look.all_are(column, str):
+def _conversation(look: Look) -> str | None:
+    """Turns, or texts in which a user and an assistant speak."""
+    found = look.find_all(*CONVERSATIONS)
+    return next((name for name in found if not look.all_are(name, str) or are_spoken(look.values[name])), None)
+
+
+def _repeated_columns(look: Look, conversation: str) -> tuple[str, ...]:
+    """The prompt and the answer beside a conversation that has them as turns in every one of the first rows."""
+    prompt, answer = look.find(*PROMPTS), look.find(*ANSWERS)
+    found = []
+    for column in filter(None, (prompt, answer)):
+        said = [_says_again(row, column, conversation) for row in look.first] if look.all_are(column, str) else [False]
+        if False not in said and True in said:
+            look.used.add(column)
+            found.append(column)
+    return tuple(found)
+
+
+def _says_again(row: Row, column: str, conversation: str) -> bool | None:
+    """None of a row without the one or the other, which is named where it is read."""
+    try:
+        turns = read_turns(row.get(conversation), conversation)
+    except BadRow:
         return None
-    for row in look.first:
-        try:
-            if not _repeats(row, column, read_turns(row.get(conversation), conversation)):
-                return None
-        except BadRow:
-            continue  # the row is bad, and is named where it is read
-    look.used.add(column)
-    return column
+    return None if row.get(column) is None else _repeats(row, column, turns)
 
 
 def find_demonstration(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:

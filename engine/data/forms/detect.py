@@ -7,15 +7,28 @@ silently, a run could train on something else than its user thinks.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from prefuse.engine.data.forms.demonstrations import find_bare_prompt, find_demonstration
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tree
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
 from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
-from prefuse.engine.data.forms.names import MEDIA, TEMPLATE_SETTINGS, TOOLS, is_metadata, plain_name
+from prefuse.engine.data.forms.marks import find_marks, label_key
+from prefuse.engine.data.forms.names import (
+    MEDIA,
+    REMARKS,
+    SWAPPED,
+    TEMPLATE_SETTINGS,
+    TOOLS,
+    VERDICTS,
+    is_metadata,
+    plain_name,
+)
 from prefuse.engine.data.forms.nested import paths_into
 from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
@@ -44,6 +57,9 @@ OF_KIND = {  # which of them each kind is read from: a pair holds two labelled c
 }
 
 
+NUMBER_ROLES = ("weight", "margin")  # read where the loss needs them
+
+
 EXAMPLES = {  # of --columns
     "pair": "prompt=question,chosen=good_answer,rejected=bad_answer",
     "labelled": "prompt=question,completion=answer,label=is_good",
@@ -65,7 +81,10 @@ def detect_form(look: Look, kind: str, options: ReadOptions) -> Form:
             form = _with_extras(look, form, extras)
             if kind != "prompt" and (form.kind, kind) != ("pair", "sft"):  # a pair's numbers are about the comparison
                 form = _with_numbers(look, form, named, options)
+            form = form if kind == "prompt" else _with_marks(look, form, kind)
             _refuse_unused_text(look, form, kind)
+            _refuse_swapped(look, form)
+            _refuse_unused_roles(look, form, named, kind)
             return form
         fitting = fitting or form
     raise DataError(_nothing_fits(look, kind, fitting))
@@ -75,16 +94,25 @@ def _forms(look: Look, named: dict[str, list[str]], options: ReadOptions, kind: 
     finders = list(FINDERS.values())
     if kind == "pair":  # a score says which of several rows is better, rather than which is good
         finders.insert(finders.index(find_labelled), find_rows_of_one_prompt)
-    for finder in finders:
-        form = finder(replace(look, used=set(look.used)), named, options)
+    told = {column for role, columns in named.items() if role not in NUMBER_ROLES for column in columns}
+    for finder in finders:  # what has a role is not found in another one
+        form = finder(replace(look, used=look.used | told), named, options)
         if form is not None:
             yield form
 
 
 def _extras(look: Look, named: dict[str, list[str]]) -> tuple[str | None, str | None]:
-    tools = named.get("tools", [None])[0] or look.find(*TOOLS)
+    tools = named.get("tools", [None])[0] or next(filter(partial(_may_be_tools, look), look.find_all(*TOOLS)), None)
     settings = named.get("chat_template_kwargs", [None])[0] or look.find(*TEMPLATE_SETTINGS)
     return tools, settings
+
+
+def _may_be_tools(look: Look, column: str) -> bool:
+    """Of `functions` (OpenAI's name until 2023) only objects, or their JSON text: they may be something else."""
+    values = look.values[column]
+    is_json = all(isinstance(value, str) and re.match(r"\s*\[?\s*\{", value) for value in values)
+    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    return plain_name(column) == "tools" or is_json or all(isinstance(part, dict) for part in parts)
 
 
 def _with_extras(look: Look, form: Form, extras: tuple[str | None, str | None]) -> Form:
@@ -98,10 +126,16 @@ def _with_extras(look: Look, form: Form, extras: tuple[str | None, str | None]) 
 
 def _with_numbers(look: Look, form: Form, named: dict[str, list[str]], options: ReadOptions) -> Form:
     found = find_numbers(replace(look, used=set(look.used)), form, named, options)
-    if not found.became:
+    if not found.became and not found.compared:
         return form
     optional = (*form.optional, *(column for column, _ in found.became))
     return replace(form, became=(*form.became, *found.became), optional=optional, numbers=found.read)
+
+
+def _with_marks(look: Look, form: Form, kind: str) -> Form:
+    marking, marks = find_marks(look, form, kind)
+    became = [(column, "rows that it marks as bad are set aside") for column in marking]
+    return replace(form, became=(*form.became, *became), optional=(*form.optional, *marking), marks=marks)
 
 
 def _holds_tools(look: Look, column: str) -> bool:
@@ -118,10 +152,44 @@ def _refuse_media(look: Look) -> None:
 
 
 def _refuse_unused_text(look: Look, form: Form, kind: str) -> None:
-    free = [column for column in look.values if not (column in form.used or column in look.used or is_metadata(column))]
-    unused = [column for column in free if any(map(holds_text, look.values[column]))]
+    free = [column for column in look.values if not (column in form.used or column in look.used)]
+    unused = [
+        column
+        for column in free
+        if (_is_long(column, look.values[column]) if is_metadata(column) else any(map(holds_text, look.values[column])))
+    ]
     if unused:
         raise DataError(unused_text(look.source, unused, form, kind))
+
+
+def _is_long(column: str, values: list[Any]) -> bool:
+    """Whether a column that is named like a source, a title or the like holds whole texts."""
+    texts = [value for value in values if isinstance(value, str)]
+    long = sum(len(text.split()) > 20 or (len(text) > 100 and not text.isascii()) for text in texts)
+    return plain_name(column) not in REMARKS and long > 0.5 * len(values)
+
+
+def _refuse_swapped(look: Look, form: Form) -> None:
+    """A flag, or a verdict beside chosen and rejected, that may say that some rows stand the other way round."""
+    free = [column for column in look.values if column not in form.used | look.used and form.kind == "pair"]
+    for column in free:
+        name, values = plain_name(column), set(map(label_key, look.values[column]))
+        says_all = name in VERDICTS and "rejected" in dict(form.became).values() and "strength" not in name
+        if (name in SWAPPED and values - {"false", 0.0}) or (says_all and len(values) > 1):
+            raise DataError(
+                f'{look.source}: "{column}" may say that the two sides of a row are to be swapped. Fix: --columns '
+                f"unused={column} if they stand as they should; else write them the right way round"
+            )
+
+
+def _refuse_unused_roles(look: Look, form: Form, named: dict[str, list[str]], kind: str) -> None:
+    """A column that was given a role and has none in the form that was found."""
+    for role, columns in named.items():
+        if kind != "prompt" and role not in ("unused", *NUMBER_ROLES) and not form.used.issuperset(columns):
+            raise DataError(
+                f'{look.source}: --columns has {role}={columns[0]}, and {form.name} for "{kind}" data has no such role '
+                f"({form.roles}). Fix: name all columns of the form that is meant, or leave {role} out"
+            )
 
 
 def unused_text(source: str, columns: list[str], form: Form, kind: str, row: str = "") -> str:

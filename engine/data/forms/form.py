@@ -20,7 +20,8 @@ class ReadOptions:
 
     columns: str | dict[str, Any] | None = None  # "prompt=question,unused=notes": the roles of columns
     verdict_column: str | None = None  # of several verdicts between two answers, the one that counts
-    verdict_first: str | None = None  # its values that prefer the first answer: "0" or "-3,-2,-1"
+    verdict_first: str | None = None  # its values that prefer the first answer: "0", "-3,-2,-1" or ">0.5"
+    verdict_second: str | None = None  # those that prefer the second one, where others are left that are ties
     score_column: str | None = None  # of several scores, the one that counts
     good_from: float | None = None  # scores from here on are good answers
     bad_to: float | None = None  # scores up to here are bad answers; those between are set aside
@@ -60,6 +61,7 @@ class Form:
     nested_tools: str | None = None  # a column of objects that may hold tools beside their messages
     gather: Callable[[Iterator[tuple[str, Any]]], Iterator[Any]] | None = None  # where a record needs several rows
     numbers: Callable[[Row, Record], Record] | None = None  # adds what stands beside the text
+    marks: Callable[[Row], str | None] | None = None  # why a row is set aside: what a status or a flag says of it
     tally: Tally = field(default_factory=Tally)
 
     def __str__(self) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from prefuse.engine.data.forms.demonstrations import find_answers
+from prefuse.engine.data.forms.demonstrations import Answers, find_answers
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.labels import score_column
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import HELPSTEER
 from prefuse.engine.data.forms.rankings import Scored, ranked_pairs
-from prefuse.engine.data.forms.rankings import _number as number_of
+from prefuse.engine.data.forms.ratings import direction_of, number_of, rating_reader
 from prefuse.engine.data.forms.turns import read_turns, turn_of
 from prefuse.engine.data.records import BadRow, Record, SetAside, Skipped, json_kind
 
@@ -33,37 +33,57 @@ def find_rows_of_one_prompt(look: Look, named: dict[str, list[str]], options: Re
         return None
     look.used.add(column)
     answers = find_answers(look, named)
-    if answers is None:
+    if answers is None or not _share_prompts(look, answers):
         return None
     notes: Counter[str] = Counter()
+    number, sign = rating_reader(look.values[column]), direction_of(column, options)
 
     def answer_of(name: str, row: Row) -> tuple[Any, Any, float]:
-        value = number_of(row.get(column))
-        if value is None:
-            raise BadRow(f'"{column}" is {row.get(column)!r:.40}, {json_kind(row.get(column))}; expected a number')
+        if row.get(column) is None:
+            raise SetAside(f'no value in "{column}"')
+        value = sign * number(row[column], column)
         record = answers.read(name, row)
         return record.prompt, record.sides["completion"], value
 
     def gather(rows: Iterator[Named]) -> Iterator[Record | Skipped]:
-        groups: dict[str, tuple[str, Any, list[Scored]]] = {}
+        groups: dict[str, tuple[list[str], Any, list[Scored]]] = {}
         for name, row in rows:
             outcome = attempt(name, row, tuple(answers.columns), answer_of)
             if isinstance(outcome, Skipped):
                 yield outcome
                 continue
             prompt, answer, value = outcome
-            groups.setdefault(json.dumps(prompt, sort_keys=True), (name, prompt, []))[2].append((answer, value))
-        for name, prompt, scored in groups.values():
-            yield from _attempt_all(name, lambda args=(name, prompt, scored): ranked_pairs(*args, options, notes))
+            names, _, scored = groups.setdefault(json.dumps(prompt, sort_keys=True), ([], prompt, []))
+            names.append(name)
+            scored.append((answer, value))
+        for names, prompt, scored in groups.values():
+            args = (names[0], prompt, scored)
+            for found in _attempt_all(names[0], lambda args=args: ranked_pairs(*args, options, notes)):
+                yield from (replace(found, row=name) for name in names) if isinstance(found, Skipped) else (found,)
 
     def read(name: str, row: Row) -> Iterable[Record]:
         yield from ()
 
+    score = "score" if sign > 0 else "score, the lowest is the best"
     return Form(
         "pair", "/".join([*answers.columns, column]), tuple(answers.columns),
-        (*answers.became, (column, "score; rows of one prompt are its answers")), read, answers.prompt,
+        (*answers.became, (column, f"{score}; rows of one prompt are its answers")), read, answers.prompt,
         as_turns=answers.as_turns, optional=(*answers.optional, column), gather=gather, tally=Tally(notes),
     )  # fmt: skip
+
+
+def _share_prompts(look: Look, answers: Answers) -> bool:
+    """Whether two of the first rows have one prompt."""
+    seen = set()
+    for row in look.first:
+        try:
+            prompt = json.dumps(answers.prompt(row), sort_keys=True)
+        except (BadRow, KeyError):
+            continue  # the row is bad, and is named where it is read
+        if prompt in seen:
+            return True
+        seen.add(prompt)
+    return False
 
 
 def attempt(name: str, row: Any, columns: tuple[str, ...], step: Any) -> Any:

@@ -12,8 +12,10 @@ begins; how many rows that concerns is logged.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from prefuse.engine.data.records import BadRow, Message
 
@@ -24,7 +26,18 @@ MARKER = re.compile(
     r"|<start_of_turn>model\n|\[/INST\]"
 )
 LABEL = re.compile(r"(?:^|\n)[ \t]*(?:\#+ *)?\w[\w ]{0,20}:(?=\s|$)")
-SPEAKERS = re.compile(rf"(?:^|\n)[ \t]*(?:\#+ *)?(?:{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question) *:")
+SPOKEN = re.compile(  # the marks of turns, for `turns_of_transcript`
+    rf"(?:(?:^|\n)[ \t]*(?:\#+ *)?|\#{{2,}} *)(?P<name>{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question"
+    r"|System|SYSTEM|FUNCTION RESPONSE) *:"
+    r"|<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\n*"
+    r"|<\|(?P<zephyr>system|user|assistant|tool)\|>\n?|<start_of_turn>(?P<gemma>user|model)\n|(?P<inst>\[/?INST\]|\[(?:USER|ASSISTANT|SYSTEM)\])"
+)
+LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL)
+SAID_BY = {"system": "system", "[system]": "system", "function response": "tool", "tool": "tool", "ipython": "tool"}
+SAID_BY |= dict.fromkeys(("human", "user", "instruction", "question", "[inst]", "[user]"), "user")
+ENDS = re.compile(
+    r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|endoftext\|>|<end_of_turn>|</s>|<s>|<bos>|<\|begin_of_text\|>)\s*"
+)
 GUESSED = "prompts are what both sides share up to a whole word, for no mark says where the answer begins"
 
 
@@ -42,6 +55,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
         markers = list(MARKER.finditer(text))
         if not markers:
             raise BadRow(f'"{side}" has no assistant\'s turn, as the transcripts of other rows have')
+        markers = [marker for marker in markers if marker[0].strip() == markers[0][0].strip()]  # no "Answer:" in one
         ends.append(markers[-1].end())
     if chosen[: ends[0]] != rejected[: ends[1]]:
         raise BadRow("chosen and rejected differ before the last turn")
@@ -82,14 +96,45 @@ def split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Me
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def turns_of_transcript(prompt: str) -> list[Message]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; a prompt without markers is one user turn."""
-    marks = list(SPEAKERS.finditer(prompt))
-    if not marks or prompt[: marks[0].start()].strip():
-        return [{"role": "user", "content": prompt}]
-    ends = [*(mark.start() for mark in marks[1:]), len(prompt)]
-    turns = []
+def turns_of_transcript(text: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant:"; what stands before the first mark is the system's.
+
+    A text without marks is one user turn. Of marks that mean one speaker the first kind counts: "Answer:" within an
+    answer of "Assistant:" is a part of it.
+    """
+    marks = list(SPOKEN.finditer(text))
+    kinds: dict[str, str] = {}  # the speaker -> the mark that counts
+    marks = [mark for mark in marks if kinds.setdefault(speaker_of(mark), _kind(mark)) == _kind(mark)]
+    if not marks:
+        return [{"role": "user", "content": text}]
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    before = _content(text[: marks[0].start()])
+    turns = [{"role": "system", "content": before}] if before else []
     for mark, end in zip(marks, ends, strict=True):
-        role = "assistant" if MARKER.fullmatch(mark.group()) else "user"
-        turns.append({"role": role, "content": prompt[mark.end() : end].strip()})
+        said = _content(text[mark.end() : end])
+        if system := LLAMA_SYSTEM.match(said):
+            turns.append({"role": "system", "content": system[1].strip()})
+            said = said[system.end() :]
+        turns.append({"role": speaker_of(mark), "content": said})
     return turns if turns[-1]["content"] else turns[:-1]  # the open turn of the assistant
+
+
+def are_spoken(values: Iterable[object]) -> bool:
+    """Whether (nearly) all are texts in which a user and an assistant speak, by their marks."""
+    texts = list(itertools.islice(values, 100))
+    spoken = sum(
+        isinstance(text, str) and {"user", "assistant"} <= set(map(speaker_of, SPOKEN.finditer(text))) for text in texts
+    )
+    return bool(texts) and spoken >= 0.9 * len(texts)
+
+
+def speaker_of(mark: re.Match[str]) -> str:
+    return SAID_BY.get(_kind(mark), "assistant")
+
+
+def _kind(mark: re.Match[str]) -> str:
+    return next(filter(None, mark.groups())).lower()
+
+
+def _content(text: str) -> str:
+    return ENDS.sub("", text).strip()

@@ -5,31 +5,24 @@ What a label's values mean is decided for the whole source, from the vocabulary 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from prefuse.engine.data.forms.demonstrations import Answers, find_answers
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, SCORES
-from prefuse.engine.data.forms.rankings import _number as number_of
+from prefuse.engine.data.forms.marks import BAD_WORDS, GOOD_WORDS, MOST_STRANGE, is_flag, is_labels, label_key
+from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, SCORES, STATUSES, plain_name
+from prefuse.engine.data.forms.ratings import are_ratings, direction_of, number_of, rating_reader
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
-
-WORDS = (  # good, bad
-    ("true", "false"), ("up", "down"), ("thumbs_up", "thumbs_down"), ("thumb_up", "thumb_down"),
-    ("thumbsup", "thumbsdown"), ("good", "bad"), ("yes", "no"), ("positive", "negative"), ("like", "dislike"),
-    ("liked", "disliked"), ("desirable", "undesirable"),
-    ("chosen", "rejected"), ("accepted", "rejected"), ("accept", "reject"),
-    ("correct", "incorrect"), ("+1", "-1"), ("1", "0"), ("👍", "👎"),
-)  # fmt: skip
 
 
 def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
-    column = named["label"][0] if "label" in named else look.find(*LABELS) or _flag(look, FLAGS)
-    says_bad = column is None
-    column = column or _flag(look, BAD_FLAGS)
+    column = named["label"][0] if "label" in named else _label_column(look, options)
     if column is None:
         return None
+    says_bad = plain_name(column.rpartition(".")[2]) in BAD_FLAGS and is_flag(look, column)
     look.used.add(column)
     answers = find_answers(look, named)
     if answers is None:
@@ -44,8 +37,12 @@ def find_labelled(look: Look, named: dict[str, list[str]], options: ReadOptions)
     return _form("labelled", answers, (column, "label, where true is bad" if says_bad else "label"), read)
 
 
-def _flag(look: Look, names: tuple[str, ...]) -> str | None:
-    return next((column for column in look.find_all(*names) if look.all_are(column, bool)), None)
+def _label_column(look: Look, options: ReadOptions) -> str | None:
+    """A column that is named a label, a flag of true and false, or a status that is a good or a bad word."""
+    if column := next((name for name in look.find_all(*LABELS) if name != options.score_column), None):
+        return column
+    flags = [name for name in look.find_all(*FLAGS, *BAD_FLAGS) if is_flag(look, name)]
+    return (flags or [name for name in look.find_all(*STATUSES) if is_labels(look.values[name])] or [None])[0]
 
 
 def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -> Form | None:
@@ -61,48 +58,40 @@ def find_scored(look: Look, named: dict[str, list[str]], options: ReadOptions) -
     if good is not None and bad is not None and not bad < good:
         raise DataError(f"bad_to {bad:g} must be below good_from {good:g}")
 
+    number, sign = rating_reader(look.values[column]), direction_of(column, options)
+
     def read(name: str, row: Row) -> Iterable[Record]:
-        value = number_of(row.get(column))
         if row.get(column) is None:
             raise SetAside(f'no value in "{column}"')
-        if value is None:
-            raise BadRow(f'"{column}" is {row[column]!r:.40}, {json_kind(row[column])}; expected a number')
+        value = sign * number(row[column], column)
         if options.keep_scores:
             yield answers.read(name, row, scores={"completion": value})
             return
         if good is None and bad is None:
-            raise DataError(_ask_for_thresholds(look, column))
+            raise DataError(_ask_for_thresholds(look, column, sign))
         if not ((good is not None and value >= good) or (bad is not None and value <= bad)):
             raise SetAside(f'its "{column}" is between good and bad ({_thresholds(options)})')
         yield answers.read(name, row, label=good is not None and value >= good, scores={"completion": value})
 
-    return _form(
-        "scored",
-        answers,
-        (column, "score" if options.keep_scores else f"label, {_thresholds(options)}"),
-        read,
-    )
+    negative = "" if sign > 0 else "negative "
+    label = f"label, {negative and 'of the negative score '}{_thresholds(options)}"
+    return _form("scored", answers, (column, f"{negative}score" if options.keep_scores else label), read)
 
 
 def score_column(look: Look, named: dict[str, list[str]], options: ReadOptions) -> str | None:
     """The column of numbers that say how good an answer is."""
     asked = options.score_column or named.get("score", [None])[0]
     if asked:
-        if asked not in look.values:
+        column = asked if asked in look.values else asked.removeprefix("-")
+        if column not in look.values:
             raise DataError(f'{look.source}: no column "{asked}" for --score_column; it has {", ".join(look.values)}')
-        return asked
-    found = [
-        column for column in look.find_all(*SCORES) if look.is_numbers(column) or _are_numbers(look.values[column])
-    ]
+        return column
+    found = [column for column in look.find_all(*SCORES) if look.is_numbers(column) or are_ratings(look.values[column])]
     if len(found) > 1:
         raise DataError(
             f"{look.source}: {' and '.join(found)} may each say how good an answer is. Fix: --score_column {found[0]}"
         )
     return found[0] if found else None
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    return bool(values) and all(number_of(value) is not None for value in values)
 
 
 def _thresholds(options: ReadOptions) -> str:
@@ -111,12 +100,15 @@ def _thresholds(options: ReadOptions) -> str:
     return ", ".join(filter(None, (good, bad))) or "good and bad by --good_from, --bad_to"
 
 
-def _ask_for_thresholds(look: Look, column: str) -> str:
-    numbers = [number for number in map(number_of, look.values[column]) if number is not None]
+def _ask_for_thresholds(look: Look, column: str, sign: int) -> str:
+    numbers = [sign * number for number in map(number_of, look.values[column]) if number is not None]
     span = f"from {min(numbers):g} to {max(numbers):g}" if numbers else "no number yet"
+    turned = ", its sign turned, for the lowest is the best" if sign < 0 else ""
+    example = "--good_from -1 --bad_to -3" if sign < 0 else "--good_from 4 --bad_to 2 for stars"
+    lower = "" if sign < 0 else f"; or --score_column=-{column} if the lowest is the best"
     return (
-        f'{look.source}: "{column}" says how good an answer is ({span}), and not from where on it is a good one. '
-        f"Fix: --good_from and --bad_to, as in --good_from 4 --bad_to 2 for stars; or --columns unused={column}"
+        f'{look.source}: "{column}" says how good an answer is ({span}{turned}), and not from where on it is a good '
+        f"one. Fix: --good_from and --bad_to, as in {example}; or --columns unused={column}{lower}"
     )
 
 
@@ -132,43 +124,29 @@ def _form(kind: str, answers: Answers, role: tuple[str, str], read: Any) -> Form
 
 
 def _vocabulary(look: Look, column: str) -> Callable[[Any], bool]:
-    values = look.values[column]
-    numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-    words = {_word(value) for value in values if isinstance(value, str)}
-    table: dict[Any, bool] = {}
-    if numbers <= {0, 1} or numbers <= {1, -1}:
-        table = {1: True, -1 if -1 in numbers else 0: False}
-    elif len(numbers) > 1 or not any(isinstance(value, bool | str) for value in values):
-        raise DataError(_other_values(look, column, numbers))
-    known = [dict(zip(pair, (True, False), strict=True)) for pair in WORDS]
-    fitting = max(known, key=lambda pair: sum(word in pair for word in words))
-    strange = words - set(fitting)
-    if len(strange) > 1 or (strange and all(isinstance(value, str) and _word(value) in strange for value in values)):
-        raise DataError(_other_values(look, column, words))
-    table |= fitting if words else {}
+    """Numbers (also in quotes) are 1 and 0 or 1 and -1; words are known ones, but for a few rows of a source."""
+    seen = Counter(map(label_key, look.values[column]))
+    numbers = {key for key in seen if isinstance(key, float)}
+    words = {key for key in seen if isinstance(key, str)}
+    strange = words - GOOD_WORDS - BAD_WORDS
+    if not (numbers <= {0, 1} or numbers <= {1, -1}) and (len(numbers) > 1 or not words):
+        raise DataError(_other_values(look, column, seen))
+    unknown = sum(seen[word] for word in strange)
+    if unknown > max(1, MOST_STRANGE * seen.total()) or unknown == seen.total() > 0:
+        raise DataError(_other_values(look, column, seen))
+    good, bad = GOOD_WORDS | {1.0}, BAD_WORDS | {-1.0 if -1.0 in numbers else 0.0}
 
     def read(value: Any) -> bool:
-        if isinstance(value, bool):
-            return value
-        key = _word(value) if isinstance(value, str) else value
-        meant = table.get(key) if isinstance(key, str | int | float) else None
-        if meant is None:
+        key = label_key(value)
+        if key not in good and key not in bad:
             raise BadRow(f'"{column}" is {value!r:.40}, {json_kind(value)}; expected true or false')
-        return meant
+        return key in good
 
     return read
 
 
-def _word(value: str) -> str:
-    return (
-        value.strip().lower().replace(" ", "_").replace("-", "_")
-        if value.strip() not in ("+1", "-1")
-        else value.strip()
-    )
-
-
-def _other_values(look: Look, column: str, values: set[Any]) -> str:
-    shown = ", ".join(sorted(map(str, values))[:8])
+def _other_values(look: Look, column: str, seen: Counter[Any]) -> str:
+    shown = ", ".join(sorted(f"{value:g}" if isinstance(value, float) else str(value) for value in seen)[:8])
     return (
         f'{look.source}: "{column}" has the values {shown}; expected true and false, 1 and 0, 1 and -1, up and down, '
         f"good and bad, or the like. Fix: for a score, --score_column {column} --good_from ... --bad_to ...; else "

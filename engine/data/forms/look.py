@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from prefuse.engine.data.forms.names import plain_name
 from prefuse.engine.data.records import BadRow, DataError
 
 FIRST_ROWS = 1000
+NO_TEXT = (int, float, bool, Decimal, datetime.date, datetime.time)
 WORDS = re.compile(r"[^\W\d_]|[^\x00-\x7f]")  # a letter, or any sign beyond ASCII
 
 
@@ -75,7 +78,7 @@ def holds_text(value: Any, depth: int = 6) -> bool:
         return any(holds_text(part, depth - 1) for part in value.values())
     if depth and isinstance(value, list):
         return any(holds_text(part, depth - 1) for part in value)
-    return bool(value) and not isinstance(value, int | float | bool)  # bytes of an image, and what else there may be
+    return bool(value) and not isinstance(value, NO_TEXT)  # bytes of an image, and what else there may be
 
 
 ROLES = (
@@ -104,7 +107,7 @@ def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str,
     for role, column in pairs:
         if role not in ROLES or not column or not isinstance(column, str):
             raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
-        if column not in look.values:
+        if column not in look.values and role != "unused":  # it may first stand in a later row
             raise DataError(
                 f'{look.source} has no column "{column}", which --columns or a scorer names: its columns are '
                 f"{', '.join(look.values)}"

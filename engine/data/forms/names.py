@@ -16,16 +16,22 @@ PROMPTS = (
     "user_input", "user_message", "input", "inputs",
 )  # fmt: skip
 CONTEXTS = ("context", "context_messages", "prompt_messages")  # the prompt, if they hold turns
-CONVERSATIONS = ("messages", "conversations", "conversation", "contents", "dialog", "dialogue")
+CONVERSATIONS = (
+    "messages", "conversations", "conversation", "contents", "dialog", "dialogue", "chat", "transcript", "trajectory",
+)  # fmt: skip
 INPUTS = ("input", "instruction_input")  # below an instruction
 CONTEXT = "context"  # a text below an instruction of that name
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 HISTORIES = ("history", "chat_history")
 ANSWERS = (
     "completion", "response", "answer", "output", "reply", "generation", "model_output", "assistant", "target",
-    "targets",
+    "targets", "gpt", "bot", "tgt",
 )  # fmt: skip
-TOOLS = ("tools",)
+ASKED_BY = {  # names that are a prompt's beside an answer of this name alone
+    "assistant": ("user", "human"), "gpt": ("user", "human"), "bot": ("user", "human"), "tgt": ("source", "src"),
+    "target": ("source", "src"), "targets": ("source", "src"),
+}  # fmt: skip
+TOOLS = ("tools", "functions")
 TEMPLATE_SETTINGS = ("chat_template_kwargs",)
 
 # Two sides, the better one first: a word alone, or before or behind a noun ("chosen_response", "answer_rejected").
@@ -55,14 +61,24 @@ LABELS = (
 # Flags of true and false alone: the same words may name scores.
 FLAGS = (
     "acceptable", "is_acceptable", "approved", "is_approved", "is_safe", "safe", "helpful", "is_helpful", "thumbs_up",
-    "thumb_up", "upvote", "is_liked", "is_preferred", "is_chosen", "is_good_answer", "is_valid", "passed",
+    "thumb_up", "upvote", "is_liked", "is_preferred", "is_chosen", "is_good_answer", "is_valid", "valid", "passed",
 )  # fmt: skip
 BAD_FLAGS = (  # true is bad
-    "rejected", "toxic", "is_toxic", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe", "flagged",
-    "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked", "thumbs_down",
-    "thumb_down", "downvote", "deleted", "is_rejected",
+    "rejected", "toxic", "is_toxic", "toxicity", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe",
+    "flagged", "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked",
+    "thumbs_down", "thumb_down", "downvote", "deleted", "is_rejected", "is_flagged", "is_deleted",
 )  # fmt: skip
-SCORES = ("score", "rating", "overall_score", "overall_rating", "stars", "reward", "quality", "helpfulness")
+COUNTED = {"thumbs_up", "thumb_up", "upvote", "thumbs_down", "thumb_down", "downvote"}  # flags, or how many there are
+REVIEWS = {"approved", "is_approved", "is_valid", "valid"}  # flags of a row, whatever it holds
+BAD_REVIEWS = {
+    "flagged", "is_flagged", "discarded", "deleted", "is_deleted", "spam", "is_spam", "rejected", "is_rejected",
+}  # fmt: skip
+STATUSES = (  # what became of a row: in words
+    "status", "state", "review", "review_result", "moderation", "moderation_result", "decision", "approval", "outcome",
+    "disposition", "quality", "validity", "result", "evaluation", "review_status", "moderation_status",
+    "annotation_status", "approval_status", "label_status", "qa_status",
+)  # fmt: skip
+SCORES = ("score", "rating", "overall_score", "overall_rating", "stars", "reward", "quality", "helpfulness", "rank")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # the first counts
 ANSWER_LISTS = (
     "completions", "responses", "answers", "candidates", "outputs", "generations", "choices", "replies",
@@ -76,6 +92,15 @@ BEST_INDEX = (
     "chosen_index", "best_index", "chosen_idx", "best_idx", "best", "preferred_index", "selected_index", "selected_idx",
     "selected", "winner_index", "label", "choice",
 )  # fmt: skip
+BEST_NAMES = (  # the name of the best answer, or its text
+    "winner", "best", "best_model", "winner_model", "preferred", "preferred_model", "chosen", "chosen_model", "choice",
+    "selected", "best_response", "best_answer", "best_completion", "verdict", "label", "preference",
+)  # fmt: skip
+ORDERS = (  # names of answers in order
+    "ranking", "rankings", "order", "preference_order", "ranked", "human_ranking", "ranks", "rank", "preference",
+    "preferences", "verdict", "label",
+)  # fmt: skip
+NAME_LISTS = ("models", "model_names", "generators")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 
 # Columns that say something about a row and are no part of it. Whole names, then the ends of names.
@@ -87,16 +112,35 @@ METADATA = {
     "path", "principle", "rater", "sha", "source", "sources", "split", "state", "status", "subject", "subset",
     "subtopic", "tag", "tags", "task", "task_type", "time", "timestamp", "topic", "topics", "turn", "turns", "type",
     "url", "urls", "user", "uuid", "version", "title", "key", "instruction_source", "good_natured", "generator",
-    "generators", "datasplit", "batch", "worker", "policy", "subreddit", "preference_statement",
+    "generators", "datasplit", "batch", "worker", "policy", "subreddit", "preference_statement", "model_names",
     "subcategory", "country", "hashed_ip", "language_code",
     "preference_elaboration",
 }  # fmt: skip
 METADATA_ENDS = (
     "_id", "_ids", "_uuid", "_hash", "_model", "_models", "_model_name", "_source", "_lang", "_language", "_date",
     "_time", "_timestamp", "_at", "_type", "_category", "_url", "_name", "_version", "_idx", "_index", "_score",
-    "_scores", "_rating", "_ratings", "_tags", "_meta", "_metadata", "_annotator", "_path",
+    "_scores", "_rating", "_ratings", "_tags", "_meta", "_metadata", "_annotator", "_path", "_status",
 )  # fmt: skip
 METADATA_STARTS = ("generator_", "model_", "score_", "rating_", "meta_", "metadata_", "source_", "annotator_")
+# Of those, what may be a text of any length: words about the row.
+REMARKS = {
+    "comment", "comments", "critique", "justification", "judgement", "note", "notes", "preference_statement",
+    "preference_elaboration", "principle",
+}  # fmt: skip
+SWAPPED = ("swapped", "is_swapped", "flipped", "is_flipped", "reversed", "is_reversed")
+
+
+def judges(column: str, of_pairs: bool) -> bool:
+    """Whether a column of this name says how good a row is (of pairs: whether it counts, and which way round)."""
+    name = plain_name(column)
+    names = {*REVIEWS, *BAD_REVIEWS, *SWAPPED, *VERDICTS} if of_pairs else {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES}
+    return name in names or is_status(column)
+
+
+def is_status(column: str) -> bool:
+    """Whether a column of this name says, in words, what became of a row."""
+    name = plain_name(column)
+    return name in STATUSES or name.endswith("_status")
 
 
 def is_metadata(column: str) -> bool:

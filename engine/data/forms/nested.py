@@ -17,7 +17,7 @@ def opened_columns(options: ReadOptions, rows: Iterable[tuple[str, Any]]) -> lis
     """The objects that the options reach into, outer ones first: "rating", "rating.0" of "rating.0.value"."""
     known = {column for _, row in rows if isinstance(row, dict) for column in row}
     given = [column for columns in columns_by_role(options.columns).values() for column in columns]
-    given += [options.verdict_column, options.score_column]
+    given += [options.verdict_column, (options.score_column or "").removeprefix("-")]
     opened = set()
     for path in given:
         if not isinstance(path, str) or path in known:

@@ -9,12 +9,15 @@ safety_chosen   and safety_rejected (of one answer: safety), for each name in --
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import plain_name
+from prefuse.engine.data.forms.ratings import are_ratings, number_of, rating_reader
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, json_kind
 
 WEIGHTS = ("weight", "row_weight", "sample_weight", "example_weight", "loss_weight")
@@ -31,6 +34,9 @@ class Numbers:
     margin: str | None = None
     scores: Columns = ()
     objectives: tuple[tuple[float, Columns], ...] = ()  # the weight of each, and its columns
+    compared: Columns = ()  # the scores of a pair's sides, read or not
+    rate: Callable[[Any, str], float] = field(default_factory=lambda: rating_reader(()))  # (score, column) -> number
+    notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def became(self) -> list[tuple[str, str]]:
@@ -41,6 +47,10 @@ class Numbers:
 
     def read(self, row: Row, record: Record) -> Record:
         found: dict[str, object] = {}
+        if self.compared:
+            better, worse = (number_of(row.get(column)) for column in self.compared)
+            if better is not None and worse is not None and better < worse:
+                self.notes[f"rows with a lower {' than '.join(self.compared)}, kept as they stand"] += 1
         if self.weight and row.get(self.weight) is not None:
             weight = number(row[self.weight], self.weight)
             if weight < 0:
@@ -51,7 +61,7 @@ class Numbers:
         if self.margin and row.get(self.margin) is not None:
             found["margin"] = number(row[self.margin], self.margin)
         if self.scores and all(row.get(column) is not None for column in self.scores):
-            numbers = [number(row[column], column) for column in self.scores]
+            numbers = [self.rate(row[column], column) for column in self.scores]
             found["scores"] = dict(zip(record.sides, numbers, strict=True))
         if self.objectives:
             found["objectives"] = {
@@ -90,24 +100,17 @@ def find_numbers(look: Look, form: Form, named: dict[str, list[str]], options: R
     weight = named.get("weight", [None])[0] or (_numeric(look, *WEIGHTS) if options.row_weights else None)
     wants_margin, is_pair = "margins" in (*options.needs, *options.takes), form.kind == "pair"
     margin = (named.get("margin", [None])[0] or _numeric(look, *MARGINS)) if wants_margin else None
-    sides = [column for column, role in form.became if role in ("chosen", "rejected")] if options.needs else []
+    sides = [column for column, role in form.became if role in ("chosen", "rejected")]
     scores = next((pair for pair in _score_names(sides) if all(_numeric(look, name) for name in pair)), ())
     found = tuple(look.find(name) or "" for name in scores)
-    return Numbers(weight, margin, found, tuple(_objectives(look, is_pair, options)) if wants_margin else ())
+    objectives = tuple(_objectives(look, is_pair, options)) if wants_margin else ()
+    rate = rating_reader(value for column in found for value in look.values[column])
+    return Numbers(weight, margin, found if options.needs else (), objectives, found, rate, form.tally.notes)
 
 
 def _numeric(look: Look, *names: str) -> str | None:
     column = look.find(*names)
-    return column if column and (look.is_numbers(column) or _as_text(look, column)) else None
-
-
-def _as_text(look: Look, column: str) -> bool:
-    """Numbers in quotes, as CSV has them."""
-    values = look.values[column]
-    try:
-        return bool(values) and all(isinstance(value, str) and math.isfinite(float(value)) for value in values)
-    except ValueError:
-        return False
+    return column if column and (look.is_numbers(column) or are_ratings(look.values[column])) else None
 
 
 def _score_names(sides: list[str]) -> Iterator[tuple[str, str]]:

@@ -82,7 +82,9 @@ def _implicit_form(look: Look, named: Any, sides: tuple[str, str], became: list[
     def split(row: Row) -> tuple[Text, Text, Text]:
         chosen, rejected = (_side(row, column, notes) for column in sides)
         if isinstance(chosen, list) and isinstance(rejected, str):  # another last turn
-            rejected = [*chosen[:-1], turn_of("assistant", rejected, sides[1])]
+            rejected = [turn_of("assistant", rejected, sides[1])]
+        if isinstance(chosen, list) and isinstance(rejected, list) and _answers_alone(rejected, chosen):
+            rejected = [*chosen[:-1], *rejected]
         if isinstance(chosen, list) and isinstance(rejected, list):
             prompt, chosen, rejected = split_turns(chosen, rejected)
             return with_turns_before(row, system, None, prompt), chosen, rejected
@@ -99,6 +101,16 @@ def _implicit_form(look: Look, named: Any, sides: tuple[str, str], became: list[
 
     optional = (system,) if system else ()
     return Form("pair", "/".join(sides), sides, tuple(became), read, optional=optional, tally=Tally(notes))
+
+
+def _answers_alone(rejected: Text, chosen: Text) -> bool:
+    """The worse side is an answer alone, the better one a whole conversation."""
+    return (
+        len(rejected) == 1
+        and rejected[0]["role"] == "assistant"
+        and chosen[:1] != []
+        and chosen[0]["role"] != "assistant"
+    )
 
 
 def pair(name: str, prompt: Text, chosen: Text, rejected: Text, notes: Counter[str], **more: Any) -> Record:
@@ -167,7 +179,8 @@ def _sides(look: Look, named: dict[str, list[str]]) -> tuple[str, str] | None:
         if chosen and look.is_text(rejected):
             return chosen, rejected
     both = look.find("chosen"), look.find("rejected")  # named so, whatever they hold: their rows say what is wrong
-    return both if all(both) else None  # type: ignore[return-value]
+    are_places = all(both) and all(look.is_numbers(column) for column in both)  # of a list of answers
+    return both if all(both) and not are_places else None  # type: ignore[return-value]
 
 
 def _copy_of_chosen(look: Look, chosen: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from prefuse.engine.data.forms.form import Row
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import (
+    ASKED_BY,
     CONTEXT,
     CONTEXTS,
     CONVERSATIONS,
@@ -118,6 +119,8 @@ def find_prompt(look: Look, named: dict[str, list[str]], turns: bool = True) -> 
 
 def _only_prompt(look: Look, turns: bool) -> str | None:
     found = [column for column in look.find_all(*PROMPTS) if look.is_text(column)]
+    asked_by = [name for answer in look.used for name in ASKED_BY.get(plain_name(answer), ())]
+    found += [column for column in look.find_all(*asked_by) if look.all_are(column, str)]
     if turns:
         found += [column for column in look.find_all(*CONVERSATIONS) if look.all_are(column, list, dict)]
         found = found or [column for column in look.find_all(*CONTEXTS) if look.all_are(column, list, dict)]

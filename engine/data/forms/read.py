@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from prefuse.engine.data.forms.blocks import named_tools
 from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
-from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, first_look, holds_text
+from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role, first_look, holds_text
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
-from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.names import is_metadata, is_status, judges, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
-from prefuse.engine.data.forms.turns import other_keys, turns_in_text
-from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, json_kind
+from prefuse.engine.data.forms.turns import marked_turns, other_keys, turns_in_text
+from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
 from prefuse.engine.data.turns import parsed, read_tools
 
@@ -66,8 +67,12 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     rows = _with_turns(rows, as_text, form.tally.notes) if as_text else rows
     for key, count in other_keys(value for column in form.used for value in look.values.get(column, ())).items():
         form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
+    marked = marked_turns(value for column in form.used for value in look.values.get(column, ()))
+    form.tally.notes["turns of the first rows that a flag of their own marks as bad: they are not learned"] += marked
     ignored = [column for column in look.values if column not in form.used]
-    checked = _checked(itertools.chain(first, rows), source, form, kind, ignored)
+    told = set(columns_by_role(options.columns).get("unused", ()))
+    empty = {column for column in ignored if not look.values[column]}
+    checked = _checked(itertools.chain(first, rows), source, form, kind, told, set(ignored) - told, empty)
     return Reading(_outcomes(checked, form, kind), form, ignored)
 
 
@@ -88,10 +93,17 @@ def _problem(row: Any) -> str:
 
 
 def _checked(
-    rows: Iterator[tuple[str, Any]], source: Source, form: Form, kind: str, ignored: list[str]
-) -> Iterator[tuple[str, Any]]:
-    """Counts the rows, and stops where one has text in a column that was empty or absent in the first rows."""
-    harmless = form.used | {column for column in ignored if is_metadata(column)}
+    rows: Iterator[tuple[str, Any]], source: Source, form: Form, kind: str,
+    told: set[str], ignored: set[str], empty: set[str],
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Counts the rows, and stops where one has text, or a verdict, in a column that has no value in the first rows.
+
+    `told`: columns that are unused by the user's word; `ignored`: other columns of the first rows; `empty`: of those,
+    the ones without values. What a status says is looked at in every row.
+    """
+    of_pairs = form.kind == "pair"
+    late = {column for column in empty if kind != "prompt" and judges(column, of_pairs) and not is_status(column)}
+    harmless = form.used | told | {column for column in ignored - late if is_metadata(column)}
     for name, row in rows:
         form.tally.rows += 1
         if isinstance(row, dict) and not harmless.issuperset(row):
@@ -99,13 +111,27 @@ def _checked(
                 yield name, bad
                 continue
             for column in row:
-                if column in harmless or not holds_text(row[column]):
+                if column in harmless or row[column] is None:
+                    continue
+                if column in late or (column not in ignored and kind != "prompt" and judges(column, of_pairs)):
+                    raise DataError(_late(source.name, column, name))
+                if not holds_text(row[column]):
                     continue
                 if column not in ignored and is_metadata(column):
                     harmless.add(column)
                 elif column not in ignored or form.tally.rows > FIRST_ROWS:
                     raise DataError(unused_text(source.name, [column], form, kind, name))
+        if form.gather is not None and form.marks and isinstance(row, dict) and (reason := form.marks(row)):
+            yield name, SetAside(reason)
+            continue
         yield name, row
+
+
+def _late(source: str, column: str, row: str) -> str:
+    return (
+        f'{source}: "{column}" says how good a row is, and has its first value in row {row}, behind the {FIRST_ROWS} '
+        f"rows by which columns are understood. Fix: move such a row to the top, or --columns unused={column}"
+    )
 
 
 def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterator[Record | Skipped]:
@@ -120,6 +146,8 @@ def _outcomes(rows: Iterator[tuple[str, Any]], form: Form, kind: str) -> Iterato
             records = [Record(name, form.prompt(row), {})]
         else:
             records = list(form.read(name, row))
+            if form.marks and (reason := form.marks(row)) and any(record.label is not False for record in records):
+                raise SetAside(reason)
         return [_with_extras(record, row, form) for record in records] if has_extras else records
 
     for name, row in rows:
@@ -142,4 +170,5 @@ def _with_extras(record: Record, row: dict[str, Any], form: Form) -> Record:
     if settings is not None and not isinstance(settings, dict):
         raise BadRow(f'"{form.extras[1]}" is {json_kind(settings)}, expected an object')
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
-    return replace(record, tools=read_tools(tools), template_kwargs=settings or None)
+    tools = named_tools(read_tools(tools), legacy=plain_name(form.extras[0] or "") == "functions")
+    return replace(record, tools=tools, template_kwargs=settings or None)

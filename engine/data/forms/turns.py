@@ -7,15 +7,17 @@ and `train` say what is learned.
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from prefuse.engine.data.forms.blocks import without_blocks
 from prefuse.engine.data.forms.look import holds_text
-from prefuse.engine.data.forms.names import is_metadata
+from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, is_metadata, plain_name
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
-from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message
+from prefuse.engine.data.sources.tables import json_or_python
+from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message, parsed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPELLINGS = {role: role for role in ROLES}
@@ -24,9 +26,22 @@ SPELLINGS |= dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "ai"), 
 SPELLINGS |= {role: role for role in CALL_ROLES} | dict.fromkeys(RESULT_ROLES, "tool")
 ROLE_KEYS = ("role", "from", "speaker")
 TEXT_KEYS = ("content", "value", "parts", "text", "utterance")
-ANSWER_KEYS = ("response", "answer", "text", "content", "completion", "output", "message")  # of an object with no role
+ANSWER_KEYS = (
+    "response",
+    "answer",
+    "text",
+    "content",
+    "completion",
+    "output",
+    "message",
+    "reply",
+    "generation",
+    "candidate",
+    "generated_text",
+)  # of an object with no role
 EXCHANGES = dict.fromkeys(("input", "question", "query", "prompt"), "user")  # keys of {question, answer}, as _exchange
 EXCHANGES |= dict.fromkeys(("output", "answer", "response", "completion"), "assistant")
+BROKEN_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
 
 
@@ -34,6 +49,8 @@ def read_text(value: Any, column: str) -> Text:
     """A string as it is, or turns; one turn may stand without its list."""
     if isinstance(value, str):
         check_unicode(value, column)
+        if BROKEN_TURNS.match(value) and turns_in_text(value) is None:
+            raise BadRow(f'"{column}" is a text that begins like a list of turns, and is none that can be read')
         return value
     if isinstance(value, dict) and (alone := _text_alone(value, column)) is not None:
         return read_text(alone, column)
@@ -65,12 +82,13 @@ def read_turns(value: Any, column: str) -> list[Message]:
     turns: list[Message] = []
     for turn in value:
         exchange = _exchange(turn)
-        turns += exchange if exchange is not None else [_turn(turn, column)]
+        turns += exchange if exchange is not None else [_turn(part, column) for part in without_blocks(turn)]
     return turns
 
 
 def read_history(value: Any, column: str) -> list[Message]:
-    """[[question, answer], ...], or turns."""
+    """[[question, answer], ...], or turns; also as JSON text."""
+    value = parsed(value, f'"{column}"')
     if not isinstance(value, list) or not all(isinstance(pair, list) for pair in value):
         return read_turns(value, column)
     turns = []
@@ -91,10 +109,7 @@ def turns_in_text(value: Any) -> list[Any] | None:
     objects and names a role in each."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
-    try:
-        turns = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
+    turns = json_or_python(value)
     is_turns = turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
     return turns if is_turns else None
 
@@ -108,6 +123,18 @@ def other_keys(values: Iterable[Any]) -> Counter[str]:
             if any(key in turn for key in ROLE_KEYS):
                 found.update(key for key, part in turn.items() if key not in KNOWN_KEYS and holds_text(part))
     return Counter({key: count for key, count in found.items() if not is_metadata(key)})
+
+
+def marked_turns(values: Iterable[Any]) -> int:
+    """How many of the assistant's turns in columns of turns are marked as bad."""
+    turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    return sum(is_marked_bad(turn) for turn in turns if turn.keys() & set(ROLE_KEYS))
+
+
+def is_marked_bad(turn: Message) -> bool:
+    """Whether a flag of the turn itself says that it is bad: such an answer is not learned."""
+    names = {plain_name(key): part for key, part in turn.items() if isinstance(part, bool)}
+    return any(name in BAD_FLAGS if said else name in FLAGS or name in LABELS for name, said in names.items())
 
 
 def _exchange(turn: Any) -> list[Message] | None:
@@ -137,6 +164,8 @@ def _turn(turn: Any, column: str) -> Message:
         known = ", ".join(ROLES) + "; human, gpt, prompter, model, bot, function_call, observation and the like"
         raise BadRow(f'unknown role {name!r:.40} in "{column}"; known: {known}')
     rest = {key: part for key, part in turn.items() if key not in (role_key, text_key)}
+    if role == "assistant" and rest and is_marked_bad(rest) and not rest.keys() & set(LEARNED):
+        rest["train"] = False
     content = turn.get(text_key)
     message = make_message(role, content, rest, column)
     if "content" in message:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from prefuse.engine.data.records import BadRow, DataError
 from prefuse.engine.data.sources.json_text import not_utf8
 
+NO_COMMA = re.compile(r"\}\s*\n\s*\{")
 LONGEST_CELL = 1 << 27  # characters; csv's own limit is 131,072
 
 
@@ -39,7 +40,8 @@ def _rows(path: Path, text: io.TextIOWrapper, name: str, suffix: str) -> Iterato
         header = next(reader)
     except (csv.Error, StopIteration) as error:
         raise DataError(f"{path}: its first line names no columns: {error}") from error
-    if len(set(header)) < len(header) or not all(header):
+    header = [name or f"Unnamed: {place}" for place, name in enumerate(header)]  # pandas writes its index so
+    if len(set(header)) < len(header):
         raise DataError(f"{path}: its first line must name each column once; it has {', '.join(map(repr, header))}")
     for index in itertools.count():
         try:
@@ -69,11 +71,16 @@ def _cell(text: str) -> Any:
     """A string, nothing, or a list of turns."""
     if not re.match(r"\s*\[\s*\{", text):
         return text or None
-    for parse in (json.loads, ast.literal_eval):
+    value = json_or_python(text)
+    return value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else text
+
+
+def json_or_python(text: str) -> Any:
+    """What a text is as JSON, or as Python or numpy write lists of objects (numpy without a comma between two)."""
+    ways = (json.loads, text), (ast.literal_eval, text), (ast.literal_eval, NO_COMMA.sub("}, {", text))
+    for parse, written in ways:
         try:
-            value = parse(text)
+            return parse(written)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-            return value
-    return text
+    return None
