@@ -51,7 +51,6 @@ OLDER = {
     "cpu_head-amd-epyc-1threads-torch2.13.0", "cpu_head-amd-epyc-1threads-torch2.13.0-1024x768x24000",
     "sparse-smollm2-135m-instruct-amd-epyc-1threads",
     "tolerance-smollm2-135m-instruct-full-amd-epyc", "trainers-amd-epyc-1threads-torch2.13.0",
-    "trl_seam-amd-epyc-1threads-torch2.13.0",
 }  # fmt: skip
 
 
