@@ -142,7 +142,10 @@ def _spelling_of_bytes(tokenizer: Any) -> dict[str, int] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and "ByteLevel" in str(backend.decoder):
         return letters
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    try:
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    except Exception:  # tokenizers has no class of its own for a text that it cannot read
+        return None
     if not all(isinstance(token, str) for token in tokens):
         return None
     for spelling in (letters, {chr(byte): byte for byte in range(256)}):

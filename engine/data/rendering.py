@@ -92,7 +92,8 @@ class ChatTemplate:
     def _asks_for_content(self) -> bool:
         """Whether a call without a content is refused, as by templates that write `'' + message['content']`."""
         call = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {}}}
-        return not self._prints([{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}], "")
+        asked, turn = {"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}
+        return not self._prints([asked, turn], "") and self._prints([asked, turn | {"content": ""}], "")
 
     def _prints_call(self, arguments: Any) -> bool:
         """Whether such arguments of a tool call are printed as they are."""

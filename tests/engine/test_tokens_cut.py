@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from prefuse.engine.data import load_examples, load_prompts, summarize_skipped
 from prefuse.engine.data.fit import character_parts, without_half_end, without_half_start
@@ -49,6 +51,14 @@ def test_a_real_replacement_character_and_whole_ids_stay():
     parts, ids = character_parts(tokenizer), tokenizer("a\ufffd", add_special_tokens=False).input_ids
     assert without_half_end(ids, parts) == ids
     assert without_half_start([tokenizer.eos_token_id, *ids], parts) == [tokenizer.eos_token_id, *ids]
+
+
+def test_tokenizers_of_words_and_of_single_bytes():
+    """Of words alone, with no token for others; ByT5's, whose tokens are Latin-1 letters for bytes."""
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"sky": 0, "sea": 1})))
+    assert character_parts(words)(0) == b"sky"
+    parts, ids = character_parts(ByT5Tokenizer()), list(range(3, 259))
+    assert [parts(token) for token in ids] == [bytes([byte]) for byte in range(256)]
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("keep_end", "<s>789"), ("keep_start", "<s>012")])
