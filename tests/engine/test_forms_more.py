@@ -55,7 +55,7 @@ LISTS = {
     "keyed, objects": {"responses": {"gpt-4": {"text": "A", "score": 9}, "m": {"text": "B", "score": 2}}},
     "keyed, the winner's key": {"responses": {"gpt-4": "B", "m": "A"}, "winner": "m"},
     "keyed, an order of keys": {"responses": {"gpt-4": "B", "m": "A"}, "ranking": ["m", "gpt-4"]},
-    "keyed, one model did not answer": {"responses": {"x": "A", "y": None, "z": "B"}, "scores": {"x": 3, "z": 1}},
+    "keyed, with a null": {"responses": {"x": "A", "y": None, "z": "B"}, "scores": {"x": 3, "y": None, "z": 1}},
     "names beside the list": {"models": ["x", "y"], "responses": ["B", "A"], "scores": {"x": 1, "y": 5}},
     "letters of columns": {"response_a": "A", "response_b": "C", "response_c": "B", "ranking": "A>B>C"},
     "letters of a list": {"responses": ["B", "A", "C"], "ranking": "B > C > A"},
@@ -90,6 +90,18 @@ def test_lists_of_answers(tmp_path, row):
     ]
 
 
+def test_of_several_answers_none_may_be_the_best(tmp_path):
+    row = {"prompt": "Q", "response_a": "A", "response_b": "B", "response_c": "C"}
+    records, _, (skipped,) = read(tmp_path, beside(row, "winner", "a", "tie"), "pair")
+    assert (len(records), skipped.reason, skipped.by_rule) == (1, "a tie: no answer is preferred", True)
+
+
+def test_aspects_of_a_row_are_no_scores_of_its_answers(tmp_path):
+    answers = [{"text": "B", "score": 1}, {"text": "A", "score": 2}]
+    row = {"prompt": "Q", "answers": answers, "ratings": {"fluency": 3, "tone": 1}}
+    assert read(tmp_path, [row], "pair")[0] == [RAW]
+
+
 def test_how_sure_a_probability_is_weighs_the_row(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", beside(TWO, "preference", 0.75, 0.0))
     records = list(read_records(path, "pair", options=read_options(verdict_first=">0.5")).outcomes)
@@ -122,6 +134,8 @@ LABELS = {
     "4 out of 5": (beside(ANSWER, "rating", "4 out of 5", "1 out of 5"), {"good_from": 4, "bad_to": 2}, [True, False]),
     "stars": (beside(ANSWER, "stars", "5 stars", "1 star"), {"good_from": 4, "bad_to": 2}, [True, False]),
     "percent": (beside(ANSWER, "score", "85%", "20%"), {"good_from": 60, "bad_to": 40}, [True, False]),
+    "no scale among scales": (beside(ANSWER, "score", "85%", "70%", 0.85), {"good_from": 60, "bad_to": 40}, [True] * 2),
+    "five full stars": (beside(ANSWER, "stars", "★★★★☆", "★★★★★", "★☆☆☆☆"), {"good_from": 5}, [True]),
     "another scale is a bad row": (beside(ANSWER, "rating", "4/5", "4/5", "4/10"), {"good_from": 4}, [True, True]),
     "votes": (beside(ANSWER, "vote", 1, -1, 0), {"score_column": "vote", "good_from": 1, "bad_to": -1}, [True, False]),
     "a probability": (beside(ANSWER, "label", 0.9, 0.1), {"score_column": "label", "good_from": 0.5}, [True]),
@@ -306,8 +320,12 @@ ASKED = {
     "a verdict beside the sides": ("pair", beside(ROW, "preference", 1, 2), {}, "are to be swapped"),
     "ranks of demonstrations": ("sft", beside(ANSWER, "rank", 1, 2), {}, "--good_from -1 --bad_to -3"),
     "a role that nothing takes": ("pair", [ROW | {"title": "x"}], {"columns": "label=title"}, "has no such role"),
+    "a weight of joined rows": (
+        "pair", beside(ANSWER | {"w": 1}, "score", 1, 2), {"columns": "weight=w"}, "has no such role",
+    ),
     "a source that may be the prompt": ("sft", [{"prompt": "Translate", "source": "Q", "target": "A"}], {}, "each be"),
     "a title of many words": ("sft", [ANSWER | {"title": "word " * 30}], {}, '"title" holds text'),
+    "a task that is an instruction": ("sft", [{"task": "Put it into French"} | ANSWER], {}, '"task" h'),
     "functions that are no tools": ("sft", [{"messages": [USER, GOOD], "functions": ["a b"]}], {}, '"functions" h'),
     "other answers": ("sft", [{"problem": "Q", "generations": ["x"], "messages": [USER, GOOD]}], {}, '"generations" h'),
 }  # fmt: skip
@@ -317,6 +335,13 @@ ASKED = {
 def test_what_is_asked(tmp_path, kind, rows, options, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path, rows, kind, **options)
+
+
+def test_a_prompt_that_one_side_alone_repeats_is_counted(tmp_path):
+    row = {"prompt": "Name a red fruit:", "chosen": "Name a red fruit: A", "rejected": " B"}
+    records, reading, _ = read(tmp_path, [row], "pair")
+    assert records == [tuple(row.values())]
+    assert reading.form.tally.lines == ["rows whose prompt stands at the start of one side alone, and stays there: 1"]
 
 
 def test_pairs_whose_scores_say_the_opposite_are_counted(tmp_path):

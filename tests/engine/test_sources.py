@@ -152,6 +152,13 @@ def test_a_broken_first_line_is_one_bad_row(tmp_path):
     assert rest == ROWS
 
 
+def test_a_key_that_stands_twice_in_a_row_stops_the_run(tmp_path):
+    with pytest.raises(DataError, match=r'rows.jsonl:2 names "prompt" twice'):
+        rows_of(write(tmp_path / "rows.jsonl", '{"prompt": "Q"}\n{"prompt": "Q", "text": "A", "prompt": "R"}\n'))
+    inside = '{"tools": {"a": 1, "a": 2}, "prompt": "Q"}\n'
+    assert rows_of(write(tmp_path / "rows.jsonl", inside * 2)) == [{"tools": {"a": 2}, "prompt": "Q"}] * 2
+
+
 def test_values_longer_than_a_window_are_read_whole(tmp_path, monkeypatch):
     from prefuse.engine.data.sources import json_text
 

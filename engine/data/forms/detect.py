@@ -165,7 +165,8 @@ def _refuse_unused_text(look: Look, form: Form, kind: str) -> None:
 def _is_long(column: str, values: list[Any]) -> bool:
     """Whether a column that is named like a source, a title or the like holds whole texts."""
     texts = [value for value in values if isinstance(value, str)]
-    long = sum(len(text.split()) > 20 or (len(text) > 100 and not text.isascii()) for text in texts)
+    most = 2 if plain_name(column) == "task" else 20  # words: "summarization", and no instruction
+    long = sum(len(text.split()) > most or (len(text) > 100 and not text.isascii()) for text in texts)
     return plain_name(column) not in REMARKS and long > 0.5 * len(values)
 
 
@@ -185,7 +186,8 @@ def _refuse_swapped(look: Look, form: Form) -> None:
 def _refuse_unused_roles(look: Look, form: Form, named: dict[str, list[str]], kind: str) -> None:
     """A column that was given a role and has none in the form that was found."""
     for role, columns in named.items():
-        if kind != "prompt" and role not in ("unused", *NUMBER_ROLES) and not form.used.issuperset(columns):
+        is_number = role in NUMBER_ROLES and form.gather is None
+        if kind != "prompt" and role != "unused" and not is_number and not form.used.issuperset(columns):
             raise DataError(
                 f'{look.source}: --columns has {role}={columns[0]}, and {form.name} for "{kind}" data has no such role '
                 f"({form.roles}). Fix: name all columns of the form that is meant, or leave {role} out"

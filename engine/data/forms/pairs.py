@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from prefuse.engine.data.forms.demonstrations import NO_CHANCE
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.implicit import is_transcripts, split_strings, split_transcripts, split_turns
 from prefuse.engine.data.forms.look import Look
@@ -16,6 +17,7 @@ from prefuse.engine.data.records import BadRow, Message, Record, Text
 
 REPEATED = "rows whose prompt stood at the start of both sides, and is cut off there"
 ANSWERED = "rows whose prompt ended with one of the two answers, and loses it"
+REPEATED_ONCE = "rows whose prompt stands at the start of one side alone, and stays there"
 FIRST_OF_SEVERAL = "rows with several answers on one side: the first counts"
 
 
@@ -120,6 +122,8 @@ def pair(name: str, prompt: Text, chosen: Text, rejected: Text, notes: Counter[s
         if _begins_both(prompt, chosen, rejected):
             notes[REPEATED] += 1
             sides = {side: text[len(prompt) :] for side, text in sides.items()}
+        elif len(prompt.strip()) >= NO_CHANCE and chosen.startswith(prompt) != rejected.startswith(prompt):
+            notes[REPEATED_ONCE] += 1
         return make_record(name, prompt, sides, **more)
     asked = prompt[-1].get("content") if isinstance(prompt, list) and prompt else None
     if asked and all(isinstance(side, str) for side in sides.values()) and _begins_both(asked, chosen, rejected):

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
-from prefuse.engine.data.forms.listed import SCORE_KEYS, Listed, find_judged, find_listed
+from prefuse.engine.data.forms.judged import SCORE_KEYS, find_judged
+from prefuse.engine.data.forms.listed import Listed, find_listed
 from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import CONVERSATIONS, SCORE_LISTS
 from prefuse.engine.data.forms.pairs import pair

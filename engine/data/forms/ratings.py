@@ -47,17 +47,25 @@ def direction_of(name: str, options: ReadOptions) -> int:
 def rating_reader(values: Iterable[Any]) -> Callable[[Any, str], float]:
     """(value, column) -> its number. Most of these values say on which scale the column is."""
     scales = Counter(found[1] for found in map(_rating, values) if found and found[1])
-    scale = scales.most_common(1)[0][0] if scales else None
+    scale = scales.most_common(1)[0][0] if scales else 0.0
 
     def read(value: Any, column: str) -> float:
         found = _rating(value)
         if found is None:
             raise BadRow(f'"{column}" is {value!r:.40}, {json_kind(value)}; expected a number')
-        if found[1] not in (None, scale):
-            raise BadRow(f'"{column}" is {value!r:.40}, out of {found[1]:g}; other rows are out of {scale or 0:g}')
-        return found[0]
+        number, own = found
+        if own not in (None, scale) or (own is None and scale and not is_stars(value)):
+            written = f"out of {own:g}" if own else "a number alone"
+            usual = f"out of {scale:g}" if scale else "numbers alone"
+            raise BadRow(f'"{column}" is {value!r:.40}, {written}; other rows are {usual}')
+        return number
 
     return read
+
+
+def is_stars(value: Any) -> bool:
+    """Of five full stars nobody sees how many were possible."""
+    return isinstance(value, str) and STARS.fullmatch(value) is not None
 
 
 def _rating(value: Any) -> tuple[float, float | None] | None:

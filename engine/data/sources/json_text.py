@@ -24,6 +24,7 @@ Opener = Callable[[], BinaryIO]
 Rows = Iterator[tuple[str, Any]]
 
 CHUNK = 1 << 20  # characters
+CHECKED = 100  # lines of a file that are looked at for keys that stand twice
 ROW_LISTS = ("data", "rows", "examples", "instances", "items", "records")
 
 
@@ -106,16 +107,30 @@ def _read_lines(path: Path, opener: Opener, name: str) -> Rows:
                 text = line.decode()
             except UnicodeDecodeError:
                 raise not_utf8(path, opener) from None
-            yield f"{name}:{number}", _parse_line(text)
+            yield f"{name}:{number}", _parse_line(text) if number > CHECKED else _parse_row(text, f"{name}:{number}")
+
+
+def _parse_row(text: str, row: str) -> Any:
+    """A line whose object may not name a column twice: of two values json.loads keeps the last."""
+    names: list[str] = []
+
+    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names[:] = [name for name, _ in pairs]  # those of the outermost object come last
+        return dict(pairs)
+
+    value = _parse_line(text, object_pairs_hook=noted)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f'{row} names "{twice[0]}" twice: one of two values would be lost. Fix: give each its own name')
+    return value
 
 
 def _without_mark(line: bytes) -> bytes:
     return line.removeprefix(codecs.BOM_UTF8)  # the byte-order mark some editors write
 
 
-def _parse_line(line: str | bytes) -> Any:
+def _parse_line(line: str | bytes, **options: Any) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, **options)
     except json.JSONDecodeError as error:
         return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError:
