@@ -50,7 +50,7 @@ def test_every_result_is_what_its_details_say(made):
 OLDER = {
     "cpu_head-amd-epyc-1threads-torch2.13.0", "cpu_head-amd-epyc-1threads-torch2.13.0-1024x768x24000",
     "sparse-smollm2-135m-instruct-amd-epyc-1threads",
-    "tolerance-smollm2-135m-instruct-full-amd-epyc", "trainers-amd-epyc-1threads-torch2.13.0",
+    "tolerance-smollm2-135m-instruct-full-amd-epyc",
 }  # fmt: skip
 
 
