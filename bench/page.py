@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefuse.bench.record import Record
+from prefuse.bench.record import Record, slug
 from prefuse.bench.show import absent, columns, heading, number
 from prefuse.engine.report.page.render import write_rendered
 
@@ -23,6 +24,7 @@ def _shown(record: Record) -> dict:
     packages = record.environment.get("packages", {})
     return {
         "title": record.title,
+        "short": _short(record),
         "about": [
             ("command", record.command or "not recorded"),
             ("device", f"{record.device['name']}, {record.device['threads'] or '?'} threads"),
@@ -36,6 +38,13 @@ def _shown(record: Record) -> dict:
         "rows": [[number(row.get(name)) for name in names] for row in record.rows],
         "bars": [bars for name in record.measures if (bars := _bars(record, name))][:2],
     }
+
+
+def _short(record: Record) -> str:
+    """The file's name without the machine's and the version of torch."""
+    if record.path is None:
+        return record.verb
+    return re.sub(rf"-{re.escape(slug(record.device['name']))}|-torch[\d.]+\d", "", record.path.stem).replace("-", " ")
 
 
 def _bars(record: Record, name: str) -> dict | None:

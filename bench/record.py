@@ -75,7 +75,8 @@ class Record:
     def title(self) -> str:
         """One line: verb, device, versions."""
         device, packages = self.device, self.environment["packages"]
-        threads = f", {device['threads']} thread(s)" if device["threads"] else ""
+        count = device["threads"]
+        threads = f", {count} thread{'s' * (count > 1)}" if count else ""
         return f"{self.verb}: {device['name']}{threads}, torch {packages['torch']}"
 
 

@@ -195,13 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["help"]:  # `prefuse help train loss` is `prefuse train --help loss`
             argv = [*argv[1:2], "--help", *argv[2:]]
         if argv and argv[0] in ("-h", "--help", "--version", "-V", "version"):
-            print(overview() if argv[0] in ("-h", "--help") else _version())
+            _show(overview() if argv[0] in ("-h", "--help") else _version())
             return 0
         if argv and argv[0] in TOOLS:
             return _tool(argv[0], argv[1:])
         command, words = command_of(argv)
         if {"-h", "--help"} & set(words):
-            print(help_of(command, COMMANDS[command].about, *_after_help(words)))
+            _show(help_of(command, COMMANDS[command].about, *_after_help(words)))
             return 0
         if not words:
             raise UserError(f"{needed_of(command)}; `prefuse {command} --help` lists them, `--help TOPIC` explains")
@@ -232,6 +232,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return LOST_A_RANK
     return 0
+
+
+def _show(text: str) -> None:
+    """Printed, as far as the reader wants it: `prefuse train --help | head` closes the pipe early."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said as Python ends
 
 
 def program() -> NoReturn:

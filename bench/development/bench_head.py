@@ -9,8 +9,9 @@ import functools
 
 import torch
 
-from prefuse.bench.head import GEMMS, gemms, leaves, one_step
+from prefuse.bench.head import GEMMS, leaves, one_step
 from prefuse.bench.implementations import LOSSES, MODES, UNITS, draw, reference
+from prefuse.bench.timing import gemms
 
 SHAPE, TOKENS = (256, 256, 8000), 64
 NAMES = (GEMMS, "prefuse", "TRL", "HALOs, DPO repository (eager)")
@@ -34,4 +35,6 @@ def inputs():
 def bench_step(benchmark, mode, loss_type, name):
     benchmark.group = f"{mode}, {loss_type}"
     x = leaves(inputs(), mode)
-    benchmark(gemms(UNITS[mode], x) if name == GEMMS else functools.partial(one_step, name, x, loss_type))
+    benchmark(
+        gemms(UNITS[mode], x.hidden, x.weight) if name == GEMMS else functools.partial(one_step, name, x, loss_type)
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from prefuse.engine.config.data import FEW_HELD_OUT
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
 from prefuse.engine.data.controls import control_of_run
@@ -36,8 +37,6 @@ from prefuse.engine.report.log import say
 from prefuse.engine.run.files import write_whole
 from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.unpaired import kto_weights
-
-FEW_HELD_OUT = 20  # rows: one of them moves the accuracy by 5 points or more
 
 
 def kind_of(loss: Loss) -> Kind:

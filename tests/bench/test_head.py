@@ -1,6 +1,7 @@
 """`prefuse bench head`: what is wrong gets no time, what is absent has its reason, and flags say what they mean."""
 
 import argparse
+import re
 import statistics
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 
 from prefuse.bench import head, implementations, roofline, scale, timing
 from prefuse.bench.implementations import IMPLEMENTATIONS, Implementation, eager_path
-from prefuse.bench.record import RESULTS, read_result
+from prefuse.bench.record import RESULTS, ROOT, read_result
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
@@ -166,6 +167,19 @@ def test_every_peer_with_bf16_numbers_is_two_orders_of_magnitude_off():
     for row in peers:
         for measure in ("error_nats", "error_nats_max"):
             assert row[measure] >= 100 * ours[row["tokens_of_sequence"]][measure], row
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/bench.md"])
+def test_the_words_of_the_accuracy_figure_are_those_of_the_result(page):
+    """Who does not see the figure reads its numbers: of sequences from 64 tokens on, on average."""
+    rows = [row for row in read_result(RESULTS / "accuracy.json").rows if row["tokens_of_sequence"] > 1]
+    ours, peers = (
+        [x["error_nats"] for x in rows if (x["implementation"] == "prefuse") is own] for own in (True, False)
+    )
+    (alt,) = re.findall(r"!\[(Error of a sequence's log-ratio.*?)\]", (ROOT / page).read_text(encoding="utf-8"))
+    near, low, high = map(float, re.search(r"near (\S+) nats.* between (\S+) and (\S+)$", alt).groups())
+    assert all(near / 4 < error < 4 * near for error in ours)
+    assert (f"{min(peers):.1g}", f"{max(peers):.1g}") == (f"{low:.1g}", f"{high:.1g}")
 
 
 # ------------------------------------------------------------------------------------------ the roofline

@@ -19,6 +19,49 @@ def test_two_rounded_products_lie_between_one_and_a_float32_product():
     assert 10 * error["float32"] < error["rounded, and what that lost"] < error["rounded to bfloat16"] / 50
 
 
+class Once:
+    """In pytest-benchmark's place: runs what it is given, and does not time it."""
+
+    group = None
+
+    def __call__(self, run):
+        run()
+
+
+def test_every_benchmark_for_development_runs(monkeypatch):
+    pytest.importorskip("trl")
+    from prefuse.bench.development import bench_head, bench_losses
+
+    monkeypatch.setattr(bench_head, "SHAPE", (16, 8, 50))
+    monkeypatch.setattr(bench_head, "TOKENS", 4)
+    bench_head.inputs.cache_clear()
+    groups = []
+    for file, bench in ((bench_head, bench_head.bench_step), (bench_losses, bench_losses.bench_loss)):
+        cases = [{}]
+        for name, values in parameters_of(file):
+            cases = [case | dict(zip(name, value, strict=True)) for case in cases for value in values]
+        for case in cases:
+            once = Once()
+            bench(once, **case)
+            groups.append(once.group)
+    bench_head.inputs.cache_clear()
+    assert len(groups) > 40
+    assert None not in groups
+
+
+def parameters_of(file):
+    """[(names, values)] that pytest would be told."""
+    told = []
+
+    class Metafunc:
+        def parametrize(self, names, values, ids=None):
+            several = isinstance(names, tuple)
+            told.append((names if several else (names,), [value if several else (value,) for value in values]))
+
+    file.pytest_generate_tests(Metafunc())
+    return told
+
+
 @pytest.mark.slow
 def test_a_model_without_words_is_no_judge(tmp_path, monkeypatch):
     """Its tokenizer has no token for either letter: no verdict, and each of the three commands has had its part."""

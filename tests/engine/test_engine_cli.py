@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def test_the_overview_names_every_command(words, capsys):
     assert max(map(len, shown.splitlines())) <= 120
     assert shown.count("\n") <= 26
     assert sorted(name for group in cli.GROUPS.values() for name in group) == sorted([*cli.COMMANDS, *cli.TOOLS])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help", "loss"]])
+def test_help_whose_reader_has_left_ends_quietly(words, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as left:
+        monkeypatch.setattr("sys.stdout", left)
+        assert cli.main(words) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("tool", cli.TOOLS)

@@ -1,8 +1,10 @@
 """The first screen of a report: to each question the first answer, in one line, a cell for each run."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefuse.engine.config.data import FEW_HELD_OUT
 from prefuse.engine.report.page.read import RunFiles
 from prefuse.engine.report.page.render import in_short
 
@@ -33,12 +35,12 @@ def glance_of(runs: Sequence[RunFiles], tables: Sequence[list[dict]], settings: 
         return {"name": name, "hint": hint, "cells": [said(run) for run in runs]}
 
     changes = [
-        {"name": f"held-out {label}", "hint": hint, "cells": [_change(table, label) for table in tables]}
+        {**_named(label, hint), "cells": [_change(table, label) for table in tables]}
         for _, label, hint in COMPARED
         if label != "reward margin"
     ]
     rows = {
-        "data": [of_runs("rows", _rows), of_runs("model", _model)],
+        "data": [of_runs("rows", _rows), of_runs("held out", _held_out), of_runs("model", _model)],
         "learned": [*changes, of_runs("training loss", _training_loss, "lower is better")],
         "better": [of_runs("win rate", _wins, "against the reference; a tie counts half")],
         "wrong": [of_runs("the run", _unfinished), of_runs("warnings", _warnings)],
@@ -52,6 +54,13 @@ def glance_of(runs: Sequence[RunFiles], tables: Sequence[list[dict]], settings: 
     ]
 
 
+def _named(label: str, hint: str) -> dict:
+    """A name short enough for a phone; what explains it is the hint's."""
+    short, explained, rest = re.match(r"([^,(]+)([,(]?)(.*)", label).groups()
+    said = [rest.strip(" )"), hint] if explained else [hint]
+    return {"name": f"held-out {short.strip()}", "hint": ", ".join(filter(None, said))}
+
+
 def _rows(run: RunFiles) -> str:
     rows, what = run.about.get("rows"), "prompts" if run.command == "online" else "rows"
     if not rows:
@@ -59,7 +68,16 @@ def _rows(run: RunFiles) -> str:
     files = run.settings.get("datasets") or run.settings.get("dataset_name")
     source = f" of {Path(files).name}" if isinstance(files, str) else ""
     skipped = f", {run.skipped.total()} skipped" if run.skipped else ""
-    return f"{in_short(rows['train'])} {what}{source}{skipped}, {in_short(rows['held_out'])} held out"
+    return f"{in_short(rows['train'])} {what}{source}{skipped}"
+
+
+def _held_out(run: RunFiles) -> str:
+    rows = run.about.get("rows")
+    if not rows:
+        return ""
+    held = rows["held_out"]
+    few = ": too few for a reliable number" if isinstance(held, int) and 0 < held < FEW_HELD_OUT else ""
+    return f"{in_short(held)} rows{few}"
 
 
 def _model(run: RunFiles) -> str:
