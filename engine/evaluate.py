@@ -21,6 +21,7 @@ import prefuse
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Batch, Examples, collate
 from prefuse.engine.data.dataset import read_evaluation_data, with_label_weights
+from prefuse.engine.data.of_run import say_unlike_run
 from prefuse.engine.model.divergence import kl_of_states, over_common_vocabulary, token_metrics
 from prefuse.engine.model.forward import (
     LanguageModel,
@@ -48,6 +49,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
     """`prefuse eval`: prints the metrics, and writes them to output_file."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config)
+    say_unlike_run(config)
     examples, counted = read_evaluation_data(config, config.loss(), tokenizer)
     loss = with_label_weights(config.loss(), config, counted)
     lm, ref = load_model(config.model_name_or_path, config, device), None

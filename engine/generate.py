@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.dataset import read_prompts
+from prefuse.engine.data.of_run import say_unlike_run
 from prefuse.engine.model.limits import check_prompts
 from prefuse.engine.model.load import device_of, load_model, load_tokenizer
 from prefuse.engine.model.sampling import sample_for
@@ -25,6 +26,7 @@ def generate(config: Config) -> list[dict[str, str]]:
     """`prefuse generate`: prints a table, writes JSONL to output_file; one {row, prompt, model, reference} a prompt."""
     device = device_of(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config)
+    say_unlike_run(config)
     prompts = read_prompts(config, tokenizer)
     names = {"model": config.model_name_or_path}
     if config.ref_model_name_or_path is not None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.records import DataError
@@ -55,13 +52,3 @@ def control_ids(tokenizer: Any, text: str) -> list[int]:
 def behind_control(prompt: list[int], control: list[int], bos: int | None) -> list[int]:
     start = 1 if bos is not None and prompt[:1] == [bos] else 0
     return prompt[:start] + with_control(prompt[start:], True, control, ())
-
-
-def control_of_run(folder: Path) -> str | None:
-    """control_good of the csft run in `folder`; None for any other folder."""
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        control = settings["control_good"] if settings["loss_type"] == "csft" else None
-        return control if isinstance(control, str) else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None

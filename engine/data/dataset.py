@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from prefuse.engine.config.data import FEW_HELD_OUT
 from prefuse.engine.config.settings import Config
 from prefuse.engine.data.batches import Examples, examples_of
-from prefuse.engine.data.controls import control_of_run
 from prefuse.engine.data.examples import (
     Kind,
     Prompt,
@@ -28,6 +26,7 @@ from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.forms.look import columns_by_role
 from prefuse.engine.data.forms.mixture import mixture_parts, sources_of
+from prefuse.engine.data.of_run import control_of_run, first_day
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stops import describe_unknown, describe_unstopped
@@ -68,16 +67,6 @@ def text_options(config: Config) -> TextOptions:
         controls=(config.control_good, config.control_bad) if config.loss_type == "csft" else None,
         control=config.control or control_of_run(Path(config.model_name_or_path)),
     )
-
-
-def first_day(folder: Path) -> str | None:
-    """The day that the run in `folder` began, which its chat template was told; None for any other folder."""
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        date = settings["template_date"]
-        return date if isinstance(date, str) else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None
 
 
 def day_of_run(config: Config) -> str:

@@ -1,6 +1,7 @@
 """`prefuse generate`: the settings alone shape the text, and what the model cannot take is refused in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -77,3 +78,19 @@ def test_positions_and_tokens_that_the_model_lacks(files, tmp_path, capsys):
     small = save_model(tmp_path / "small", vocab_size=50)
     assert cli.main(["generate", "--model_name_or_path", small, "--dataset_name", files["pairs"]]) == 2
     assert "is outside the model's vocabulary of 50" in capsys.readouterr().err
+
+
+def test_prompts_without_what_the_run_put_into_them_are_said(files, tmp_path, capsys):
+    """A system prompt is saved with neither the model nor its tokenizer; in the run's config.yaml it is."""
+    folder = tmp_path / "run"
+    shutil.copytree(files["model"], folder)
+    (folder / "config.yaml").write_text("system_prompt: Be brief.\nchat_template_kwargs: null\n")
+    said = "was trained with --system_prompt 'Be brief.'"
+    for command in ("generate", "eval"):
+        words = [command, "--model_name_or_path", str(folder), "--dataset_name", files["pairs"], "--device", "cpu"]
+        words += ["--eval_fraction", "1.0", "--loss_type", "simpo"] if command == "eval" else ["--max_new_tokens", "2"]
+        assert cli.main(words) == 0
+        shown = capsys.readouterr().out
+        assert said in " ".join(shown.split()) and "chat_template_kwargs" not in shown
+        assert cli.main([*words, "--system_prompt", "Be brief."]) == 0
+        assert "was trained with" not in capsys.readouterr().out
