@@ -24,7 +24,7 @@ from prefuse.engine.data.examples import (
 from prefuse.engine.data.feed import one_of_each_prompt, scaled, span_of
 from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
-from prefuse.engine.data.forms.look import columns_by_role
+from prefuse.engine.data.forms.look import SCORER, columns_by_role
 from prefuse.engine.data.forms.mixture import mixture_parts, sources_of
 from prefuse.engine.data.of_run import control_of_run, first_day
 from prefuse.engine.data.order import hold_out
@@ -204,8 +204,7 @@ def _prompt_reading(config: Config, columns: Sequence[str]) -> dict[str, Any]:
     if columns:
         roles = columns_by_role(config.columns)
         named = {column for given in roles.values() for column in given}
-        unused = [*roles.get("unused", []), *(name for name in columns if name not in named)]
-        reading["columns"] = {**roles, "unused": unused}
+        reading["columns"] = {**roles, SCORER: [name for name in columns if name not in named]}
     return reading
 
 

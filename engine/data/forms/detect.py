@@ -17,7 +17,7 @@ from prefuse.engine.data.forms.demonstrations import find_bare_prompt, find_demo
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import find_rows_of_one_prompt, find_tree
 from prefuse.engine.data.forms.labels import find_labelled, find_scored
-from prefuse.engine.data.forms.look import Look, holds_text, parse_columns
+from prefuse.engine.data.forms.look import SCORER, Look, holds_text, parse_columns, passed_over
 from prefuse.engine.data.forms.marks import find_marks, label_key
 from prefuse.engine.data.forms.names import (
     MEDIA,
@@ -71,7 +71,7 @@ EXAMPLES = {  # of --columns
 
 def detect_form(look: Look, kind: str, options: ReadOptions) -> Form:
     named = parse_columns(options.columns, look)
-    look = replace(look, used=set(named.get("unused", ())))
+    look = replace(look, used=passed_over(named))
     _refuse_media(look)
     extras = _extras(look, named)
     look.used |= {column for column in extras if column}
@@ -186,8 +186,9 @@ def _refuse_swapped(look: Look, form: Form) -> None:
 def _refuse_unused_roles(look: Look, form: Form, named: dict[str, list[str]], kind: str) -> None:
     """A column that was given a role and has none in the form that was found."""
     for role, columns in named.items():
+        is_read = role not in ("unused", SCORER)
         is_number = role in NUMBER_ROLES and form.gather is None
-        if kind != "prompt" and role != "unused" and not is_number and not form.used.issuperset(columns):
+        if kind != "prompt" and is_read and not is_number and not form.used.issuperset(columns):
             raise DataError(
                 f'{look.source}: --columns has {role}={columns[0]}, and {form.name} for "{kind}" data has no such role '
                 f"({form.roles}). Fix: name all columns of the form that is meant, or leave {role} out"

@@ -86,6 +86,7 @@ ROLES = (
     "verdict", "answers", "scores", "label", "score", "weight", "margin", "text", "tools", "chat_template_kwargs",
     "unused",
 )  # fmt: skip
+SCORER = "scorer"  # the role of columns that a scorer reads, which no user writes: unused, and they must be there
 
 
 def columns_by_role(columns: str | dict[str, Any] | None) -> dict[str, list[Any]]:
@@ -100,19 +101,24 @@ def columns_by_role(columns: str | dict[str, Any] | None) -> dict[str, list[Any]
     return roles
 
 
+def passed_over(roles: dict[str, list[Any]]) -> set[Any]:
+    """The columns that no form may take."""
+    return {*roles.get("unused", ()), *roles.get(SCORER, ())}
+
+
 def parse_columns(columns: str | dict[str, Any] | None, look: Look) -> dict[str, list[str]]:
     """{role: columns} of "prompt=question,unused=notes" or of {"prompt": "question"}; checked."""
     pairs = [(role, column) for role, given in columns_by_role(columns).items() for column in given]
     named: dict[str, list[str]] = {}
     for role, column in pairs:
-        if role not in ROLES or not column or not isinstance(column, str):
+        if role not in (*ROLES, SCORER) or not column or not isinstance(column, str):
             raise DataError(f'--columns has "{role}={column}"; expected ROLE=COLUMN with a role of {", ".join(ROLES)}')
         if column not in look.values and role != "unused":  # it may first stand in a later row
             raise DataError(
                 f'{look.source} has no column "{column}", which --columns or a scorer names: its columns are '
                 f"{', '.join(look.values)}"
             )
-        if role in named and role != "unused":
+        if role in named and role not in ("unused", SCORER):
             raise DataError(f"--columns names {role} twice")
         named.setdefault(role, []).append(column)
     return named

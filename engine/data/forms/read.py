@@ -12,7 +12,7 @@ from prefuse.engine.data.forms.blocks import named_tools
 from prefuse.engine.data.forms.detect import detect_form, unused_text
 from prefuse.engine.data.forms.form import Form, ReadOptions
 from prefuse.engine.data.forms.gathered import attempt
-from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role, first_look, holds_text
+from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role, first_look, holds_text, passed_over
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata, is_status, judges, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
@@ -70,7 +70,7 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
     marked = marked_turns(value for column in form.used for value in look.values.get(column, ()))
     form.tally.notes["turns of the first rows that a flag of their own marks as bad: they are not learned"] += marked
     ignored = [column for column in look.values if column not in form.used]
-    told = set(columns_by_role(options.columns).get("unused", ()))
+    told = passed_over(columns_by_role(options.columns))
     empty = {column for column in ignored if not look.values[column]}
     checked = _checked(itertools.chain(first, rows), source, form, kind, told, set(ignored) - told, empty)
     return Reading(_outcomes(checked, form, kind), form, ignored)
