@@ -17,7 +17,7 @@ KERNEL_TESTS ?= tests/kernels tests/bindings/test_preference.py
 
 help:
 	@echo "make demo      train and align a small model on the CPU, and print before and after"
-	@echo "make test      every test but the slow ones: under ten minutes on two cores"
+	@echo "make test      every test but the slow ones: some six minutes on two cores"
 	@echo "make test-all  those and the slow ones"
 	@echo "make test-exhaustive  kernels compiled for chips that borrow tiles"
 	@echo "make test-triton TRITON=3.9.0   the kernels' tests, slow ones too, with another Triton"

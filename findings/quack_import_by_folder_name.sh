@@ -21,7 +21,7 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q --disable-pip-version-check --no-deps --target "$work/libs" quack-kernels==0.6.5 \
     nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-core==4.8.1 \
     nvidia-cutlass-dsl-libs-cu12==4.8.1 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops==0.8.2 \
-    cuda-bindings==13.5.0 cuda-pathfinder==1.9.1 cuda-python==13.4.4 cuda-core==1.2.2 ml_dtypes==0.6.0 protobuf
+    cuda-bindings==13.5.0 cuda-pathfinder==1.9.1 cuda-python==13.4.4 cuda-core==1.2.2 ml_dtypes==0.6.0 protobuf==7.36.2
 cat > "$work/import.py" <<'PY'
 import site
 import sys
