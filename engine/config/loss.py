@@ -12,6 +12,12 @@ from prefuse.losses.contract import Loss, needs_of
 from prefuse.losses.names import fields_of, loss_from, loss_named, setting_names
 from prefuse.losses.unpaired import SFT
 
+# Topics of the help.
+_VARIANTS = "Variants of losses (docs/losses.md)"
+_KTO = "KTO (docs/losses.md)"
+_REFERENCE = "Reference (docs/training.md)"
+_ROUTER = "Router of mixtures of experts (docs/training.md)"
+
 
 @dataclass(frozen=True)
 class LossSettings(Topic):
@@ -52,76 +58,110 @@ class LossSettings(Topic):
         None,
         "orpo, cpo, rpo, slic: weight of the SFT term. None: 1, but 0.1 for slic, whose term is a sum over tokens.",
     )
-    simpo_gamma: float | None = setting(None, "simpo: the margin that the rewards are to have. None: 1.")
-    slic_delta: float | None = setting(None, "slic: the margin that the log-probabilities are to have. None: 1.")
-    discopop_tau: float | None = setting(None, "discopop: temperature of its modulation. None: 0.05.")
+    simpo_gamma: float | None = setting(
+        None, "simpo: the margin that the rewards are to have. None: 1.", topic=_VARIANTS
+    )
+    slic_delta: float | None = setting(
+        None, "slic: the margin that the log-probabilities are to have. None: 1.", topic=_VARIANTS
+    )
+    discopop_tau: float | None = setting(None, "discopop: temperature of its modulation. None: 0.05.", topic=_VARIANTS)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = setting(
-        "reverse_kl", "f_dpo: the divergence from the reference."
+        "reverse_kl",
+        "f_dpo: the divergence from the reference.",
+        topic=_VARIANTS,
     )
-    f_alpha_divergence_coef: float | None = setting(None, "f_dpo: alpha of alpha_divergence. None: 0.5.")
+    f_alpha_divergence_coef: float | None = setting(
+        None, "f_dpo: alpha of alpha_divergence. None: 0.5.", topic=_VARIANTS
+    )
     ld_alpha: float | None = setting(
-        None, "ld_dpo: weight of the tokens that the longer completion has beyond the shorter one. None: 0.5."
+        None,
+        "ld_dpo: weight of the tokens that the longer completion has beyond the shorter one. None: 0.5.",
+        topic=_VARIANTS,
     )
-    ppo_clip: float | None = setting(None, "ppo_clip: how far a token's ratio may leave 1 and still count. None: 0.2.")
+    ppo_clip: float | None = setting(
+        None, "ppo_clip: how far a token's ratio may leave 1 and still count. None: 0.2.", topic=_VARIANTS
+    )
     una_distance: Literal["bce", "mse"] = setting(
-        "bce", "una, una_pair, una_score: distance of the implicit reward from what is known."
+        "bce",
+        "una, una_pair, una_score: distance of the implicit reward from what is known.",
+        topic=_VARIANTS,
     )
     score_low: float | None = setting(
         None,
         "una_score: the score that counts as 0. None: the least of the rows of dataset_name, which is said.",
         rule=Rule("a number", lambda value: value == value),
+        topic=_VARIANTS,
     )
     score_high: float | None = setting(
         None,
         "una_score: the score that counts as 1. None: the greatest of the rows of dataset_name, which is said.",
         rule=Rule("a number", lambda value: value == value),
+        topic=_VARIANTS,
     )
-    odpo_scale: float | None = setting(None, "odpo: what margins are multiplied by. None: 1.")
+    odpo_scale: float | None = setting(None, "odpo: what margins are multiplied by. None: 1.", topic=_VARIANTS)
     modpo_weight: float | None = setting(
-        None, "modpo, mo_kto: weight of the objective that the pairs or labels are of. None: 0.5."
+        None,
+        "modpo, mo_kto: weight of the objective that the pairs or labels are of. None: 0.5.",
+        topic=_VARIANTS,
     )
-    beta_dpo_alpha: float | None = setting(None, "beta_dpo: how far beta follows the margins. None: 0.6.")
+    beta_dpo_alpha: float | None = setting(
+        None, "beta_dpo: how far beta follows the margins. None: 0.6.", topic=_VARIANTS
+    )
     beta_dpo_baseline: float | None = setting(
-        None, "beta_dpo: the margin at which beta is as it is set; it follows the mean margin of the steps. None: 0."
+        None,
+        "beta_dpo: the margin at which beta is as it is set; it follows the mean margin of the steps. None: 0.",
+        topic=_VARIANTS,
     )
     beta_dpo_level: Literal["batch", "pair"] = setting(
-        "batch", "beta_dpo: one strength for each microbatch, from its mean margin, or one for each pair."
+        "batch",
+        "beta_dpo: one strength for each microbatch, from its mean margin, or one for each pair.",
+        topic=_VARIANTS,
     )
     use_weighting: bool = setting(
         False, "Weigh each pair by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."
     )
     kto_value: Literal["logistic", "concave", "linear"] = setting(
-        "logistic", "kto: its value function; concave and linear (risk-neutral) are its paper's ablations."
+        "logistic",
+        "kto: its value function; concave and linear (risk-neutral) are its paper's ablations.",
+        topic=_KTO,
     )
     kto_reference_point: float | None = setting(
-        None, "kto: a constant in place of z0, which is then not computed. None: z0."
+        None,
+        "kto: a constant in place of z0, which is then not computed. None: z0.",
+        topic=_KTO,
     )
     kto_reference_free: bool = setting(
-        False, "kto: log-probabilities in place of log-ratios, as of a uniform reference; its paper's ablation."
+        False,
+        "kto: log-probabilities in place of log-ratios, as of a uniform reference; its paper's ablation.",
+        topic=_KTO,
     )
     kto_one_per_prompt: bool = setting(
         False,
         "kto: of the training rows of a prompt one, drawn by seed (its paper's one-y-per-x).",
         commands=("train",),
+        topic=_KTO,
     )
     kto_weights: Literal["given", "auto"] = setting(
         "given",
         "auto: desirable_weight and undesirable_weight from the number of training rows of each kind, so that "
         "w_d n_d / (w_u n_u) is in the paper's [1, 4/3].",
+        topic=_KTO,
     )
-    desirable_weight: float = setting(1.0, "KTO: weight of the desirable completions.")
-    undesirable_weight: float = setting(1.0, "KTO: weight of the undesirable completions.")
+    desirable_weight: float = setting(1.0, "KTO: weight of the desirable completions.", topic=_KTO)
+    undesirable_weight: float = setting(1.0, "KTO: weight of the undesirable completions.", topic=_KTO)
     z0_scope: Literal["step", "microbatch"] = setting(
         "step",
         "KTO: one reference point per optimizer step, or one per microbatch (the paper's and TRL's habit). A "
         "microbatch then is per_device_train_batch_size rows, in flat batches too.",
         commands=("train",),
+        topic=_KTO,
     )
     sync_ref_model: bool = setting(
         False,
         "Let the reference follow the policy (TR-DPO, arXiv 2404.09656). It stays in memory beside the policy, and "
         "held-out rewards are relative to it as it is then.",
         commands=("train",),
+        topic=_REFERENCE,
     )
     ref_model_mixup_alpha: float = setting(
         0.6,
@@ -129,6 +169,7 @@ class LossSettings(Topic):
         commands=("train",),
         rule=Rule("in (0, 1]", lambda value: 0 < value <= 1),
         only_with=("sync_ref_model", True),
+        topic=_REFERENCE,
     )
     ref_model_sync_steps: int = setting(
         512,
@@ -136,11 +177,13 @@ class LossSettings(Topic):
         commands=("train",),
         rule=at_least(1),
         only_with=("sync_ref_model", True),
+        topic=_REFERENCE,
     )
     output_router_logits: bool = setting(
         False,
         "Mixtures of experts: add the balance loss of the router, as transformers and TRL do, and log it as aux_loss.",
         commands=("sft", "train"),
+        topic=_ROUTER,
     )
     router_aux_loss_coef: float | None = setting(
         None,
@@ -148,12 +191,14 @@ class LossSettings(Topic):
         commands=("sft", "train"),
         rule=above(0),
         only_with=("output_router_logits", True),
+        topic=_ROUTER,
     )
     reference_cache: str | None = setting(
         None,
         "Folder that keeps reference log-probabilities between runs; None keeps them in memory.",
         commands=("train",),
         may_differ=True,
+        topic=_REFERENCE,
     )
 
     def loss(self) -> Loss:

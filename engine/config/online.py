@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from prefuse.engine.config.generation import ANSWERING
+from prefuse.engine.config.guards import GuardSettings
 from prefuse.engine.config.setting import Rule, Topic, above, at_least, setting
 from prefuse.engine.errors import UserError
 from prefuse.losses.policy import GRPO, RLOO, PPOClip, Reinforce
 from prefuse.losses.sampled import PolicyLoss
 
+# Topics of the help.
+_POLICY = "Policy losses (docs/policy_losses.md)"
+_PPO = "PPO (docs/online.md)"
 SHARE = Rule("in (0, 1]", lambda value: 0 < value <= 1)
 OVER_TOKENS = ("grpo", "rloo", "reinforce", "ppo")  # algorithms whose loss reads advantages
 CLIPPED = ("grpo", "rloo", "ppo")
@@ -46,35 +50,57 @@ class OnlineSettings(Topic):
     )
     num_iterations: int = setting(1, "How often a round's samples are gone through.", rule=at_least(1))
     scale_rewards: Literal["group", "batch", "none"] = setting(
-        "group", "grpo: what advantages are divided by: the spread of rewards in the group, in the batch, or nothing."
+        "group",
+        "grpo: what advantages are divided by: the spread of rewards in the group, in the batch, or nothing.",
+        topic=_POLICY,
     )
     grpo_loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = setting(
-        "dapo", "grpo: TRL's loss_type, what the loss is a mean over (docs/policy_losses.md)."
+        "dapo",
+        "grpo: TRL's loss_type, what the loss is a mean over (docs/policy_losses.md).",
+        topic=_POLICY,
     )
     importance_sampling_level: Literal["token", "sequence"] = setting(
-        "token", "grpo: one ratio for each token, or one for each answer (GSPO)."
+        "token",
+        "grpo: one ratio for each token, or one for each answer (GSPO).",
+        topic=_POLICY,
     )
     epsilon: float = setting(
-        0.2, "grpo, rloo, ppo: how far a ratio may fall below 1 and still count.", rule=at_least(0)
+        0.2,
+        "grpo, rloo, ppo: how far a ratio may fall below 1 and still count.",
+        rule=at_least(0),
+        topic=_POLICY,
     )
     epsilon_high: float | None = setting(
-        None, "grpo, rloo, ppo: how far it may rise above 1; cispo: its bound. None: epsilon.", rule=at_least(0)
+        None,
+        "grpo, rloo, ppo: how far it may rise above 1; cispo: its bound. None: epsilon.",
+        rule=at_least(0),
+        topic=_POLICY,
     )
-    delta: float | None = setting(None, "grpo: upper bound of the ratio of answers below the mean.", rule=above(1))
+    delta: float | None = setting(
+        None, "grpo: upper bound of the ratio of answers below the mean.", rule=above(1), topic=_POLICY
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = setting(
-        "k3", "grpo, reinforce: which estimate of the KL divergence beta multiplies."
+        "k3",
+        "grpo, reinforce: which estimate of the KL divergence beta multiplies.",
+        topic=_POLICY,
     )
-    entropy_coef: float = setting(0.0, "Weight of the entropy bonus of losses over tokens.", rule=at_least(0))
+    entropy_coef: float = setting(
+        0.0, "Weight of the entropy bonus of losses over tokens.", rule=at_least(0), topic=_POLICY
+    )
     mask_truncated_completions: bool = setting(
         False, "Leave answers out of the loss that max_completion_length cut off."
     )
     missing_eos_penalty: float | None = setting(
         None, "What the score of an answer loses that max_completion_length cut off.", rule=at_least(0)
     )
-    gamma: float = setting(1.0, "ppo: discount of what comes later.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
-    lam: float = setting(0.95, "ppo: decay of generalized advantages.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1))
-    value_learning_rate: float = setting(1e-3, "ppo: learning rate of the value head.", rule=above(0))
-    cliprange_value: float = setting(0.2, "ppo: how far a value may move and still count.", rule=above(0))
+    gamma: float = setting(
+        1.0, "ppo: discount of what comes later.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1), topic=_PPO
+    )
+    lam: float = setting(
+        0.95, "ppo: decay of generalized advantages.", rule=Rule("in [0, 1]", lambda v: 0 <= v <= 1), topic=_PPO
+    )
+    value_learning_rate: float = setting(1e-3, "ppo: learning rate of the value head.", rule=above(0), topic=_PPO)
+    cliprange_value: float = setting(0.2, "ppo: how far a value may move and still count.", rule=above(0), topic=_PPO)
 
     kl_target: float | None = setting(
         None,
@@ -86,22 +112,39 @@ class OnlineSettings(Topic):
         None, "Answers over which beta may double or halve to keep the KL at kl_target.", rule=at_least(1)
     )
     max_length_growth: float = setting(
-        2.0, "Guard: mean length of answers over that of the first rounds.", rule=above(1), may_differ=True
+        2.0,
+        "Guard: mean length of answers over that of the first rounds.",
+        rule=above(1),
+        may_differ=True,
+        topic=GuardSettings.title,
     )
     min_entropy: float = setting(
-        0.1, "Guard: entropy of the policy as a share of that of the first rounds.", rule=at_least(0), may_differ=True
+        0.1,
+        "Guard: entropy of the policy as a share of that of the first rounds.",
+        rule=at_least(0),
+        may_differ=True,
+        topic=GuardSettings.title,
     )
     max_duplicates: float = setting(
-        0.9, "Guard: share of answers that another answer to the same prompt repeats.", rule=SHARE, may_differ=True
+        0.9,
+        "Guard: share of answers that another answer to the same prompt repeats.",
+        rule=SHARE,
+        may_differ=True,
+        topic=GuardSettings.title,
     )
     max_zero_std: float = setting(
-        0.9, "Guard: share of groups whose rewards are all equal, over the last rounds.", rule=SHARE, may_differ=True
+        0.9,
+        "Guard: share of groups whose rewards are all equal, over the last rounds.",
+        rule=SHARE,
+        may_differ=True,
+        topic=GuardSettings.title,
     )
     max_gold_drop: float = setting(
         0.1,
         "Guard: how far the held-out gold score may fall from its best, in its own spread, while the reward rises.",
         rule=at_least(0),
         may_differ=True,
+        topic=GuardSettings.title,
     )
 
     def algorithm_beta(self) -> float:

@@ -48,6 +48,7 @@ class Setting:
     only_with: tuple[str, object] | None  # (another setting, the value it must have)
     most: int | None  # None: MOST for whole numbers
     finite: bool  # whether infinity is refused
+    topic: str | None  # the title that it stands under in the help; None: that of its topic
 
 
 def setting(
@@ -60,12 +61,12 @@ def setting(
     only_with: tuple[str, object] | None = None,
     most: int | None = None,
     finite: bool = True,
+    topic: str | None = None,
 ) -> Any:
     """A field of a topic. See `Setting` for what the arguments mean."""
     commands = None if commands is None else tuple(commands)
-    return dataclasses.field(
-        default=default, metadata={"setting": Setting(about, commands, may_differ, rule, only_with, most, finite)}
-    )
+    about_it = Setting(about, commands, may_differ, rule, only_with, most, finite, topic)
+    return dataclasses.field(default=default, metadata={"setting": about_it})
 
 
 class Topic:

@@ -91,7 +91,7 @@ def settings_of(command: str) -> dict[str, dict[str, dataclasses.Field]]:
     topics = {}
     for name, field in _FIELDS.items():
         if command in commands_of(name):
-            topics.setdefault(_TOPIC_OF[name].title, {})[name] = field
+            topics.setdefault(known(field).topic or _TOPIC_OF[name].title, {})[name] = field
     return topics
 
 

@@ -46,15 +46,7 @@ def test_every_result_is_what_its_details_say(made):
     assert not any("/" in str(value) for value in made.settings.values() if isinstance(value, str))
 
 
-# To be measured again: their files are older than the form that keeps commit and command.
-OLDER = {
-    "cpu_head-amd-epyc-1threads-torch2.13.0", "cpu_head-amd-epyc-1threads-torch2.13.0-1024x768x24000",
-    "sparse-smollm2-135m-instruct-amd-epyc-1threads",
-    "tolerance-smollm2-135m-instruct-full-amd-epyc",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("made", [x for x in RECORDS if x.path.stem not in OLDER], ids=lambda x: x.path.stem)
+@pytest.mark.parametrize("made", RECORDS, ids=lambda x: x.path.stem)
 def test_every_result_says_how_it_came_about(made):
     """Device, versions, commit and command; a seed wherever anything is drawn."""
     assert made.device["name"]
