@@ -78,7 +78,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up, act):  # (..., E)
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        y = torch.empty_like(gate)
+        y = _to_fill(gate)
         for g, u, out in _rows(gate, up, y):
             torch.mul(act[0](g), u, out=out)
         return y
@@ -88,11 +88,16 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, dy):  # (..., E)
         gate, up = ctx.saved_tensors
         function, gradient = ctx.act
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = _to_fill(gate), _to_fill(up)
         for d, g, u, dg, du in _rows(dy, gate, up, dgate, dup):
             torch.mul(d, function(g), out=du)
             dg.copy_(gradient(d * u, g))
         return dgate, dup, None
+
+
+def _to_fill(like: Tensor) -> Tensor:
+    """Contiguous, whatever `like` is: `_rows` of it are views, so that what is written stays."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -64,3 +64,16 @@ def test_a_layer_that_does_more_is_left_alone():
     layer = Clamped(LAYERS["silu"][1])
     gated.gate_in_cache(layer)
     assert "forward" not in vars(layer)
+
+
+def test_numbers_that_stand_in_another_order_in_memory():
+    """Rows of such a tensor are copies, which must not take what is written."""
+    gate, up = (torch.randn(7, 4, 64).transpose(0, 1).requires_grad_() for _ in range(2))
+    dy = torch.randn(4, 7, 64)
+    y = gated._Gated.apply(gate, up, gated.ACTIVATIONS["SiLU"])
+    wanted = torch.nn.functional.silu(gate) * up
+    assert torch.equal(y, wanted)
+    for got, want in zip(
+        torch.autograd.grad(y, (gate, up), dy), torch.autograd.grad(wanted, (gate, up), dy), strict=True
+    ):
+        assert torch.equal(got, want)
