@@ -157,7 +157,8 @@ def _segment_attention(
     if rows == columns and window is None:
         return attend(query, key, value, is_causal=True)
     outputs = []
-    for part in row_blocks(rows, QUERIES if query.device.type == "cpu" else rows):
+    size = QUERIES if query.device.type == "cpu" else max(rows, 1)
+    for part in row_blocks(rows, size) if rows else [slice(0, 0)]:  # an empty completion has no query
         # What none of these queries sees, behind the last one or before the first one's window, is not multiplied.
         last = columns - rows + part.stop
         first = 0 if window is None else max(0, columns - rows + part.start + 1 - window)

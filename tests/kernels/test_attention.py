@@ -206,6 +206,19 @@ def test_queries_a_few_at_a_time_leave_out_what_none_of_them_sees(heads, window,
     assert all(keys <= window + rows - 1 for rows, keys in parts if window is not None)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 2])
+def test_an_empty_completion_changes_nothing(window, softcap, backend):
+    results = []
+    for lengths in [[3, 2], [2, 4]], [[3, 2, 0], [2, 0, 4]]:
+        torch.manual_seed(0)
+        x = [torch.randn(1, 2, 11, 8, requires_grad=True) for _ in range(3)]
+        out = shared_prefix_attention(*x, Segments(lengths), window=window, softcap=softcap, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), x)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_values_may_have_a_head_size_of_their_own():
     query, key, _ = inputs((4, 2))
     value = torch.randn(1, 2, query.shape[2], 5, dtype=torch.float64)
