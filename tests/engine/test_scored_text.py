@@ -5,6 +5,7 @@ The template here prints the day and reads `enable_thinking`, so that whatever i
 
 import datetime
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ RUN = {"chat_template_kwargs": '{"enable_thinking": true}', "system_prompt": "he
 
 def asking(**changes):
     """The settings of a command that asks for scores."""
-    return settings("eval", model_name_or_path="m", dataset_name="d", eval_fraction=1.0, **changes)
+    needed = {"model_name_or_path": "m", "dataset_name": "d", "eval_fraction": 1.0, "loss_type": "sft"}
+    return settings("eval", **(needed | changes))
 
 
 def reward_model(folder, kind=LlamaForSequenceClassification, **trained):
@@ -60,7 +62,8 @@ def another_day(monkeypatch):
             return cls(2031, 5, 6)
 
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    monkeypatch.setattr("prefuse.engine.data.rendering.datetime.date", Tomorrow)
+    later = SimpleNamespace(datetime=datetime.datetime, date=SimpleNamespace(today=Tomorrow.now))
+    monkeypatch.setattr("prefuse.engine.data.rendering.datetime", later)
 
 
 def read_by(scorer, monkeypatch):
@@ -90,7 +93,7 @@ def test_a_reward_model_of_a_run_reads_what_it_was_trained_on(tmp_path, monkeypa
 
 def test_steps_are_scored_in_the_text_they_were_learned_in(tmp_path, monkeypatch, another_day):
     path = reward_model(tmp_path, LlamaForTokenClassification, **RUN)
-    config = settings("reward", model_name_or_path=path, reward_loss="steps", dataset_name="d", output_dir="o", **RUN)
+    config = asking(**RUN)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": PROMPT, "completions": ["blue"], "labels": [True]}])
     scorer = scorer_of([path], asking(), CPU)
     (learned,), _ = load_steps(rows, "train", scorer.tokenizer, config)
@@ -113,14 +116,14 @@ def test_a_local_judge_is_asked_with_the_arguments_and_the_day(tmp_path, another
 def test_rollouts_go_on_from_the_text_that_the_model_was_trained_on(tmp_path, another_day):
     model = save_model(tmp_path / "model", chat_template=DATED)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": PROMPT, "completions": ["blue"]}])
-    config = settings("label", model_name_or_path=model, dataset_name=rows, output_file="o", scorer=["length"], **RUN)
+    config = asking(model_name_or_path=model, dataset_name=rows, **RUN)
     tokenizer = tiny_tokenizer(chat_template=DATED)
     source = type("Source", (), {"tokenizer": tokenizer})()
     (solved,), _ = read_solved(config, Sampler(source, type("Scorer", (), {"columns": ()})(), {}), "\n")
     begun = ChatTemplate(tokenizer, {"enable_thinking": True}, "2026-02-28").text(
         [*SYSTEM, *PROMPT], generation_prompt=True
     )
-    assert tokenizer.decode(solved.ids[0]) == begun + "blue\n"
+    assert tokenizer.decode(solved.ids[0]) == "<s>" + begun + "blue\n"
 
 
 def test_revisions_are_asked_in_the_text_of_the_run(another_day):
