@@ -1,8 +1,8 @@
 """Turns in every spelling -> `{"role": ..., "content": ..., ...}`.
 
 OpenAI's {role, content} and its Responses' items, ShareGPT's {from, value}, Gemini's and the AI SDK's {role, parts},
-Bedrock's content of [{text}], and rows of {human, assistant}. Roles are read in any case. Other keys of a turn stay: the
-chat template may read them, and `weight` and `train` say what is learned.
+Bedrock's content of [{text}], and rows of {human, assistant}. Roles are read in any case. Other keys of a turn stay:
+the chat template may read them, and `weight` and `train` say what is learned.
 """
 
 from __future__ import annotations
