@@ -160,8 +160,8 @@ def _training(found: RunNeeds, config: Config, command: str, room: int) -> None:
     if trial is None:
         return
     layers = model.about.num_hidden_layers
-    again = plan.largest * working_per_token(config, model.about) if config.gradient_checkpointing else 0
-    found.activations = trial.activations(plan.largest, layers) + again
+    # One layer's numbers are there twice: its gradients, and with gradient_checkpointing what is computed again.
+    found.activations = trial.activations(plan.largest, layers) + plan.largest * working_per_token(config, model.about)
     found.seconds = trial.training(plan, layers, model.trained) + (own + others) * trial.reading(plan, layers)
     if config.nproc > 1 and torch.cuda.is_available():  # on a CPU the ranks share its cores
         found.seconds /= config.nproc
