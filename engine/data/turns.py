@@ -7,11 +7,13 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 """
 
 import json
+import re
 from typing import Any
 
 from prefuse.engine.data.records import BadRow, Message, json_kind
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+PARTS_IN_TEXT = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|input_text|output_text|image|image_url)\"")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -95,6 +97,8 @@ def is_empty(message: Message) -> bool:
 def content_text(content: Any, where: str) -> str | None:
     """A content as one string: text parts are joined, images, audio and video are refused by name; None stays None."""
     if content is None or isinstance(content, str):
+        if content is not None and PARTS_IN_TEXT.match(content):
+            raise BadRow(f"{where} is a text, the JSON of a list of parts. Fix: write it as a list")
         return content
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, dict) for part in parts):

@@ -1,5 +1,7 @@
 """Rows of strangers: real kinds that were read as something else, or that might be, with what is right, by hand."""
 
+import json
+
 import pytest
 
 from prefuse.engine.data import DataError, load_examples
@@ -124,6 +126,15 @@ READ = {
     "a greeting first": (
         "sft", {"conversations": [B, Q, A]}, [("assistant: B|user: Q", "assistant: A")],
     ),
+    "turns alone, as JSON text": (
+        "sft", {"prompt": '{"role": "user", "content": "Q"}', "completion": '{"role": "assistant", "content": "A"}'},
+        [("user: Q", "assistant: A")],
+    ),
+    "an object of messages, as JSON text": (
+        "sft", {"conversation": json.dumps({"messages": [Q, A]})}, [("user: Q", "assistant: A")],
+    ),
+    "an answer that is JSON": ("sft", {"prompt": "Q", "completion": '{"content": "A"}'}, [("Q", '{"content": "A"}')]),
+    "an answer that is a list": ("sft", {"prompt": "Q", "completion": '["A"]'}, [("Q", '["A"]')]),
     "a label with a blank": ("labelled", ANSWER | {"label": "False "}, [("Q", "A", False)]),
     "an answer after ####": ("sft", {"question": "Q", "answer": "x #### A"}, [("user: Q", "assistant: x #### A")]),
 }  # fmt: skip
@@ -158,6 +169,9 @@ SKIPPED = {
     "parts of a turn": ({"messages": [Q, A | {"train_detail": [{"begin_offset": 0}]}]}, "train_detail"),
     "a mask that may mean either": ({"messages": [Q, A | {"mask": 1}]}, '"mask"'),
     "an exchange of three": ({"conversation": [["user", "Q"], ["assistant", "A"]]}, "a turn of"),
+    "parts as JSON text": (
+        {"messages": [Q | {"content": '[{"type": "text", "text": "Q"}]'}, A]}, "the JSON of a list of parts",
+    ),
     "a redacted thought": (
         {"messages": [Q, A | {"content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "A"}]}]},
         "redacted_thinking",

@@ -53,6 +53,7 @@ ANSWER_KEYS = (
 )  # of an object with no role
 EXCHANGES = dict.fromkeys(("input", "question", "query", "prompt"), "user")  # keys of {question, answer}, as _exchange
 EXCHANGES |= dict.fromkeys(("output", "answer", "response", "completion"), "assistant")
+TURN_IN_TEXT = re.compile(r"\s*\{\s*['\"](?:role|from|content|messages|conversations)['\"]\s*:")
 BROKEN_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 GOOD_MARKS, BAD_MARKS = {*FLAGS, *LABELS, *REVIEWS}, {*BAD_FLAGS, *BROKEN_OFF, *BAD_REVIEWS}
 KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
@@ -119,10 +120,16 @@ def turn_of(role: str, text: str, column: str) -> Message:
 
 def turns_in_text(value: Any) -> list[Any] | None:
     """The turns whose JSON a string is; None if it is another text. Nothing else begins with the brackets of a list of
-    objects and names a role in each."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    objects and names a role in each; nor is {"role": ..., "content": ...} or {"messages": [...]} anything else."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return None
     turns = json_or_python(value)
+    if isinstance(turns, dict):
+        if not TURN_IN_TEXT.match(value):
+            return None
+        turns = next((turns[key] for key in ("messages", "conversations") if key in turns), [turns])
+    if not isinstance(turns, list):
+        return None
     is_turns = turns and all(
         isinstance(turn, dict) and (any(key in turn for key in ROLE_KEYS) or is_item(turn)) for turn in turns
     )
