@@ -49,17 +49,19 @@ class ColumnStatistic:
 
     def __init__(self, hidden: Tensor, vocab: int, guess: Tensor | None):  # (N, D), (N,) log p_y
         n, tile, dtype = len(hidden), row_tile(hidden), accumulator_dtype(hidden.dtype)
-        self.rows = max(1, BLOCK_ROWS // tile) * tile
+        self.tokens, self.rows = n, max(1, BLOCK_ROWS // tile) * tile
         self.sums = hidden.new_zeros(-(-n // self.rows), vocab, dtype=dtype)
         self.margin = 1.0 if guess is None else MARGIN
-        self.guess = hidden.new_ones(n, dtype=dtype) if guess is None else guess.to(dtype).exp()
+        self.guess = None if guess is None else guess.to(dtype).exp()
 
     def add(self, rows: slice, first: int, e: Tensor, total: Tensor) -> None:
         """The columns from `first` on of these rows of one block: e = exp(z - z_y) (R, C), and its sum so far (R,)."""
         # p_y = 1 / (1 + total) once the total is whole: until then an upper bound.
-        w = torch.minimum(self.guess[rows], 1.0 / (1.0 + total))
+        w = 1.0 / (1.0 + total)
+        if self.guess is not None:
+            w = torch.minimum(self.guess[rows], w)
         report_cost("statistic", 2 * e.numel(), size(e), size(e[0]))
-        self.sums[rows.start // self.rows, first : first + e.shape[1]] += e.T.to(w.dtype) @ w
+        self.sums[rows.start // self.rows, first : first + e.shape[1]].addmv_(e.T.to(w.dtype), w)
 
 
 @dataclass
@@ -105,7 +107,8 @@ def choose_columns(
     """The columns to keep: all but those of the smallest statistic that together have `share` of the mass."""
     # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
-    ordered = s.sort().values
+    # Floats of one sign stand in the order of their bits, and torch sorts integers ten times as fast on a CPU.
+    ordered = s.view({4: torch.int32, 8: torch.int64}[s.itemsize]).sort().values.view(s.dtype)
     cumulative = ordered.double().cumsum(0)
     # Without a guess s is too large, most so where the vocabulary begins, and the rows' q is their mass; by a guess of
     # too little, s is too small.
