@@ -80,16 +80,18 @@ def sequence_sums(logps: Tensor, tokens: int) -> Tensor:  # (N,) -> (S,)
     return logps.view(-1, tokens).sum(-1)
 
 
-def dpo_repository(logps: Tensor, ref_logps: Tensor) -> Tensor:  # (S,), (S,) -> ()
-    """Rafailov et al. 2023, eq. 7, as eric-mitchell/direct-preference-optimization has it: the difference of log-ratios
-    between chosen and rejected, then a log-sigmoid, over sums in the log-probabilities' own dtype."""
-    policy, reference = logps[0::2] - logps[1::2], ref_logps[0::2] - ref_logps[1::2]
+def dpo_repository(logps: Tensor, ref_logps: Tensor, tokens: int) -> Tensor:  # (N,), (N,) -> ()
+    """Rafailov et al. 2023, eq. 7, as eric-mitchell/direct-preference-optimization has it (f8b8c0f): each model's sums
+    over tokens, the difference of log-ratios between chosen and rejected, then a log-sigmoid."""
+    sums, refs = sequence_sums(logps, tokens), sequence_sums(ref_logps, tokens)
+    policy, reference = sums[0::2] - sums[1::2], refs[0::2] - refs[1::2]
     return -F.logsigmoid(BETA * (policy - reference)).mean()
 
 
-def halos_kto(logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
-    """Ethayarajh et al. 2024, eq. 8, as ContextualAI/HALOs has it: 1 - sigmoid on both sides of the reference point."""
-    ratios = logps - ref_logps
+def halos_kto(logps: Tensor, ref_logps: Tensor, desirable: Tensor, tokens: int) -> Tensor:  # (N,), (N,), (S,) -> ()
+    """Ethayarajh et al. 2024, eq. 8, as ContextualAI/HALOs has it (4831988): log-ratios of tokens, summed, then
+    1 - sigmoid on both sides of the reference point."""
+    ratios = sequence_sums(logps - ref_logps, tokens)
     return (1 - torch.sigmoid(BETA * torch.where(desirable, ratios - Z0, Z0 - ratios))).mean()
 
 
@@ -99,8 +101,16 @@ def loss_of_logps(loss_type: str, logps: Tensor, ref_logps: Tensor | None, x: He
         return (logps * x.grad.to(logps.dtype)).sum()
     if loss_type == "sft":
         return -logps.mean()
-    sums, refs = (sequence_sums(part, x.tokens) for part in (logps, ref_logps))
-    return dpo_repository(sums, refs) if loss_type == "dpo" else halos_kto(sums, refs, x.desirable)
+    if loss_type == "dpo":
+        return dpo_repository(logps, ref_logps, x.tokens)
+    return halos_kto(logps, ref_logps, x.desirable, x.tokens)
+
+
+def log_ratios(loss_type: str, logps: Tensor, ref_logps: Tensor, tokens: int) -> Tensor:  # (N,), (N,) -> (S,) float64
+    """In the order of the loss's own formula, which decides what float32 loses."""
+    if loss_type == "kto":
+        return sequence_sums(logps - ref_logps, tokens).double()
+    return (sequence_sums(logps, tokens) - sequence_sums(ref_logps, tokens)).double()
 
 
 # ------------------------------------------------------------------------------------------ paths to log-probabilities
@@ -273,9 +283,7 @@ def compute(name: str, x: HeadInputs, loss_type: str) -> tuple[Tensor, Tensor | 
         return made.whole(x, loss_type)
     logps = made.path(x.hidden, x.weight, x.targets)
     ref_logps = x.ref_logps.get(name)
-    ratios = None
-    if ref_logps is not None:
-        ratios = (sequence_sums(logps.detach(), x.tokens) - sequence_sums(ref_logps, x.tokens)).double()
+    ratios = None if ref_logps is None else log_ratios(loss_type, logps.detach(), ref_logps, x.tokens)
     return loss_of_logps(loss_type, logps, ref_logps, x), logps.detach() if loss_type == "logps" else ratios
 
 

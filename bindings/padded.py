@@ -6,7 +6,7 @@
 Names, argument order and the keys of `batch` are those of github.com/eric-mitchell/direct-preference-optimization.
 Completion tokens of the padded rows are packed, end to end, before they meet the head: padding and prompts never do.
 
-B rows of T tokens, N tokens that count, D hidden size, V vocabulary, P pairs.
+B rows of T tokens, N labelled tokens, D hidden size, V vocabulary, P pairs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def batch_logps(
     """Equals `_get_batch_logps(logits, labels, average_log_prob)` with `logits = hidden @ weight.T`, never made::
 
         logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None])[..., 0]
-        (logps * (labels[:, 1:] != -100)).sum(-1)                # or its mean over the tokens that count
+        (logps * (labels[:, 1:] != -100)).sum(-1)                # or its mean over the labelled tokens
 
     For any model that gives hidden states and has a linear head; `prefuse.transformers.sequence_logps` takes a model.
 

@@ -15,7 +15,7 @@ from prefuse.tokens import keep_tokens
 
 
 class KeptRows(NamedTuple):
-    rows: Tensor  # (N,) where the tokens that count stand among B * T positions
+    rows: Tensor  # (N,) where the labelled tokens stand among B * T positions
     targets: Tensor  # (N,)
     counts: Tensor  # (B,) in the order of the sequences
     cu_seqlens: Tensor  # (B + 1,)
@@ -23,7 +23,7 @@ class KeptRows(NamedTuple):
 
 
 def keep_rows(_input: Tensor, target: Tensor, ignore_index: int, paired: bool) -> KeptRows:
-    """The tokens that count, end to end; for a paired loss, rows that are a pair become neighbours."""
+    """The labelled tokens, end to end; for a paired loss, rows that are a pair become neighbours."""
     if _input.dim() != 3 or target.shape != _input.shape[:2]:
         raise ValueError(
             f"expected _input (B, T, H) and target (B, T), got {tuple(_input.shape)} and {tuple(target.shape)}"

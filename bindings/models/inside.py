@@ -12,7 +12,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,79 +36,106 @@ def run_with_head(
 ) -> Tensor:  # (K,)
     """`compute(hidden)`, run where `model(**inputs)` runs its head; the model makes no logits.
 
-    `checks`: as of `in_place_of_head`.
+    `checks`: as of `ReplacedHead`.
 
     There the weights are whole under `fully_shard`, autocast is the model's, and what comes out passes the hooks of
     every wrapper.
     """
-    made = []
+    call, before = ReplacedHead(causal, layer, compute, checks), causal.forward
+    begin, end, result = (outside_graphs(x) for x in (call.begin, call.end, call.result))
+    results = []
 
     def forward(*args, **kwargs) -> Tensor:  # (1, K, 1)
-        _running.add(causal)
+        begin(before, kwargs)
         try:
-            made.append(in_place_of_head(causal, layer, compute, before, args, kwargs, checks)[0])
+            before(*args, **kwargs)
         finally:
-            _running.discard(causal)
-        return made[-1]
+            end()
+        results.append(result())
+        return results[-1]
 
-    before = causal.forward
-    with _replaced(causal, _outside_graphs(forward, inner=False)):
-        result = model(**inputs)
-    if not made:
+    with _replaced(causal, outside_graphs(forward, inner=False)):
+        returned = model(**inputs)
+    if not results:
         raise UnsupportedModel(
             f"{type(model).__name__} did not call the forward of its {class_of(causal).__name__}: give the model inside"
         )
-    _reshard(model, result)
+    _reshard(model, returned)
     # fully_shard may cast what its root returns to bf16; its hooks are on the tensor before the cast, so return that.
     # (DDP's hooks are on the tensor that it returns.)
-    result = made[0] if result.dtype != made[0].dtype else result
-    return result[0, :, 0]
+    returned = results[0] if returned.dtype != results[0].dtype else returned
+    return returned[0, :, 0]
 
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head is another at this moment
 
 
 def is_running(causal: nn.Module) -> bool:
-    """Whether `run_with_head` has replaced the model's head already."""
+    """Whether a `ReplacedHead` has replaced the model's head already."""
     return causal in _running
 
 
-def in_place_of_head(
-    causal: nn.Module,
-    layer: nn.Module,
-    compute: Callable[[Tensor], Tensor],
-    forward: Callable[..., object],
-    args: tuple,
-    kwargs: dict,
-    checks: dict[str, Callable[[States], None]] | None = None,
-    *,
-    own_loss: bool = False,
-) -> tuple[Tensor, object]:  # (1, K, 1), what `forward` returned
-    """Run `forward(*args, **kwargs)`, in which the model calls its head once: in its place runs `compute`.
+@dataclass
+class ReplacedHead:
+    """One forward of a model with something else in place of its head.
 
-    The first time, `_try_forward` finds out whether what the forward does to its logits is what is computed here, and
-    with `own_loss` what it does to labels; `checks`, by name, are run on the model's hidden states then.
+        call.begin(forward, kwargs)
+        try:
+            output = forward(*args, **kwargs)   # calls its head once: in its place runs `compute`
+        finally:
+            call.end()
+        made = call.result()
+
+    The caller writes these lines itself, in a function out of the compiler's sight (`outside_graphs(inner=False)`), and
+    calls the three methods through `outside_graphs`: torch.compile then sees the model's forward and nothing of ours.
     """
-    _try_forward(causal, layer, forward, kwargs, checks or {}, own_loss)
-    made = []
 
-    def head(hidden: Tensor) -> Tensor:
-        _check_weight(causal, layer)
-        result = compute(hidden)
-        made.append(result[None, :, None].clone())
+    causal: nn.Module
+    layer: nn.Module
+    compute: Callable[[Tensor], Tensor]  # hidden states as the head gets them -> (K,)
+    checks: dict[str, Callable[[States], None]] = field(default_factory=dict)  # run on the model's states, once
+    own_loss: bool = False  # whether the forward is given labels
+    kept: list = field(default_factory=list)  # what `compute` keeps for the caller
+    _made: list[Tensor] = field(default_factory=list)  # of (1, K, 1)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def begin(self, forward: Callable[..., object], kwargs: dict) -> None:
+        """Replaces the head until `end`.
+
+        The first time, `_try_forward` finds out whether what the forward does to its logits is what is computed here,
+        and with `own_loss` what it does to labels.
+        """
+        _running.add(self.causal)
+        self._stack.callback(_running.discard, self.causal)
+        try:
+            _try_forward(self.causal, self.layer, forward, kwargs, self.checks, self.own_loss)
+            self._stack.enter_context(_replaced(self.layer, outside_graphs(self._head)))
+        except BaseException:
+            self.end()
+            raise
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        _check_weight(self.causal, self.layer)
+        result = self.compute(hidden)
+        self._made.append(result[None, :, None].clone())
         # fully_shard puts the backward's hooks of a head that is its own unit on the head's output: keep its graph.
-        return made[-1] if hasattr(layer, "reshard") else made[-1].detach()
+        return self._made[-1] if hasattr(self.layer, "reshard") else self._made[-1].detach()
 
-    with _replaced(layer, _outside_graphs(head, inner=True)):
-        output = forward(*args, **kwargs)
-    if len(made) != 1 or made[0]._version:
-        what = "changed its head's output in place" if made else "did not call it"
-        raise UnsupportedModel(
-            f"{class_of(causal).__name__} was to call its head ({type(layer).__name__}) once, and "
-            f"{what if len(made) < 2 else f'called it {len(made)} times'}: this is not computed here; call the trunk "
-            "yourself and use prefuse.linear_logprobs"
-        )
-    return made[0], output
+    def end(self) -> None:
+        """Gives the model its head back."""
+        self._stack.close()
+
+    def result(self) -> Tensor:  # (1, K, 1)
+        """What `compute` made. Raises UnsupportedModel unless the head was called once, and its output kept."""
+        made = self._made
+        if len(made) != 1 or made[0]._version:
+            what = "changed its head's output in place" if made else "did not call it"
+            raise UnsupportedModel(
+                f"{class_of(self.causal).__name__} was to call its head ({type(self.layer).__name__}) once, and "
+                f"{what if len(made) < 2 else f'called it {len(made)} times'}: this is not computed here; call the "
+                "trunk yourself and use prefuse.linear_logprobs"
+            )
+        return made[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -180,7 +207,7 @@ def loud_head(layer: nn.Module) -> Iterator[_LoudRun]:
         run.logits = loud_logits(shape.numel(), vocabulary, hidden.device).view(*shape, vocabulary)
         return run.logits.clone()
 
-    with _replaced(layer, _outside_graphs(head, inner=True)):
+    with _replaced(layer, outside_graphs(head)):
         yield run
 
 
@@ -238,8 +265,12 @@ def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-def _outside_graphs(function: Callable, inner: bool) -> Callable:
-    """`function` out of torch.compile's sight, and with `inner` what it calls as well."""
+def outside_graphs(function: Callable, inner: bool = True) -> Callable:
+    """`function` out of torch.compile's sight, and with `inner` what it calls as well.
+
+    What torch.compile sees, it guards: it read the list of all models that were tried here, and raised IndexError where
+    one of them was collected meanwhile (torch 2.13.0).
+    """
     if "torch._dynamo" not in sys.modules:
         return function
     return torch.compiler.disable(function, recursive=inner)

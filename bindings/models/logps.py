@@ -73,7 +73,7 @@ def sequence_logps(
         logps = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         (logps * (targets != -100)).sum(-1)
 
-    Only tokens that count reach the head: those with a label that is not -100 and a token of the same sequence before
+    Only labelled tokens reach the head: those with a label that is not -100 and a token of the same sequence before
     them. A sequence's first token counts nowhere, on whichever side it is padded.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import prefuse
 from prefuse.kernels.checks import check_tolerance
 from prefuse.models.head import head_layer, product_of, transform_of
-from prefuse.models.inside import in_place_of_head, is_running, own_router_loss
+from prefuse.models.inside import ReplacedHead, is_running, own_router_loss
 from prefuse.models.trunk import UnsupportedModel, causal_lm_of, check_versions
 from prefuse.tokens import IGNORE_INDEX, keep_tokens
 
@@ -53,9 +53,9 @@ def fuse_loss(
     causal = _with_causal_loss(model)
     how = {"workspace": workspace, "impl": impl, "gradient_tolerance": gradient_tolerance}
 
-    def forward(self, run, *args, **kwargs):
+    def begin(self, run, kwargs) -> ReplacedHead | None:
         if kwargs.get("labels") is None or (logits_in_eval and not self.training):
-            return run(*args, **kwargs)
+            return None
         given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
         layer = head_layer(self, adds_router_loss=True)
 
@@ -63,11 +63,15 @@ def fuse_loss(
             inputs = _head_inputs(self, layer, hidden)
             return _sft_loss(inputs, **given, **how)[None]
 
-        made, output = in_place_of_head(self, layer, loss, run, args, kwargs, own_loss=True)
-        # (no view, for the hooks of fully_shard)
-        return _with_loss(output, made[0, 0, 0].clone() + own_router_loss(self, output))
+        call = ReplacedHead(self, layer, loss, own_loss=True)
+        call.begin(run, kwargs)
+        return call
 
-    _install(causal, forward)
+    def result(call: ReplacedHead, output: object) -> object:
+        # (no view, for the hooks of fully_shard)
+        return _with_loss(output, call.result()[0, 0, 0].clone() + own_router_loss(call.causal, output))
+
+    _install(causal, begin, result)
     return model
 
 
@@ -87,10 +91,10 @@ def sft_loss(
     causal = _with_causal_loss(model)
     how = {"workspace": workspace, "impl": impl, "gradient_tolerance": gradient_tolerance}
 
-    def forward(self, run, *args, **kwargs):
+    def begin(self, run, kwargs) -> ReplacedHead | None:
         asked = self.training and torch.is_grad_enabled() and not is_running(self)
         if not asked or kwargs.get("labels") is not None:
-            return run(*args, **kwargs)
+            return None
         if any(hasattr(p, "full_tensor") for p in self.parameters()):
             raise UnsupportedModel(
                 "sft_loss runs the head after the forward, where fully_shard has taken its weight away: use "
@@ -101,14 +105,19 @@ def sft_loss(
                 "sft_loss leaves out the router's loss, which output_router_logits=True asks for: use "
                 "prefuse.transformers.fuse_loss(model), and no compute_loss_func"
             )
-        layer, inputs = head_layer(self), []
+        layer, kept = head_layer(self), []
 
         def keep(hidden: Tensor) -> Tensor:  # (0,)
-            inputs.append(_head_inputs(self, layer, hidden))
+            kept.append(_head_inputs(self, layer, hidden))
             return hidden.new_zeros(0, dtype=torch.float32)
 
-        in_place_of_head(self, layer, keep, run, args, kwargs)
-        return inputs[0]
+        call = ReplacedHead(self, layer, keep, kept=kept)
+        call.begin(run, kwargs)
+        return call
+
+    def result(call: ReplacedHead, output: object) -> HeadInputs:
+        call.result()
+        return call.kept[0]
 
     def loss(outputs: object, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if isinstance(outputs, HeadInputs):
@@ -116,7 +125,7 @@ def sft_loss(
         logits = outputs["logits"]
         return causal.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
-    _install(causal, forward)
+    _install(causal, begin, result)
     return loss
 
 
@@ -136,18 +145,30 @@ def _with_causal_loss(model: nn.Module) -> PreTrainedModel:
     return causal
 
 
-def _install(causal: PreTrainedModel, forward: Callable) -> None:
-    """Makes `forward(self, run, ...)` the model's forward; `run` is the forward that it had before.
+def _install(causal: PreTrainedModel, begin: Callable, result: Callable) -> None:
+    """Puts a `ReplacedHead` around the model's forward, from now on.
+
+    `begin(self, run, kwargs)` takes its own arguments out of `kwargs` and begins a ReplacedHead, or returns None for a
+    call that stays as it is; `run` is the forward that the model had before. The model returns `result(call, output)`.
 
     `run` is taken from the class and bound at the call, so that a copy of the model runs itself. A forward that a
     library put into the instance is bound already.
     """
     before = causal.__dict__.get("forward", type(causal).forward)
     bound = "forward" in causal.__dict__
+    begin, end, result = (torch.compiler.disable(x) for x in (begin, ReplacedHead.end, result))
 
     @functools.wraps(before)  # with its signature, by which the Trainer chooses columns
     def installed(self, *args, **kwargs):
-        return forward(self, before if bound else functools.partial(before, self), *args, **kwargs)
+        run = before if bound else functools.partial(before, self)
+        call = begin(self, run, kwargs)
+        if call is None:
+            return run(*args, **kwargs)
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            end(call)
+        return result(call, output)
 
     causal.forward = types.MethodType(torch.compiler.disable(installed, recursive=False), causal)
 

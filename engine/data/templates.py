@@ -54,6 +54,11 @@ class TextOptions:
     control: str | None = None  # before every prompt that is to be answered
 
 
+def template_of(tokenizer: Any, options: TextOptions) -> ChatTemplate:
+    """The tokenizer's chat template, as these options have it rendered."""
+    return ChatTemplate(tokenizer, options.arguments, options.date, options.system_prompt)
+
+
 def render(
     records: Sequence[Record | Skipped], tokenizer: Any, options: TextOptions | None = None
 ) -> list[Record | Skipped]:
@@ -92,15 +97,14 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, options: TextOptions) -> None:
         self.options = options
-        self.template = ChatTemplate(tokenizer, options.arguments, options.date)
+        self.template = template_of(tokenizer, options)
         self.marks = Marks(self.template)
         self.tokens = control_tokens(tokenizer)
         self.ending = ending_of(self.template)
 
     def render(self, record: Record) -> list[Record]:
         arguments = {"tools": record.tools, "arguments": record.template_kwargs}
-        prompt = self._prepared(record.prompt, record)
-        sides = {side: self._prepared(turns, record) for side, turns in record.sides.items()}
+        prompt, sides = self.template.begun(record.prompt), record.sides
         whole = record.conversation and self.options.turns == "all"
         if whole and len(sides) == 1:
             ((side, turns),) = sides.items()
@@ -148,13 +152,6 @@ class Renderer:
         text = self.template.text(prompt, generation_prompt=True, **arguments)
         self._check_prompt(prompt, text, arguments)
         return text, self._completion(side, prompt, text, conversation[i : i + 1], arguments)
-
-    def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
-        """With the default system prompt."""
-        system = self.options.system_prompt
-        if system and turns is record.prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
-            turns = [{"role": "system", "content": system}, *turns]
-        return turns
 
     def _check_prompt(self, prompt: list[Message], text: str, arguments: dict[str, Any]) -> None:
         tools, own = arguments["tools"], arguments["arguments"]

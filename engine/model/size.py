@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from prefuse.engine.config.settings import Config
 from prefuse.engine.errors import UserError
@@ -37,6 +38,21 @@ def size_of(path: str, config: Config, auto: type, *, trains: bool, **options: o
         adapters = _numbers_in(Path(path) / WEIGHTS)
         weights, trained = weights + adapters, adapters
     return ModelSize(weights, trained if trains else 0, max(n for n, _ in sizes.values()), about.get_text_config())
+
+
+def cut_model(path: str, config: Config, auto: type, layers: int, **options: object) -> nn.Module:
+    """The model of a folder, or the base of its adapters, with its first `layers` layers and made-up weights."""
+    about = config_of(base_of(Path(path)) or path, config, **options)
+    text = about.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list | tuple) and len(value) == whole:  # one entry for each layer
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = min(layers, whole)
+    with torch.random.fork_rng(devices=[]):
+        return auto.from_config(
+            about, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )  # fmt: skip
 
 
 def config_of(path: str, config: Config, **options: object) -> Any:

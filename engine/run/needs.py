@@ -1,32 +1,40 @@
 """What a command will take, before it starts: memory, tokens and matrix products, by its config and its rows alone.
 
-`estimate_needs` reads and tokenizes the rows as the command will; no weight is loaded. Answers that are still to be
-sampled count as long as they may become, so what rests on them is an upper bound.
+`estimate_needs` reads and tokenizes the rows as the command will; no weight is loaded. How long training takes is found
+by a trial (trial.py); all else is counted in operations. Answers that are still to be sampled count as long as they may
+become, so what rests on them is an upper bound.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from prefuse.engine.config.settings import TRAINING_COMMANDS, Config
+from prefuse.engine.data.batches import Examples
 from prefuse.engine.data.dataset import read_evaluation_data, read_prompts, read_training_prompts
 from prefuse.engine.data.examples import Prompt
+from prefuse.engine.model.adapters import base_of
 from prefuse.engine.model.load import load_tokenizer
 from prefuse.engine.model.reward_model import heads_of, load_model, loader_of, scores_steps
 from prefuse.engine.model.size import (
     ModelSize,
     activations_per_token,
     cache_per_token,
+    cut_model,
     size_of,
     working_per_token,
 )
 from prefuse.engine.run.setup import loss_of, read_rows
+from prefuse.engine.run.trial import LAYERS, ROUNDS, plan_of, run_trial
 from prefuse.losses.contract import needs_of
 from prefuse.losses.rewards import reads_scores
 
+MOST_OPERATIONS = 2e12  # of a trial on a CPU: some half a minute on one core
 ADAM = 3 * 4  # bytes of a trained weight: its gradient and two states, in float32
 
 
@@ -36,11 +44,14 @@ class RunNeeds:
 
     model: ModelSize | None
     width: int  # bytes of a weight
-    standing: int = 0  # bytes of the models that stay beside it: a reference, scorers
+    resident: int = 0  # bytes of Python, the libraries and the rows, which are loaded here as in the run
+    standing: int = 0  # of the models that stay beside it: a reference, scorers
     passing: int = 0  # of a model that is gone before the first step
     activations: int = 0  # bytes, of a microbatch
     cache: int = 0  # bytes of keys and values while answers are sampled
     operations: float = 0.0
+    seconds: float | None = None  # by a trial
+    slower: float = 1.0  # how much slower its rounds were than the best one
     tokens: str = ""  # how many, in words
     at_most: bool = False
     notes: list[str] = field(default_factory=list)
@@ -54,8 +65,8 @@ class RunNeeds:
         return own + self.standing + max(training, self.passing)
 
 
-def estimate_needs(config: Config, command: str, scorers: Sequence[str]) -> RunNeeds:
-    """`scorers`: folders of the models that score or judge."""
+def estimate_needs(config: Config, command: str, scorers: Sequence[str], room: int = 0) -> RunNeeds:
+    """`scorers`: folders of the models that score or judge. `room`: bytes that a trial may take; 0: none is made."""
     found = RunNeeds(None, 2 if config.dtype == "bfloat16" else 4)
     if config.model_name_or_path:
         found.model = policy_size(config, command)
@@ -64,26 +75,33 @@ def estimate_needs(config: Config, command: str, scorers: Sequence[str]) -> RunN
     if command == "online":
         _online(found, config, judges)
     elif command in TRAINING_COMMANDS:
-        _training(found, config, command)
+        _training(found, config, command, room)
     elif command == "eval" and not config.scorer:
         _evaluation(found, config)
     else:
         _answering(found, config, command, judges)
+    found.resident = found.resident or resident_memory()
     return found
 
 
-def policy_size(config: Config, command: str) -> ModelSize:
+def policy_kind(config: Config, command: str) -> tuple[type, dict[str, int]]:
+    """transformers' Auto class of the model that the command works with, and what its config takes beside."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
 
-    auto, labels = AutoModelForCausalLM, {}
-    if command == "reward":
-        steps = config.reward_loss == "steps"
-        auto = AutoModelForTokenClassification if steps else AutoModelForSequenceClassification
-        labels = {"num_labels": 2 if steps else heads_of(config.model_name_or_path) or config.reward_heads}
+    if command != "reward":
+        return AutoModelForCausalLM, {}
+    if config.reward_loss == "steps":
+        return AutoModelForTokenClassification, {"num_labels": 2}
+    labels = heads_of(config.model_name_or_path) or config.reward_heads
+    return AutoModelForSequenceClassification, {"num_labels": labels}
+
+
+def policy_size(config: Config, command: str) -> ModelSize:
+    auto, labels = policy_kind(config, command)
     return size_of(config.model_name_or_path, config, auto, trains=command in TRAINING_COMMANDS, **labels)
 
 
@@ -115,26 +133,67 @@ def reference_size(found: RunNeeds, config: Config) -> ModelSize:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def _training(found: RunNeeds, config: Config, command: str) -> None:
-    """`sft`, `train`, `reward`. The reference is asked once, before the first step, and its answers are kept."""
+def _training(found: RunNeeds, config: Config, command: str, room: int) -> None:
+    """`sft`, `train`, `reward`: by a trial where one can be made in `room` bytes, else by operations."""
     loss, model = loss_of(config, command), found.model
     _, examples, _, _ = read_rows(config, loss)
-    tokens = int(examples.prompts.lengths.sum() + examples.completions.lengths.sum())
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.nproc
-    epochs = config.max_steps * per_step / len(examples) if config.max_steps > 0 else config.num_train_epochs
-    at_once = tokens * min(1.0, config.per_device_train_batch_size / len(examples))
-    found.activations = int(at_once * activations_per_token(config, model.about))
-    found.operations = learning(model) * tokens * epochs
-    if not reads_scores(loss) and "z0" in needs_of(loss):
-        found.operations += reading(model) * tokens * epochs  # mismatched completions, before each step
-    if not reads_scores(loss) and "reference" in needs_of(loss):
-        ref = reference_size(found, config)
-        found.operations += reading(ref) * tokens
-        if not config.use_peft or config.ref_model_name_or_path:
-            found.passing = ref.weights * found.width
-            if config.sync_ref_model:  # it stays, and follows the policy
-                found.standing, found.passing = found.standing + found.passing, 0
-    found.tokens = f"{tokens:,} tokens an epoch, {epochs:.3g} epochs"
+    needs = frozenset() if reads_scores(loss) else needs_of(loss)
+    ref = reference_size(found, config) if "reference" in needs else None
+    if ref is not None and (not config.use_peft or config.ref_model_name_or_path):
+        found.passing = ref.weights * found.width
+        if config.sync_ref_model:  # it stays, and follows the policy
+            found.standing, found.passing = found.standing + found.passing, 0
+    found.resident = resident_memory()  # before the trial adds to it
+    try:
+        cut, settings = _cut_for_trial(found, config, command, examples, room)
+        trial, plan = run_trial(cut, settings, examples, loss)
+    except Exception as error:  # a model with layers of its own kind, one that is too large, a device that lacks sth
+        found.notes.append(f"without a trial of a few layers ({' '.join(str(error).split())[:100]})")
+        flat = dataclasses.replace(examples, padding_free=config.padding_free is not False)
+        trial, plan = None, plan_of(flat, config, loss)
+    own, others = _readings(config, needs, plan.epochs)
+    others *= 0 if ref is None else ref.weights / model.weights
+    tokens = plan.tokens * plan.epochs
+    found.tokens = f"{plan.tokens:,.0f} tokens an epoch, {plan.epochs:.3g} epochs"
+    found.operations = learning(model) * tokens + (own + others) * reading(model) * plan.tokens
+    found.activations = plan.largest * activations_per_token(config, model.about)
+    if trial is None:
+        return
+    layers = model.about.num_hidden_layers
+    # One layer's numbers are there twice: its gradients, and with gradient_checkpointing what is computed again.
+    found.activations = trial.activations(plan.largest, layers) + plan.largest * working_per_token(config, model.about)
+    found.seconds = trial.training(plan, layers, model.trained) + (own + others) * trial.reading(plan, layers)
+    if config.nproc > 1 and torch.cuda.is_available():  # on a CPU the ranks share its cores
+        found.seconds /= config.nproc
+    found.slower = trial.slower
+
+
+def _readings(config: Config, needs: frozenset[str], epochs: float) -> tuple[float, float]:
+    """Passes over the rows of an epoch without gradients: of the policy, and of the reference."""
+    mismatched = epochs if "z0" in needs else 0.0
+    if "reference" not in needs:
+        return mismatched, 0.0
+    return mismatched, mismatched + (epochs if config.sync_ref_model else 1.0)
+
+
+def _cut_for_trial(
+    found: RunNeeds, config: Config, command: str, examples: Examples, room: int
+) -> tuple[torch.nn.Module, Config]:
+    """A few layers of the policy and the settings that train them; ValueError where that takes too long or too much."""
+    model = found.model
+    for name in ("load_in_4bit", "torch_compile"):
+        if getattr(config, name):
+            raise ValueError(f"{name} would take long for a trial")
+    weights = model.weights * LAYERS // max(LAYERS, model.about.num_hidden_layers) + 2 * model.largest
+    if 3 * weights * found.width > room:  # with gradients, and numbers that lie between
+        raise ValueError("too little memory is free")
+    tokens = config.per_device_train_batch_size * float(examples.lengths.mean())
+    if not torch.cuda.is_available() and 6 * weights * tokens * ROUNDS > MOST_OPERATIONS:
+        raise ValueError("the layers are too large for this CPU")
+    auto, labels = policy_kind(config, command)
+    cut = cut_model(config.model_name_or_path, config, auto, LAYERS, **labels)
+    base = base_of(Path(config.model_name_or_path))
+    return cut, dataclasses.replace(config, model_name_or_path=base or config.model_name_or_path)
 
 
 def _evaluation(found: RunNeeds, config: Config) -> None:
@@ -247,3 +306,11 @@ def learning(model: ModelSize) -> int:
 def reading(model: ModelSize) -> int:
     """Operations of a token in a pass without gradients: 2 for each weight."""
     return 2 * model.weights
+
+
+def resident_memory() -> int:
+    """Bytes of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0

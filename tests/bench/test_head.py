@@ -1,6 +1,7 @@
 """`prefuse bench head`: what is wrong gets no time, what is absent has its reason, and flags say what they mean."""
 
 import argparse
+import math
 import re
 import statistics
 from dataclasses import replace
@@ -8,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import prefuse
 from prefuse.bench import head, implementations, roofline, scale, timing
 from prefuse.bench.implementations import IMPLEMENTATIONS, Implementation, eager_path
 from prefuse.bench.record import RESULTS, ROOT, read_result
+from prefuse.bench.truth import oracle
 from prefuse.kernels import HeadOptions
 from prefuse.kernels.cost import count_cost
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
@@ -116,6 +119,34 @@ def test_the_formulas_are_the_papers(truth):
 
 
 # ------------------------------------------------------------------------------------------ how it is measured
+
+
+def test_formulas_of_halos_and_the_dpo_repository_are_the_papers_and_ours():
+    """Each peer's formula, the equation of its paper on Python's numbers, and prefuse's loss, of float64 numbers."""
+    logps, refs = -2 * torch.rand(2, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    desirable, cu_seqlens = torch.tensor([True, False, False, True, True, False]), torch.arange(0, 25, 4).int()
+    beta, z0 = implementations.BETA, implementations.Z0
+    ratios = [math.fsum(row) for row in (logps - refs).view(6, 4).tolist()]
+    pairs = zip(ratios[0::2], ratios[1::2], strict=True)
+    papers = {
+        "dpo": statistics.mean(oracle.dpo(chosen, rejected, beta) for chosen, rejected in pairs),
+        "kto": statistics.mean(oracle.kto(r, y, z0, beta) for r, y in zip(ratios, desirable.tolist(), strict=True)),
+    }
+    peers = {
+        "dpo": implementations.dpo_repository(logps, refs, 4),
+        "kto": implementations.halos_kto(logps, refs, desirable, 4),
+    }
+    ours = {
+        "dpo": prefuse.preference_loss(logps.float(), refs.float(), cu_seqlens, loss=prefuse.DPO(beta=beta)),
+        "kto": prefuse.preference_loss(
+            logps.float(), refs.float(), cu_seqlens, loss=prefuse.KTO(beta=beta), labels=desirable, z0=z0
+        ),
+    }
+    for name, paper in papers.items():
+        assert peers[name].item() == pytest.approx(paper, rel=1e-12), name
+        assert ours[name].loss.item() == pytest.approx(paper, rel=1e-6), name
+        said = implementations.log_ratios(name, logps, refs, 4).tolist()
+        assert said == pytest.approx(ratios, rel=1e-12), name
 
 
 def test_every_run_is_warmed_up_and_comes_once_a_round():

@@ -1,8 +1,14 @@
 """`prefuse.transformers` on models with adapters, compiled or wrapped: the same values and gradients as alone."""
 
+import copy
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
+import prefuse.models.inside
+import prefuse.transformers
 import wrapped_worker
 from prefuse.transformers import (
     sequence_logps,
@@ -189,6 +195,53 @@ def test_a_compiled_model_is_itself_before_and_after(how):
         assert_same_gradients(found, wanted)
         torch.testing.assert_close(compiled(batch["input_ids"]).logits, logits)  # no trace of ours is left in it
     torch._dynamo.reset()
+
+
+def _through_fuse_loss(model, batch):
+    return prefuse.transformers.fuse_loss(model)(batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+def _through_sft_loss(model, batch):
+    loss = prefuse.transformers.sft_loss(model)
+    return loss(model(batch["input_ids"]), batch["input_ids"])
+
+
+DOORS = {"sequence_logps": lambda model, batch: sequence_logps(model, **batch),
+         "fuse_loss": _through_fuse_loss, "sft_loss": _through_sft_loss}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "door", [x if x == "sequence_logps" else pytest.param(x, marks=pytest.mark.slow) for x in DOORS]
+)
+def test_the_compiler_sees_the_models_own_code_alone(door):
+    """It also read what is kept here of all models, and raised IndexError where one was collected meanwhile.
+
+    (torch 2.13.0.) The hook is called between a function's new code and its guards, where other models go.
+    """
+    torch._dynamo.reset()
+    batch = padded()
+    others = [build(), build()]
+    for other in others:
+        sequence_logps(other, **batch)
+    model = build("Gemma3", num_hidden_layers=1).train()
+    expected = DOORS[door](copy.deepcopy(model), batch)
+    compiled = []
+
+    def hook(code, new_code):
+        compiled.append(code.co_filename)
+        others.clear()
+        gc.collect()
+
+    model.compile(backend="aot_eager")
+    handle = torch._dynamo.convert_frame.register_bytecode_hook(hook)
+    try:
+        torch.testing.assert_close(DOORS[door](model, batch), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        handle.remove()
+        torch._dynamo.reset()
+    assert compiled
+    ours = Path(prefuse.models.inside.__file__).parent
+    assert not [name for name in compiled if Path(name).is_relative_to(ours)]
 
 
 WRAPPED = [*wrapped_worker.CASES, *(f"{name}, one rank alone has rows" for name in ("ddp", "fsdp")),

@@ -124,4 +124,4 @@ def test_a_model_that_needs_more_by_its_rows_than_by_its_weights_says_so(config,
     small = dataclasses.replace(whole, per_device_train_batch_size=1)
     large = dataclasses.replace(whole, per_device_train_batch_size=12)
     one, all_of_them = (estimate_needs(c, "train", []).activations for c in (small, large))
-    assert all_of_them == pytest.approx(12 * one, rel=0.01)
+    assert 6 * one < all_of_them <= 12 * one  # one: the longest row

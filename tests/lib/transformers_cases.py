@@ -70,7 +70,7 @@ BATCHES = {"right": padded, "left": lambda: padded("left"), "flat": flat}
 
 
 def oracle(model, rows=ROWS, prompts=PROMPTS, temperature=1.0):
-    """Per sequence the log-probabilities of its tokens that count: each sequence by itself, from the model's logits."""
+    """Per sequence the log-probabilities of its labelled tokens: each sequence by itself, from the model's logits."""
     result = []
     for row, prompt in zip(rows, prompts, strict=True):
         logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1] / temperature
