@@ -115,6 +115,12 @@ READ = {
     "scores as texts": ("pair", TWO | {"scores": ["3", "8"]}, [("Q", "B", "A")]),
     "one vote": ("pair", TWO | {"winner": ["b"]}, [("Q", "B", "A")]),
     "ranks from 0": ("pair", {"prompt": "Q", "responses": ["B", "A"], "rank": [1, 0]}, [("Q", "A", "B")]),
+    "the best and the worst place": (
+        "pair", {"prompt": "Q", "responses": ["B", "A", "C"], "best_index": 1, "worst_index": 0}, [("Q", "A", "B")],
+    ),
+    "winner and loser": (
+        "pair", {"prompt": "Q", "responses": ["B", "A", "C"], "winner": 1, "loser": 0}, [("Q", "A", "B")],
+    ),
     "negative rewards": (
         "pair", {"prompt": "Q", "responses": [{"text": "B", "score": -2.5}, {"text": "A", "score": -0.5}]},
         [("Q", "A", "B")],

@@ -29,6 +29,7 @@ SCORE_KEYS = (
     "overall_score", "score", "rating", "reward", "rank", "ranking", "pm_score", "votes", "upvotes", "selected",
     "chosen", "preferred", "is_chosen", "correct", "is_correct",
 )  # fmt: skip
+TWO_PLACES = (("chosen", "rejected"), ("best", "worst"), ("winner", "loser"), ("preferred", "rejected"))
 Goodness = Callable[[Row, list[str], list[Any]], list[float | None]]  # (row, names of its answers, they themselves)
 
 
@@ -205,10 +206,13 @@ def _by_name(column: str) -> Judged:
 
 def _two_places(look: Look, listed: Listed) -> Judged | None:
     """The places of the better and of the worse answer."""
-    columns = look.find("chosen", "chosen_index", "chosen_idx"), look.find("rejected", "rejected_index", "rejected_idx")
-    if not all(columns) or not all(look.is_numbers(column) for column in columns):
+    for better, worse in TWO_PLACES:
+        chosen, rejected = (look.find(name, f"{name}_index", f"{name}_idx") for name in (better, worse))
+        if look.is_numbers(chosen) and look.is_numbers(rejected):
+            break
+    else:
         return None
-    chosen, rejected = columns
+    columns = chosen, rejected
     lowest = _lowest_index(look, listed.columns[0], chosen or "", rejected or "")
 
     def read(row: Row, names: list[str], answers: list[Any]) -> list[float | None]:
