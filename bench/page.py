@@ -12,6 +12,7 @@ from prefuse.bench.show import absent, columns, heading, number
 from prefuse.engine.report.page.render import write_rendered
 
 MOST_BARS = 40
+WIDEST = 36  # letters of a bar's label
 
 
 def write_page(records: Sequence[Record], path: Path) -> None:
@@ -27,7 +28,7 @@ def _shown(record: Record) -> dict:
         "short": _short(record),
         "about": [
             ("command", record.command or "not recorded"),
-            ("device", f"{record.device['name']}, {record.device['threads'] or '?'} threads"),
+            ("device", record.device["name"] + _threads(record.device["threads"])),
             ("commit", record.commit or "not recorded"),
             ("time", record.environment.get("time", "")),
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
@@ -40,11 +41,23 @@ def _shown(record: Record) -> dict:
     }
 
 
+def _threads(count: int | None) -> str:
+    return "" if count is None else f", {count} thread{'s' * (count > 1)}"
+
+
 def _short(record: Record) -> str:
     """The file's name without the machine's and the version of torch."""
     if record.path is None:
         return record.verb
-    return re.sub(rf"-{re.escape(slug(record.device['name']))}|-torch[\d.]+\d", "", record.path.stem).replace("-", " ")
+    name = re.sub(rf"-{re.escape(slug(record.device['name']))}|-torch[\d.]+\d", "", record.path.stem)
+    return re.sub(r"(\d)(threads|rows)\b", r"\1 \2", re.sub(r"\b1threads\b", "1 thread", name)).replace("-", " ")
+
+
+def _shortened(label: str) -> str:
+    """Both ends of a label that is too long: rows often differ in their last key alone."""
+    if len(label) <= WIDEST:
+        return label
+    return f"{label[: WIDEST // 2 - 1].rstrip()}…{label[-WIDEST // 2 :].lstrip()}"
 
 
 def _bars(record: Record, name: str) -> dict | None:
@@ -57,9 +70,11 @@ def _bars(record: Record, name: str) -> dict | None:
     known = [(row, x) for row, x in known if math.isfinite(x) and x >= 0]
     if len(known) < 2 or not (most := max(x for _, x in known)):
         return None
+    keys = [key for key in record.keys if len({str(row.get(key)) for row, _ in known}) > 1]
     lines = [
-        {"label": " ".join(number(row.get(key)) for key in record.keys), "value": number(x), "share": x / most}
+        {"label": label, "short": _shortened(label), "value": number(x), "share": x / most}
         for row, x in known[:MOST_BARS]
+        for label in [" ".join(number(row.get(key)) for key in keys)]
     ]
     left = len(known) - len(lines)
     title = f"{heading(record, name)}, {measure['better']} is better".replace("\n", " ")
