@@ -12,7 +12,7 @@ from prefuse.bench.show import absent, columns, heading, number
 from prefuse.engine.report.page.render import write_rendered
 
 MOST_BARS = 40
-WIDEST = 36  # letters of a bar's label
+WIDEST = 28  # letters of a bar's label: what a phone has room for
 
 
 def write_page(records: Sequence[Record], path: Path) -> None:
@@ -35,7 +35,7 @@ def _shown(record: Record) -> dict:
         ],
         "notes": [*record.notes, *absent(record)],
         "headings": [heading(record, name).replace("\n", " ") for name in names],
-        "keys": [name in record.keys for name in names],
+        "numbers": [not any(isinstance(row.get(name), str) for row in record.rows) for name in names],
         "rows": [[number(row.get(name)) for name in names] for row in record.rows],
         "bars": [bars for name in record.measures if (bars := _bars(record, name))][:2],
     }

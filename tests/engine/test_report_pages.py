@@ -235,7 +235,11 @@ def test_in_a_browser_the_page_of_results_is_no_wider_than_the_window(width, tmp
     check = """<script>addEventListener("load", () => {
       const outside = [...document.querySelectorAll("main *")].filter(
         (x) => !x.closest(".scroll, svg") && x.getBoundingClientRect().right > innerWidth + 1).length;
-      document.body.dataset.found = [document.documentElement.scrollWidth <= innerWidth, outside].join(" ");
+      const cut = [...document.querySelectorAll(".histogram text")].filter((x) => {
+        const own = x.getBoundingClientRect(), all = x.ownerSVGElement.getBoundingClientRect();
+        return own.left < all.left - 1 || own.right > all.right + 1;
+      }).length;
+      document.body.dataset.found = [document.documentElement.scrollWidth <= innerWidth, outside, cut].join(" ");
     });</script>"""
     page = (tmp_path / "bench.html").read_text(encoding="utf-8")
     (tmp_path / "looked.html").write_text(page.replace("</body>", check + "</body>"), encoding="utf-8")
@@ -246,7 +250,7 @@ def test_in_a_browser_the_page_of_results_is_no_wider_than_the_window(width, tmp
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert not re.findall(r".*:CONSOLE.*", done.stderr)
-    assert re.search(r'data-found="(.*?)"', done.stdout)[1] == "true 0"
+    assert re.search(r'data-found="(.*?)"', done.stdout)[1] == "true 0 0"
 
 
 def test_no_text_of_rows_is_markup(tmp_path):
