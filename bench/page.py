@@ -12,7 +12,6 @@ from prefuse.bench.show import absent, columns, heading, number
 from prefuse.engine.report.page.render import write_rendered
 
 MOST_BARS = 40
-WIDEST = 28  # letters of a bar's label: what a phone has room for
 
 
 def write_page(records: Sequence[Record], path: Path) -> None:
@@ -53,13 +52,6 @@ def _short(record: Record) -> str:
     return re.sub(r"(\d)(threads|rows)\b", r"\1 \2", re.sub(r"\b1threads\b", "1 thread", name)).replace("-", " ")
 
 
-def _shortened(label: str) -> str:
-    """Both ends of a label that is too long: rows often differ in their last key alone."""
-    if len(label) <= WIDEST:
-        return label
-    return f"{label[: WIDEST // 2 - 1].rstrip()}…{label[-WIDEST // 2 :].lstrip()}"
-
-
 def _bars(record: Record, name: str) -> dict | None:
     """A measure of which less or more is better, as bars from 0; None where it is not one for bars."""
     measure = record.measures[name]
@@ -70,11 +62,11 @@ def _bars(record: Record, name: str) -> dict | None:
     known = [(row, x) for row, x in known if math.isfinite(x) and x >= 0]
     if len(known) < 2 or not (most := max(x for _, x in known)):
         return None
+    # A key that is the same for all rows tells nothing apart.
     keys = [key for key in record.keys if len({str(row.get(key)) for row, _ in known}) > 1]
     lines = [
-        {"label": label, "short": _shortened(label), "value": number(x), "share": x / most}
+        {"label": " ".join(number(row.get(key)) for key in keys), "value": number(x), "share": x / most}
         for row, x in known[:MOST_BARS]
-        for label in [" ".join(number(row.get(key)) for key in keys)]
     ]
     left = len(known) - len(lines)
     title = f"{heading(record, name)}, {measure['better']} is better".replace("\n", " ")
