@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prefuse.engine.config.settings import Config
-from prefuse.engine.data.dataset import columns_of_rows, read_prompts
+from prefuse.engine.data.dataset import columns_of_rows, read_prompts, text_options
 from prefuse.engine.data.examples import Prompt
+from prefuse.engine.data.templates import TextOptions, template_of
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.limits import position_limit
 from prefuse.engine.model.load import device_of, load_tokenizer
@@ -71,12 +72,13 @@ def revise_once(
     for draft in drafts:
         draft.requests.append(constitution.critique_of(config.seed, draft.prompt.row, number))
     critiques = [conversation(draft, draft.requests[-1].critique, "Critique") for draft in drafts]
-    said = say_each(writer, drafts, "critiques", [tokens_of(writer.source.tokenizer, one) for one in critiques], config)
+    tokenizer, text = writer.source.tokenizer, text_options(config)
+    said = say_each(writer, drafts, "critiques", [tokens_of(tokenizer, one, text) for one in critiques], config)
     revisions = [
-        [*one, ("assistant", text), ("user", draft.requests[-1].revision)]
-        for one, text, draft in zip(critiques, said, drafts, strict=True)
+        [*one, ("assistant", critique), ("user", draft.requests[-1].revision)]
+        for one, critique, draft in zip(critiques, said, drafts, strict=True)
     ]
-    say_each(writer, drafts, "answers", [tokens_of(writer.source.tokenizer, one) for one in revisions], config)
+    say_each(writer, drafts, "answers", [tokens_of(tokenizer, one, text) for one in revisions], config)
 
 
 Turns = list[tuple[str, str]]  # (role, text)
@@ -88,16 +90,15 @@ def conversation(draft: Draft, request: str, name: str) -> Turns:
     return [*turns, ("assistant", draft.answers[-1]), ("user", request)]
 
 
-def tokens_of(tokenizer: Any, turns: Turns) -> list[int]:
+def tokens_of(tokenizer: Any, turns: Turns, options: TextOptions) -> list[int]:
     """By the chat template, or, without one, as the paper writes conversations."""
     if not tokenizer.chat_template:
         names = {"user": "Human", "assistant": "Assistant", "system": "System"}
         text = "\n\n".join([*(f"{names.get(role, role)}: {said}" for role, said in turns), "Assistant:"])
         return tokenizer(text)["input_ids"]
     messages = [{"role": role, "content": said} for role, said in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    template = template_of(tokenizer, options)
+    return template.ids(template.begun(messages), generation_prompt=True)
 
 
 def say_each(

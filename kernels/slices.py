@@ -95,6 +95,13 @@ class Targets:
         """The rows whose target stands in the slice that begins at `first`, and its column there."""
         return self.parts[first // self.columns]
 
+    def fill_(self, z: Tensor, first: int, value: Tensor | float) -> None:
+        """Writes a number, or each row's own of `value (R,)`, into the targets' places in `z (R, C)`, the slice that
+        begins at `first`."""
+        rows, columns = self.inside(first)
+        if len(rows):  # most slices have none, and an empty index takes as long as another
+            z[rows, columns] = value[rows] if isinstance(value, Tensor) else value
+
 
 def row_tile(hidden: Tensor) -> int:
     """Rows of a tile on hidden's device."""

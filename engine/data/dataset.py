@@ -1,7 +1,6 @@
 """The rows of a run: read, reported, split into those to train on and those held out."""
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from prefuse.engine.data.fit import character_parts
 from prefuse.engine.data.forms import Skipped
 from prefuse.engine.data.forms.look import SCORER, columns_by_role
 from prefuse.engine.data.forms.mixture import mixture_parts, sources_of
-from prefuse.engine.data.of_run import control_of_run, first_day
+from prefuse.engine.data.of_run import control_of_run, first_day, read_system_prompt, today
 from prefuse.engine.data.order import hold_out
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stops import describe_unknown, describe_unstopped
@@ -48,30 +47,25 @@ def kind_of(loss: Loss) -> Kind:
 
 def text_options(config: Config) -> TextOptions:
     """How the settings want rows to become tokens."""
-    system = config.system_prompt
-    if system is not None and system.endswith(".txt"):
-        try:
-            system = Path(system).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read system_prompt {system}: {error}") from None
+    model = config.model_name_or_path
     return TextOptions(
         turns=config.sft_turns,
         arguments=config.template_arguments(),
-        system_prompt=system,
-        date=config.template_date or first_day(Path(config.model_name_or_path)),
+        system_prompt=read_system_prompt(config.system_prompt),
+        date=config.template_date or (first_day(Path(model)) if model else None) or today(),
         eos_token=config.eos_token,
         multi_turn=config.multi_turn,
         learn_after_stop=bool(config.learn_after_stop),
         truncation_mode=config.truncation_mode,
         long_completions=config.long_completions,
         controls=(config.control_good, config.control_bad) if config.loss_type == "csft" else None,
-        control=config.control or control_of_run(Path(config.model_name_or_path)),
+        control=config.control or (control_of_run(Path(model)) if model else None),
     )
 
 
 def day_of_run(config: Config) -> str:
     """The day that the chat template takes for today: the setting, the run's first day where it goes on, else today."""
-    return config.template_date or first_day(Path(config.output_dir)) or datetime.date.today().isoformat()
+    return config.template_date or first_day(Path(config.output_dir)) or today()
 
 
 def reading_of(config: Config, loss: Loss) -> dict[str, Any]:

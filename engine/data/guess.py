@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from prefuse.engine.data.forms import ReadOptions, read_records
 from prefuse.engine.data.forms.read import Reading
-from prefuse.engine.data.records import DataError
+from prefuse.engine.data.records import ColumnMissing
 
 KINDS = ("pair", "labelled", "scored", "sft", "prompt")
 
@@ -19,13 +19,11 @@ def read_as(source: str, kind: str, split: str, options: ReadOptions) -> tuple[R
 
     if kind != "auto":
         return read(kind), kind
-    refused: list[DataError] = []
+    refused: list[ColumnMissing] = []
     for kind in KINDS:
         try:
             reading = read(kind)
-        except DataError as error:
-            if "a column is missing" not in str(error):
-                raise
+        except ColumnMissing as error:
             refused.append(error)
             continue
         if kind != "labelled" or reading.form.kind != "scored" or has_thresholds:

@@ -15,6 +15,10 @@ class DataError(UserError):
     """The source as a whole cannot be used; the run stops."""
 
 
+class ColumnMissing(DataError):
+    """The source has no columns of the kind that is wanted; it may have those of another one."""
+
+
 class BadRow(Exception):
     """One row cannot be used; its message is the reason. It becomes a `Skipped`."""
 

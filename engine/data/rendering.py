@@ -26,12 +26,34 @@ CHARACTERS = 50_000_000  # that one conversation may become
 class ChatTemplate:
     """The chat template of a tokenizer, compiled once."""
 
-    def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
-        """`arguments`: what every row's template sees; `date`: the day that the template is told, "2026-11-28"."""
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        arguments: dict[str, Any] | None = None,
+        date: str | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        """`arguments`: what every row's template sees; `date`: the day that the template is told, "2026-11-28";
+        `system_prompt`: the first turn of conversations that have no system turn, for `begun` and `prompt`."""
+        self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self._probing, self._printed_calls = False, {}
         day = datetime.datetime.fromisoformat(date or datetime.date.today().isoformat())
         self.variables = {**tokenizer.special_tokens_map, "strftime_now": day.strftime, **(arguments or {})}
+
+    def begun(self, turns: list[Message]) -> list[Message]:
+        """A prompt's turns with the default system prompt."""
+        if self.system_prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
+            return [{"role": "system", "content": self.system_prompt}, *turns]
+        return turns
+
+    def prompt(self, turns: list[Message]) -> str:
+        """The text of a prompt, as it stands where the model answers it."""
+        return self.text(self.begun(turns), generation_prompt=True)
+
+    def ids(self, messages: list[Message], *, generation_prompt: bool = False) -> list[int]:
+        """The token ids of the whole text; the template writes the special tokens itself."""
+        text = self.text(messages, generation_prompt=generation_prompt)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(
         self,

@@ -30,6 +30,7 @@ from prefuse.engine.data.records import BadRow, DataError, Record, Skipped, chec
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.table import Examples, ExamplesBuilder
+from prefuse.engine.data.templates import template_of
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.report.log import say
 
@@ -88,7 +89,7 @@ def load_steps(source: str, split: str, tokenizer: Any, config: Config) -> tuple
         raise DataError(f"{source} has no column {absent[0]}: expected prompt, completions and labels (lists)")
     unused = _unused(source, named, config)
     text = text_options(config)
-    template = ChatTemplate(tokenizer, text.arguments, text.date) if tokenizer.chat_template else None
+    template = template_of(tokenizer, text) if tokenizer.chat_template else None
     labels: dict[str, list[float]] = {}
     records = [_record(name, row, template, config.separator() or SEPARATOR, labels) for name, row in named]
     room = room_of(config.max_length, tokenizer, text)
@@ -153,7 +154,7 @@ def _is_label(value: Any) -> bool:
 def solution(name: str, prompt: Any, steps: Any, template: ChatTemplate | None, separator: str) -> Record:
     """A prompt and the steps of an answer as text, each with the separator behind it; BadRow if they are none."""
     if isinstance(prompt, list) and prompt and template is not None:
-        prompt = template.text(prompt, generation_prompt=True)
+        prompt = template.prompt(prompt)
     if not isinstance(prompt, str) or not prompt:
         raise BadRow('"prompt" must be a text, or messages where the tokenizer has a chat template')
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
-from prefuse.engine.data.endings import control_tokens, ending_of
+from prefuse.engine.data.endings import control_tokens, ending_of, learned_header
 from prefuse.engine.data.fidelity import doubled_tag, is_trimmed, lost_in_answer, lost_in_prompt, reasoning_tags
 from prefuse.engine.data.marks import Marks
 from prefuse.engine.data.records import BadRow, Record, Skipped
@@ -52,6 +52,11 @@ class TextOptions:
     long_completions: Literal["skip", "cut"] = "skip"
     controls: tuple[str, str] | None = None  # before the prompts of good and of bad answers
     control: str | None = None  # before every prompt that is to be answered
+
+
+def template_of(tokenizer: Any, options: TextOptions) -> ChatTemplate:
+    """The tokenizer's chat template, as these options have it rendered."""
+    return ChatTemplate(tokenizer, options.arguments, options.date, options.system_prompt)
 
 
 def render(
@@ -92,15 +97,20 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, options: TextOptions) -> None:
         self.options = options
-        self.template = ChatTemplate(tokenizer, options.arguments, options.date)
+        self.template = template_of(tokenizer, options)
         self.marks = Marks(self.template)
         self.tokens = control_tokens(tokenizer)
         self.ending = ending_of(self.template)
+        if header := learned_header(self.template):
+            _say_once(
+                f"the chat template ignores add_generation_prompt: answers are learned with their header {header!r}, "
+                "and prompts to be answered end before it. Fix: give another --chat_template, or end this one with "
+                f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}"
+            )
 
     def render(self, record: Record) -> list[Record]:
         arguments = {"tools": record.tools, "arguments": record.template_kwargs}
-        prompt = self._prepared(record.prompt, record)
-        sides = {side: self._prepared(turns, record) for side, turns in record.sides.items()}
+        prompt, sides = self.template.begun(record.prompt), record.sides
         whole = record.conversation and self.options.turns == "all"
         if whole and len(sides) == 1:
             ((side, turns),) = sides.items()
@@ -148,13 +158,6 @@ class Renderer:
         text = self.template.text(prompt, generation_prompt=True, **arguments)
         self._check_prompt(prompt, text, arguments)
         return text, self._completion(side, prompt, text, conversation[i : i + 1], arguments)
-
-    def _prepared(self, turns: list[Message], record: Record) -> list[Message]:
-        """With the default system prompt."""
-        system = self.options.system_prompt
-        if system and turns is record.prompt and (not turns or turns[0]["role"] not in ("system", "developer")):
-            turns = [{"role": "system", "content": system}, *turns]
-        return turns
 
     def _check_prompt(self, prompt: list[Message], text: str, arguments: dict[str, Any]) -> None:
         tools, own = arguments["tools"], arguments["arguments"]

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.data.dataset import text_options
 from prefuse.engine.data.examples import Prompt
 from prefuse.engine.data.records import BadRow, DataError, Record, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.steps import SEPARATOR, encoded, solution, steps_of
+from prefuse.engine.data.templates import template_of
 from prefuse.engine.errors import UserError
 from prefuse.engine.model.load import device_of, load_tokenizer
 from prefuse.engine.report.log import print_table, say
@@ -133,7 +135,8 @@ def read_solved(config: Config, sampler: Sampler, separator: str) -> tuple[list[
     source, split = config.dataset_name, config.dataset_train_split
     if config.datasets or not source:
         raise DataError("labels of steps read one dataset_name, no mixture")
-    template = ChatTemplate(sampler.source.tokenizer) if sampler.source.tokenizer.chat_template else None
+    tokenizer = sampler.source.tokenizer
+    template = template_of(tokenizer, text_options(config)) if tokenizer.chat_template else None
     rows = list(open_source(source, split, config.dataset_config).rows())[: config.num_prompts or None]
     alone = [(name, row) for name, row in rows if isinstance(row, dict) and _steps_in(row, separator) is None]
     sampled = _answered(alone, sampler, template, config)
@@ -148,7 +151,7 @@ def read_solved(config: Config, sampler: Sampler, separator: str) -> tuple[list[
             records.append(solution(name, row.get("prompt"), steps, template, separator))
         except BadRow as problem:
             records.append(Skipped.of(name, problem))
-    for (name, row), read, record in zip(rows, records, encoded(records, sampler.source.tokenizer), strict=True):
+    for (name, row), read, record in zip(rows, records, encoded(records, tokenizer), strict=True):
         ends = [] if isinstance(record, Skipped) else [i + 1 for i, end in enumerate(record.learned or []) if end]
         if isinstance(record, Skipped):
             skipped.append(record)

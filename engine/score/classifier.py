@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from prefuse.engine.config.yaml_file import is_of_a_run
-from prefuse.engine.data.records import Record, Skipped
-from prefuse.engine.data.templates import render
+from prefuse.engine.data.of_run import text_key, text_of_scorer
+from prefuse.engine.data.records import BadRow, Record, Skipped
+from prefuse.engine.data.templates import TextOptions, render, template_of
 from prefuse.engine.data.tokenize import tokenize
 from prefuse.engine.errors import UserError, fault_of
 from prefuse.engine.hub import require_repository
@@ -48,6 +49,7 @@ class Classifier:
     cache: Cache | None = None
     shares: bool = False  # a prompt runs once for all its answers
     heads: int = 1
+    text: TextOptions = field(default_factory=TextOptions)
     columns: tuple[str, ...] = field(default=(), init=False)
 
     def score(
@@ -169,7 +171,7 @@ class Classifier:
                 Record(str(i), p, {"completion": [{"role": "assistant", "content": a}] if isinstance(p, list) else a})
                 for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
             ]
-            encoded = tokenize(render(records, self.tokenizer), self.tokenizer)
+            encoded = tokenize(render(records, self.tokenizer, self.text), self.tokenizer)
             return [
                 NoScore("template", one.reason) if isinstance(one, Skipped) else one.prompt + one.sides["completion"]
                 for one in encoded
@@ -185,10 +187,9 @@ class Classifier:
             return ids if ids[-1:] == eos else ids + eos
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         try:
-            turns = [*turns, {"role": "assistant", "content": answer}]
-            return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-        except Exception as error:  # a template raises whatever it likes
-            return NoScore("template", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            return template_of(self.tokenizer, self.text).ids([*turns, {"role": "assistant", "content": answer}])
+        except BadRow as problem:
+            return NoScore("template", str(problem)[:200])
 
 
 def _parts(sequences: list[list[int]]) -> list[tuple[list[int], list[list[int]]]]:
@@ -202,17 +203,22 @@ def _parts(sequences: list[list[int]]) -> list[tuple[list[int], list[list[int]]]
 
 
 def load_classifier(
-    path: str, device: torch.device, batch_size: int, cache_folder: Path | None, trust_remote_code: bool = False
-) -> Classifier:
-    """The reward model of a folder or of the hub: whole, or as adapters beside its base."""
+    path: str, device: torch.device, batch_size: int, cache_folder: Path | None, trust_remote_code: bool = False,
+    asked: TextOptions | None = None,
+) -> Classifier:  # fmt: skip
+    """The reward model of a folder or of the hub: whole, or as adapters beside its base.
+
+    `asked`: how the run that asks renders its own conversations (see `text_of_scorer`).
+    """
     model = load_whole(path, trust_remote_code).to(device).eval()
     tokenizer = tokenizer_of(path, trust_remote_code)
     config = Path(path) / "config.yaml"
     own_rows = config.is_file() and is_of_a_run(config)
-    key = f"classifier {digest_of(Path(path), model)} {own_rows}"
+    text = text_of_scorer(path, asked)
+    key = f"classifier {digest_of(Path(path), model)} {own_rows}{text_key(text, tokenizer)}"
     cache = Cache(cache_folder, key) if cache_folder is not None else None
     return Classifier(
-        path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model), model.config.num_labels
+        path, model, tokenizer, key, own_rows, batch_size, cache, can_share(model), model.config.num_labels, text
     )
 
 

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.data.dataset import text_options
+from prefuse.engine.data.of_run import text_key, text_of_scorer
+from prefuse.engine.data.records import BadRow
+from prefuse.engine.data.templates import TextOptions, template_of
 from prefuse.engine.model.forward import LanguageModel
 from prefuse.engine.model.load import load_model, load_tokenizer
 from prefuse.engine.model.sampling import Shape, pad_left, sample
@@ -28,6 +32,7 @@ class Local:
     rubric: Rubric
     config: Config
     most_tokens: int | None  # that the model takes
+    text: TextOptions
 
     def ask(self, questions: Sequence[list[dict]], keep: Sequence[str], cache: Cache) -> dict[str, Reply | NoScore]:
         replies: dict[str, Reply | NoScore] = {}
@@ -56,11 +61,10 @@ class Local:
         if not self.tokenizer.chat_template:
             return self.tokenizer(question[0]["content"] + "\nVerdict: ")["input_ids"]
         try:
-            return self.tokenizer.apply_chat_template(
-                question, tokenize=True, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        except Exception as error:  # a template raises whatever it likes
-            return NoScore("template", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            template = template_of(self.tokenizer, self.text)
+            return template.ids(template.begun(question), generation_prompt=True)
+        except BadRow as problem:
+            return NoScore("template", str(problem)[:200])
 
     @torch.no_grad()
     def _letters(self, batch: list[list[int]]) -> list[Reply]:
@@ -96,5 +100,7 @@ def local_of(path: str, config: Config, device: torch.device, rubric: Rubric) ->
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     files = [f for f in sorted(Path(path).glob("*")) if f.suffix in (".safetensors", ".json", ".jinja", ".model")]
     key = json_digest([[f.name, sha256_of(f)] for f in files] or path, str(lm.compute_dtype), config.judge_max_tokens)
+    text = text_of_scorer(path, text_options(config))
+    key += text_key(text, tokenizer)
     most = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    return Local(path, key, lm, tokenizer, rubric, config, most)
+    return Local(path, key, lm, tokenizer, rubric, config, most, text)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from prefuse.engine.config.settings import Config
+from prefuse.engine.data.dataset import text_options
 from prefuse.engine.errors import UserError
 from prefuse.engine.score.cache import cache_folder
 from prefuse.engine.score.contract import Scorer
@@ -75,7 +76,12 @@ def _reward_model(path: str, config: Config, device: torch.device) -> Scorer:
     from prefuse.engine.score.classifier import load_classifier
     from prefuse.engine.score.steps import load_step_classifier
 
-    rest = (config.per_device_eval_batch_size, cache_folder(config.score_cache), config.trust_remote_code)
+    rest = (
+        config.per_device_eval_batch_size,
+        cache_folder(config.score_cache),
+        config.trust_remote_code,
+        text_options(config),
+    )
     if scores_steps(path):
         return load_step_classifier(path, device, config.scorer_steps, config.separator(), *rest)
     return load_classifier(path, device, *rest)

@@ -17,9 +17,11 @@ import torch
 
 from prefuse.engine.config.rewards import RewardSettings
 from prefuse.engine.config.yaml_file import is_of_a_run, read_settings
+from prefuse.engine.data.of_run import text_key, text_of_scorer
 from prefuse.engine.data.records import BadRow, Skipped
 from prefuse.engine.data.rendering import ChatTemplate
 from prefuse.engine.data.steps import SEPARATOR, encoded, solution, steps_of
+from prefuse.engine.data.templates import TextOptions, template_of
 from prefuse.engine.score.cache import Cache
 from prefuse.engine.score.classifier import Classifier, can_share, digest_of, load_whole, tokenizer_of
 from prefuse.engine.score.contract import NoScore, Text
@@ -103,17 +105,22 @@ class StepClassifier(Classifier):
 
 def load_step_classifier(
     path: str, device: torch.device, how: str, separator: str | None, batch_size: int, cache_folder: Path | None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, asked: TextOptions | None = None,
 ) -> StepClassifier:  # fmt: skip
-    """The process reward model of a folder. Without `separator`, the one it was trained with here, or a newline."""
+    """The process reward model of a folder. Without `separator`, the one it was trained with here, or a newline.
+
+    `asked`: how the run that asks renders its own conversations (see `text_of_scorer`).
+    """
     model = load_whole(path, trust_remote_code, steps=True).to(device).eval()
     tokenizer = tokenizer_of(path, trust_remote_code)
     config = Path(path) / "config.yaml"
     trained: dict[str, Any] = read_settings(config) if config.is_file() and is_of_a_run(config) else {}
     separator = separator or RewardSettings(step_separator=trained.get("step_separator")).separator() or SEPARATOR
-    key = f"steps {digest_of(Path(path), model)} {separator!r}"
+    text = text_of_scorer(path, asked)
+    key = f"steps {digest_of(Path(path), model)} {separator!r}{text_key(text, tokenizer)}"
     cache = Cache(cache_folder, key) if cache_folder is not None else None
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    template = template_of(tokenizer, text) if tokenizer.chat_template else None
     return StepClassifier(
-        path, model, tokenizer, f"{key} {how}", False, batch_size, cache, can_share(model), 1, how, separator, template
-    )
+        path, model, tokenizer, f"{key} {how}", False, batch_size, cache, can_share(model), 1, text, how, separator,
+        template,
+    )  # fmt: skip

@@ -53,7 +53,7 @@ class RowTile:
             self.plain += z.sum(-1, keepdim=True)
         if self.tops is not None:
             self._compare(z, first)
-        z[self.targets.inside(first)] = -math.inf
+        self.targets.fill_(z, first, -math.inf)
         tanh_source = z.clone() if self.mode != "lean" and head.options.softcap is not None else None
         z.sub_(self.shift)
         # 0 * -inf = 0 here: a logit of -inf has no probability.

@@ -151,7 +151,7 @@ def _forward_far(
     for first, w, b in head.slices():
         z = w.new_empty(head.rows, len(w), dtype=head.acc)
         for i, (x, y) in enumerate(zip(tiles, places, strict=True)):
-            head.logits(x, w, b, out=z)[y.inside(first)] = -math.inf
+            y.fill_(head.logits(x, w, b, out=z), first, -math.inf)
             largest[i] = torch.maximum(largest[i], z.amax(-1))
     largest = head.shard.gather(torch.cat(largest)).amax(0).split(head.rows)
     folded = _fold(head, tiles, places, largest, outputs, mode, None)
@@ -181,7 +181,7 @@ def _fold(
                 z = stored if stored.dtype == head.acc else z  # the fold writes straight into the stash
             tile.fold(head.logits(tile.hidden, weight, bias, out=z), first, head, weight, stored)
             if statistic is not None:  # the fold left exp(z - z_y) in z
-                rows = slice(i * head.rows, min((i + 1) * head.rows, len(statistic.guess)))
+                rows = slice(i * head.rows, min((i + 1) * head.rows, statistic.tokens))
                 size = rows.stop - rows.start
                 statistic.add(rows, first, z[:size], tile.total[:size, 0])
     if head.shard.sharded:
@@ -268,7 +268,7 @@ def _backward_kept(head: SlicedHead, hidden: Tensor, targets: Tensor, row: RowGr
         first, w, b = part
         x, places, row = tiles[i]
         z = head.logits(x, w, b, out=dz[: len(x)])
-        _dlogits_(z, head, places.inside(first), row)
+        _dlogits_(z, head, places, first, row)
 
     return backward_slices(head, hidden, needs, head.slices(), dlogits)
 
@@ -294,15 +294,15 @@ def backward_measured(
 
     def dlogits(dz: Tensor, i: int, part: tuple) -> None:
         first, w, b = part
-        at, target = rows[i], places[i].inside(first)
+        at = rows[i]
         z = head.logits(x[at], w, b, out=dz[: at.stop - at.start])
         logits = z.clone() if options.softcap is not None else None
         p = z.sub_(lse[at]).exp_()
-        p[target] = 0.0
+        places[i].fill_(p, first, 0.0)
         kept[at] += p.sum(-1)
         # dz_v = -g p_v,  dz_y = g q
         dz = p.mul_(grad[at])
-        dz[target] = own[at][target[0]]
+        places[i].fill_(dz, first, own[at])
         head.slope_(dz, logits)
 
     return kept, backward_slices(head, hidden, needs, head.slices(), dlogits, head.acc, overwrite=True)
@@ -372,18 +372,18 @@ def add_far_rows(far: Tensor, again: Gradients, total: Gradients) -> None:
             x += extra
 
 
-def _dlogits_(z: Tensor, head: SlicedHead, target: tuple[Tensor, Tensor], row: RowGrads) -> Tensor:
-    """Logits `z (R, C)` -> dL/dx in place; `target` is rows and columns of the targets that stand in this tile."""
+def _dlogits_(z: Tensor, head: SlicedHead, places: Targets, first: int, row: RowGrads) -> Tensor:
+    """Logits `z (R, C)` of the slice that begins at `first` -> dL/dx in place."""
     logits = z.clone() if head.options.softcap is not None else None
     grad, lse, _, grad_entropy, entropy = (None if x is None else x[:, None] for x in tuple(row))
     log_p = z.sub_(lse)
     if grad_entropy is None:
         # dz_v = -g p_v,  dz_y = g q
         dz = log_p.exp_().mul_(-grad)
-        dz[target] = (row.grad * row.q)[target[0]]
+        places.fill_(dz, first, row.grad * row.q)
     else:
         # dz_v = -(g + g_H (log p_v + H)) p_v,  dz_y = g q - g_H p_y (log p_y + H)
-        p = log_p.exp()
+        p, target = log_p.exp(), places.inside(first)
         dz = log_p.clamp_min_(-1e4).add_(entropy).mul_(-grad_entropy)
         own = dz[target] * p[target] + (row.grad * row.q)[target[0]]
         dz.sub_(grad).mul_(p)

@@ -6,7 +6,8 @@
 Forward: the exact one, and for each block of rows a number for each column, s_v = sum of w_i exp(z_iv - z_iy), where
 w_i guesses p_iy. Backward, block by block:
 
-1. Drop the columns of the smallest s_v, up to some 0.9 of the tolerance; targets always stay.
+1. Scale s_v, slice by slice, to the mass that is known by now. Drop the columns of the smallest s_v, up to some 0.9 of
+   the tolerance; targets always stay.
 2. Gather W[kept] (K, D) and run the dense backward on this smaller head: 3 K / V units of products.
 3. It recomputes each row's kept mass, so the skipped mass m_i = q_i - kept is known exactly. A block with
    sum |g_i| m_i > tolerance * sum |g_i| q_i goes through the exact backward instead.
@@ -27,16 +28,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prefuse.kernels.cost import report_cost, size
+from prefuse.kernels.cost import counting, report_cost, size
 from prefuse.kernels.gemm import accumulator_dtype, addmm_, operand
 from prefuse.kernels.gradients import Gradients, Needs, Sums, zero_gradients
 from prefuse.kernels.logprobs.portable import RowGrads
 from prefuse.kernels.options import HeadOptions
 from prefuse.kernels.slices import SlicedHead, row_blocks, row_tile
 
-# With a guess of each p_y the columns are chosen for this part of the tolerance, so that few blocks miss it. Without
-# one p_y is taken for too large, which is margin enough.
-MARGIN = 0.9
+# The columns are chosen for this part of the tolerance, so that few blocks miss it.
+MARGIN = 0.92
 # Rows of a block, rounded to whole row tiles. Smaller blocks keep fewer columns; larger ones gather W less often.
 BLOCK_ROWS = 256
 # A block that keeps more of the vocabulary, or whose weights take more memory, goes through the exact backward.
@@ -49,17 +49,34 @@ class ColumnStatistic:
 
     def __init__(self, hidden: Tensor, vocab: int, guess: Tensor | None):  # (N, D), (N,) log p_y
         n, tile, dtype = len(hidden), row_tile(hidden), accumulator_dtype(hidden.dtype)
-        self.rows = max(1, BLOCK_ROWS // tile) * tile
+        self.tokens, self.rows = n, max(1, BLOCK_ROWS // tile) * tile
         self.sums = hidden.new_zeros(-(-n // self.rows), vocab, dtype=dtype)
-        self.margin = 1.0 if guess is None else MARGIN
-        self.guess = hidden.new_ones(n, dtype=dtype) if guess is None else guess.to(dtype).exp()
+        self.totals: dict[int, Tensor] = {}  # by a slice's first column: (N,) each row's sum of e to the slice's end
+        self.guess = None if guess is None else guess.to(dtype).exp()
 
     def add(self, rows: slice, first: int, e: Tensor, total: Tensor) -> None:
         """The columns from `first` on of these rows of one block: e = exp(z - z_y) (R, C), and its sum so far (R,)."""
         # p_y = 1 / (1 + total) once the total is whole: until then an upper bound.
-        w = torch.minimum(self.guess[rows], 1.0 / (1.0 + total))
-        report_cost("statistic", 2 * e.numel(), size(e), size(e[0]))
-        self.sums[rows.start // self.rows, first : first + e.shape[1]] += e.T.to(w.dtype) @ w
+        self.totals.setdefault(first, total.new_zeros(self.tokens))[rows] = total
+        w = 1.0 / (1.0 + total)
+        if self.guess is not None:
+            w = torch.minimum(self.guess[rows], w)
+        if counting():
+            report_cost("statistic", 2 * e.numel(), size(e), size(e[0]))
+        self.sums[rows.start // self.rows, first : first + e.shape[1]].addmv_(e.T.to(w.dtype), w)
+
+    def of_block(self, i: int, logps: Tensor) -> Tensor:  # (N,) of every row -> (V,)
+        """s, each slice of it scaled to the mass that the block's rows turned out to have there."""
+        s, rows = self.sums[i], slice(i * self.rows, (i + 1) * self.rows)
+        p = logps[rows].exp()
+        ends = torch.stack([total[rows] for total in self.totals.values()])  # (slices, R)
+        # (Totals that were added up in another order may fall by a rounding.)
+        mass = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1])).clamp_min(0.0) @ p
+        width = min([first for first in self.totals if first] or [len(s)])
+        scale = mass / pad(s, (0, -len(s) % width)).view(-1, width).sum(1)
+        # A total that is infinite says nothing; nor does a slice without any mass.
+        scale = torch.where(scale.isfinite(), scale, 1.0)
+        return s * scale.repeat_interleave(width)[: len(s)]
 
 
 @dataclass
@@ -105,10 +122,10 @@ def choose_columns(
     """The columns to keep: all but those of the smallest statistic that together have `share` of the mass."""
     # A row whose target lies far under another logit may make s_v infinite: keep such columns, and sum the others.
     s = statistic.nan_to_num(nan=math.inf, posinf=math.inf)
-    ordered = s.sort().values
+    # Floats of one sign stand in the order of their bits, and torch sorts integers ten times as fast on a CPU.
+    ordered = s.view({4: torch.int32, 8: torch.int64}[s.itemsize]).sort().values.view(s.dtype)
     cumulative = ordered.double().cumsum(0)
-    # Without a guess s is too large, most so where the vocabulary begins, and the rows' q is their mass; by a guess of
-    # too little, s is too small.
+    # Rows without a gradient have their part in s, too; and where s could not be scaled, it may be too small.
     mass = torch.minimum(torch.where(s.isfinite(), s, 0.0).double().sum(), q.double().sum())
     budget = share * mass
     # From the first column on that the budget does not reach: equal ones are all kept or all dropped.
@@ -141,7 +158,7 @@ def backward(
 ) -> Gradients:
     """`module.backward`, except for `tolerance` of the gradient's mass, and without the rows whose gradient is 0; the
     same bits where every row has one and no block is sparse."""
-    blocks, exact = _blocks(hidden, weight, targets, row, options, statistic, tolerance)
+    blocks, exact = _blocks(hidden, weight, targets, row, options, logps, statistic, tolerance)
     acc = accumulator_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden) if needs.hidden else None
     sums, kept, skipped = None, [], torch.zeros_like(row.q)
@@ -179,8 +196,8 @@ def backward(
 
 
 def _blocks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, row: RowGrads, options: HeadOptions, statistic: ColumnStatistic,
-    tolerance: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, row: RowGrads, options: HeadOptions, logps: Tensor,
+    statistic: ColumnStatistic, tolerance: float,
 ) -> tuple[list[Block], list[Tensor]]:  # fmt: skip
     """The blocks that may be sparse, and the rows of those that cannot."""
     chosen, exact, masks = [], [], []
@@ -188,14 +205,15 @@ def _blocks(
         rows = row.grad[at].nonzero()[:, 0] + at.start
         if len(rows) == 0:
             continue
-        kept = choose_columns(statistic.sums[i], targets[rows], row.q[rows], statistic.margin * tolerance)
+        s = statistic.of_block(i, logps)
+        kept = choose_columns(s, targets[rows], row.q[rows], MARGIN * tolerance)
         columns = kept.nonzero()[:, 0]
         stored = len(columns) * len(rows) * hidden.element_size()
         if len(columns) > MOST_COLUMNS * len(weight) or stored > MOST_BYTES:
             exact.append(rows)
             continue
         chosen.append((rows, columns))
-        masks.append(torch.where(kept, 0.0, statistic.sums[i]))
+        masks.append(torch.where(kept, 0.0, s))
     if not chosen:
         return [], exact
     dropped = torch.stack(masks)  # (blocks, V)

@@ -6,7 +6,9 @@ import json
 import pytest
 
 from prefuse.engine.cli import main
-from prefuse.engine.data.forms import read_records
+from prefuse.engine.data import guess
+from prefuse.engine.data.forms import ReadOptions, read_records
+from prefuse.engine.data.records import ColumnMissing, DataError
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stats import characters, measure_rows
 from prefuse.engine.report.data_page import bars, histogram
@@ -279,3 +281,17 @@ def test_pairs_that_come_from_several_rows_are_converted_first(tmp_path, capsys)
     assert "comes from several rows: run `prefuse data convert` first" in capsys.readouterr().err
     assert run("convert", source, tmp_path / "out.jsonl", "--to", "pairs") == 0
     assert [(row["chosen"], row["rejected"]) for row in rows_of(tmp_path / "out.jsonl")] == [("b", "a")]
+
+
+def test_a_kind_is_tried_after_another_only_where_columns_are_missing(monkeypatch):
+    """Whatever the words of another error: it may name a file, a column, or a text of the row."""
+    tried = []
+
+    def refuse(source, kind, split, options):
+        tried.append(kind)
+        raise DataError("a column is missing.jsonl: no such file") if kind == "labelled" else ColumnMissing("no pairs")
+
+    monkeypatch.setattr(guess, "read_records", refuse)
+    with pytest.raises(DataError, match="no such file"):
+        guess.read_as("a column is missing.jsonl", "auto", "train", ReadOptions())
+    assert tried == ["pair", "labelled"]

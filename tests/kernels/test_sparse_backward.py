@@ -17,7 +17,7 @@ from prefuse.bench.timing import peak_bytes
 from prefuse.bench.truth.head_cases import EVERY_OPTION
 from prefuse.kernels import HeadOptions, record_skipped_mass, slices
 from prefuse.kernels.cost import count_cost
-from prefuse.kernels.logprobs import sparse
+from prefuse.kernels.logprobs import portable, sparse
 from prefuse.kernels.logprobs.call import prepare_call
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_of
 
@@ -142,6 +142,23 @@ def test_a_guess_that_is_wrong_by_e_20_breaks_no_promise(impl, device):
     assert record.exact_blocks > 0
     told = torch.full((N,), 20.0, device=x[0].device)
     assert check_promise(x, torch.ones(N, device=x[0].device), 2**-6, impl, guess=told)[0].exact_blocks == 0
+
+
+@pytest.mark.parametrize("guess", [None, -3.0])
+def test_each_slice_of_the_statistic_has_its_rows_mass(guess):
+    """While the forward runs, p_y is a guess: too large without one, here, with one, too small by e^3."""
+    hidden, weight, targets = peaked()
+    p = (hidden.double() @ weight.double().T).softmax(-1)
+    own = p[torch.arange(N), targets].log()
+    statistic = sparse.ColumnStatistic(hidden, V, None if guess is None else own + guess)
+    kept = portable.forward(hidden, weight, None, targets, HeadOptions(), statistic=statistic)
+    p[torch.arange(N), targets] = 0.0
+    for i, truth in enumerate(p.split(16)):
+        found = statistic.of_block(i, kept.logps)
+        for part, mass in zip(found.split(32), truth.sum(0).split(32), strict=True):
+            torch.testing.assert_close(part.sum().double(), mass.sum(), rtol=1e-4, atol=1e-6)
+        if guess is not None:  # the same error in every row: the columns themselves are right
+            torch.testing.assert_close(found.double(), truth.sum(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

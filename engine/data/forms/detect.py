@@ -34,7 +34,7 @@ from prefuse.engine.data.forms.numbers import find_numbers
 from prefuse.engine.data.forms.pairs import find_pair
 from prefuse.engine.data.forms.rankings import find_ranking
 from prefuse.engine.data.forms.verdicts import find_verdict
-from prefuse.engine.data.records import DataError
+from prefuse.engine.data.records import ColumnMissing, DataError
 
 Finder = Callable[[Look, dict[str, list[str]], ReadOptions], Form | None]
 
@@ -87,7 +87,7 @@ def detect_form(look: Look, kind: str, options: ReadOptions) -> Form:
             _refuse_unused_roles(look, form, named, kind)
             return form
         fitting = fitting or form
-    raise DataError(_nothing_fits(look, kind, fitting))
+    raise ColumnMissing(_nothing_fits(look, kind, fitting))
 
 
 def _forms(look: Look, named: dict[str, list[str]], options: ReadOptions, kind: str):

@@ -3,6 +3,7 @@
     {"responses": ["A", "B"], "scores": [8, 3]}         or [true, false], or ranks
     {"responses": {"gpt": "A", "llama": "B"}, "winner": "gpt"}
     {"response_a": "A", "response_b": "B", "response_c": "C", "ranking": "A>C>B"}
+    {"responses": ["A", "B", "C"], "label": [0, 1, 0]}
 
 Goodness is a number for each answer, more is better; None of an answer that an order leaves out.
 """
@@ -20,6 +21,7 @@ from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.marks import MOST_STRANGE
 from prefuse.engine.data.forms.names import BEST_INDEX, BEST_NAMES, ORDERS, SCORE_LISTS, plain_name
 from prefuse.engine.data.forms.ratings import direction_of, is_rank, number_of, rating_reader
+from prefuse.engine.data.forms.shares import share_column, shares_of_each
 from prefuse.engine.data.forms.verdict_values import TIES
 from prefuse.engine.data.records import BadRow, DataError, SetAside
 
@@ -50,6 +52,8 @@ def find_judged(look: Look, listed: Listed, named: dict[str, list[str]], options
         raise DataError(f'{look.source}: "{asked}" holds no numbers and no order, one for each answer of a row')
     if listed.suffixes and (columns := _score_columns(look, listed)):
         return columns
+    if share := share_column(look, lambda column, fits: _nearly_all(look, column, fits, listed)):
+        return _by_shares(share)
     if best := _best(look, listed):
         return best
     return _score_key(look, listed, options)
@@ -104,6 +108,16 @@ def _by_scores(look: Look, column: str, sign: int) -> Judged:
         return [sign * _number(value, column, number) for value in found]
 
     return Judged((column,), "ranks, the lowest is the best" if sign < 0 and is_rank(column) else _scores(sign), read)
+
+
+def _by_shares(column: str) -> Judged:
+    def read(row: Row, names: list[str], answers: list[Any]) -> list[float | None]:
+        shares = shares_of_each(row[column], names)
+        if shares is None:
+            raise BadRow(f'"{column}" is {row[column]!r:.40}, expected {len(names)} numbers that add up to 1')
+        return [*shares]
+
+    return Judged((column,), "a share of each answer", read)
 
 
 def _scores(sign: int) -> str:

@@ -1,8 +1,8 @@
 """Turns in every spelling -> `{"role": ..., "content": ..., ...}`.
 
-OpenAI's {role, content}, ShareGPT's {from, value}, Gemini's {role, parts}, Bedrock's content of [{text}], and rows of
-{human, assistant}. Roles are read in any case. Other keys of a turn stay: the chat template may read them, and `weight`
-and `train` say what is learned.
+OpenAI's {role, content} and its Responses' items, ShareGPT's {from, value}, Gemini's and the AI SDK's {role, parts},
+Bedrock's content of [{text}], and rows of {human, assistant}. Roles are read in any case. Other keys of a turn stay:
+the chat template may read them, and `weight` and `train` say what is learned.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from prefuse.engine.data.forms.blocks import without_blocks
+from prefuse.engine.data.forms.items import is_item, with_items
 from prefuse.engine.data.forms.look import holds_text
 from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, is_metadata, plain_name
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
@@ -80,7 +81,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list):
         raise BadRow(f'"{column}" is {json_kind(value)}, expected a list of messages')
     turns: list[Message] = []
-    for turn in value:
+    for turn in with_items(value):
         exchange = _exchange(turn)
         turns += exchange if exchange is not None else [_turn(part, column) for part in without_blocks(turn)]
     return turns
@@ -110,7 +111,9 @@ def turns_in_text(value: Any) -> list[Any] | None:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     turns = json_or_python(value)
-    is_turns = turns and all(isinstance(turn, dict) and any(key in turn for key in ROLE_KEYS) for turn in turns)
+    is_turns = turns and all(
+        isinstance(turn, dict) and (any(key in turn for key in ROLE_KEYS) or is_item(turn)) for turn in turns
+    )
     return turns if is_turns else None
 
 

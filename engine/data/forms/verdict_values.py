@@ -93,7 +93,7 @@ def _known_values(seen: Counter[Any], column: str, answers: Answers) -> Verdict 
     numbers = {value for value in seen if not isinstance(value, str)}
     if words - TIES and not numbers:
         words -= {word for word in words if "=" in word}
-        table = _table_of_words(answers)
+        table = table_of_words(answers)
         if sum(seen[word] for word in words - set(table)) <= MOST_STRANGE * seen.total():
             return _looked_up(table, column)
     elif numbers and not words - TIES:
@@ -102,7 +102,7 @@ def _known_values(seen: Counter[Any], column: str, answers: Answers) -> Verdict 
         if (table := _table_of_numbers(numbers, answers)) is not None:
             return _looked_up(table | dict.fromkeys(TIES, 0.5), column)
     elif words and not numbers:  # ties alone
-        return _looked_up(_table_of_words(answers), column)
+        return _looked_up(table_of_words(answers), column)
     return None
 
 
@@ -128,7 +128,7 @@ def _plain_verdict(value: str) -> str:
     return in_words[1] if in_words else name
 
 
-def _table_of_words(answers: Answers) -> dict[Any, float]:
+def table_of_words(answers: Answers) -> dict[Any, float]:
     table: dict[Any, float] = dict.fromkeys(TIES, 0.5)
     for column, suffix, verdict in zip(answers.columns, answers.suffixes, (1.0, 0.0), strict=True):
         number = "1" if verdict else "2"
@@ -186,7 +186,7 @@ def _preference(value: Any, column: str) -> float:
 
 def _named_in_the_row(look: Look, column: str, answers: Answers) -> Callable[[Row, Any], float] | None:
     """The verdict is the name of the better answer's model (model_a, model_b), or the text of the better answer."""
-    ways = [answers.columns, *filter(None, (_model_columns(look, answers),))]
+    ways = [answers.columns, *filter(None, (model_columns(look, answers),))]
     rows = [row for row in look.first if row.get(column) is not None and not isinstance(row[column], list)]
     for columns in ways:
         found = sum(_which(row, row[column], columns) is not None for row in rows)
@@ -203,7 +203,7 @@ def _named_in_the_row(look: Look, column: str, answers: Answers) -> Callable[[Ro
     return None
 
 
-def _model_columns(look: Look, answers: Answers) -> tuple[str, str] | None:
+def model_columns(look: Look, answers: Answers) -> tuple[str, str] | None:
     """The names of the two answers' models."""
     for noun in ("model", "model_name", "generator", "policy", "system", "name"):
         both = tuple(
@@ -272,7 +272,7 @@ def _mean_one_thing(first: set[Any], others: set[Any], answers: Answers) -> bool
     if len(numbers) == len(first) + len(others):
         sides = [{key > 0 for key in keys} for keys in (first, others)]
         return all(len(side) == 1 for side in sides) and sides[0] != sides[1]
-    table = _table_of_words(answers)
+    table = table_of_words(answers)
     return {table.get(key) for key in others} == {0.0}
 
 

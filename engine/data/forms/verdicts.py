@@ -11,14 +11,30 @@ from typing import Any
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.implicit import split_strings, split_turns
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import VERDICTS, VOTES, answer_names, plain_name
+from prefuse.engine.data.forms.marks import is_flag, label_key
+from prefuse.engine.data.forms.names import SCORE_LISTS, VERDICTS, VOTES, answer_names, plain_name
 from prefuse.engine.data.forms.pairs import pair
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.ratings import are_ratings, is_rank, rating_reader
+from prefuse.engine.data.forms.shares import verdict_in_column, verdict_of_numbers
 from prefuse.engine.data.forms.turns import read_text, turn_of
-from prefuse.engine.data.forms.verdict_values import Answers, RowVerdict, verdict_of_column
+from prefuse.engine.data.forms.verdict_values import Answers, RowVerdict
 from prefuse.engine.data.records import BadRow, DataError, Message, Record, SetAside
 
+SIDE_FLAGS = (
+    "chosen",
+    "preferred",
+    "selected",
+    "winner",
+    "better",
+    "best",
+    "win",
+    "wins",
+    "picked",
+    "accepted",
+    "label",
+)
+NUMBERED_ANSWERS = ("answer", "response", "output", "completion")  # of these, numbers are the answers' text
 SIDE_NUMBERS = ("score", "rating", "reward", "votes", "upvotes", "likes", "probability", "prob", "rank")
 
 
@@ -28,7 +44,7 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         return None
     look.used |= set(answers.columns)
     notes: Counter[str] = Counter()
-    verdicts, read_verdict = _verdict(look, named, answers, options, notes)
+    verdicts, read_verdict, words = _verdict(look, named, answers, options, notes)
     scored = verdicts == _two_scores(look, answers) and not is_rank(verdicts[0])
     score = rating_reader([value for column in verdicts for value in look.values[column]]) if scored else None
     look.used |= set(verdicts)
@@ -62,7 +78,7 @@ def find_verdict(look: Look, named: dict[str, list[str]], options: ReadOptions) 
         (answers.columns[0], "first answer"),
         (answers.columns[1], "second answer"),
     ]
-    became += [(verdict, "verdict") for verdict in verdicts]
+    became += [(verdict, words) for verdict in verdicts]
     columns = (*((prompt.text,) if prompt else ()), *answers.columns)
     return Form(
         "pair", "/".join([*columns, *verdicts]), columns, tuple(became), read, prompt.read if prompt else None,
@@ -125,7 +141,8 @@ def _answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         found = look.find(first), look.find(second)
         if look.is_text(look.find(_third(second, suffixes[1]))):
             continue  # three answers are a list
-        if all(found) and all(look.is_text(column) for column in found):
+        may_be_numbers = first.removesuffix(suffixes[0]).strip("_") in NUMBERED_ANSWERS
+        if all(found) and all(look.is_text(side) or (may_be_numbers and look.is_numbers(side)) for side in found):
             return Answers(found, tuple(suffixes))  # type: ignore[arg-type]
     return None
 
@@ -138,15 +155,21 @@ def _third(second: str, suffix: str) -> str:
 
 def _verdict(
     look: Look, named: Any, answers: Answers, options: ReadOptions, notes: Counter[str]
-) -> tuple[tuple[str, ...], RowVerdict]:
-    """The columns that say which answer is better, and how they are read."""
+) -> tuple[tuple[str, ...], RowVerdict, str]:
+    """The columns that say which answer is better, how they are read, and what they are, in words."""
     if not (options.verdict_column or "verdict" in named):
         if one_hot := _one_hot(look):
-            return tuple(one_hot.values()), _of_one_hot(one_hot)
-        if (scores := _two_scores(look, answers)) and not look.find(*VERDICTS):
-            return scores, _of_two_scores(look, scores)
+            return tuple(one_hot.values()), _of_one_hot(one_hot), "verdict"
+        if not look.find(*VERDICTS):
+            if scores := _two_scores(look, answers):
+                return scores, _of_two_scores(look, scores), "verdict"
+            if flags := _flags(look, answers):
+                return tuple(flags.values()), _of_one_hot(flags), "verdict"
+            for column in look.find_all(*SCORE_LISTS):
+                if found := verdict_of_numbers(look, column, answers, options):
+                    return (column,), *found
     column = _verdict_column(look, named, answers, options)
-    return (column,), verdict_of_column(look, column, answers, options, notes)
+    return (column,), *verdict_in_column(look, column, answers, options, notes)
 
 
 def _two_scores(look: Look, answers: Answers) -> tuple[str, str] | None:
@@ -204,9 +227,22 @@ def _one_hot(look: Look) -> dict[str, str] | None:
     return {part: column for part, column in columns.items() if column} if columns["a"] and columns["b"] else None
 
 
+def _flags(look: Look, answers: Answers) -> dict[str, str] | None:
+    """chosen_a and chosen_b, answer_a_preferred and answer_b_preferred, ...: 0 and 1, or true and false."""
+    for word in SIDE_FLAGS:
+        found = []
+        for column, suffix in zip(answers.columns, answers.suffixes, strict=True):
+            name = plain_name(column)
+            ways = [f"{word}_{suffix}", f"{name}_{word}", f"{word}_{name}", f"{suffix}_{word}"]
+            found.append(look.find(*ways, *(f"is_{way}" for way in ways), f"{name}_is_{word}", f"{suffix}_is_{word}"))
+        if all(found) and all(is_flag(look, column) for column in found):
+            return dict(zip(("a", "b"), found, strict=True))  # type: ignore[arg-type]
+    return None
+
+
 def _of_one_hot(columns: dict[str, str]) -> RowVerdict:
     def read(row: Row) -> float:
-        values = {part: str(row.get(column)) in ("1", "1.0", "True") for part, column in columns.items()}
+        values = {part: label_key(row.get(column)) in ("true", "yes", 1.0) for part, column in columns.items()}
         if not any(values.values()) and "tie" not in columns:
             return 0.5
         if sum(values.values()) != 1:
