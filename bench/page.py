@@ -27,24 +27,29 @@ def _shown(record: Record) -> dict:
         "short": _short(record),
         "about": [
             ("command", record.command or "not recorded"),
-            ("device", f"{record.device['name']}, {record.device['threads'] or '?'} threads"),
+            ("device", record.device["name"] + _threads(record.device["threads"])),
             ("commit", record.commit or "not recorded"),
             ("time", record.environment.get("time", "")),
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ],
         "notes": [*record.notes, *absent(record)],
         "headings": [heading(record, name).replace("\n", " ") for name in names],
-        "keys": [name in record.keys for name in names],
+        "numbers": [not any(isinstance(row.get(name), str) for row in record.rows) for name in names],
         "rows": [[number(row.get(name)) for name in names] for row in record.rows],
         "bars": [bars for name in record.measures if (bars := _bars(record, name))][:2],
     }
+
+
+def _threads(count: int | None) -> str:
+    return "" if count is None else f", {count} thread{'s' * (count > 1)}"
 
 
 def _short(record: Record) -> str:
     """The file's name without the machine's and the version of torch."""
     if record.path is None:
         return record.verb
-    return re.sub(rf"-{re.escape(slug(record.device['name']))}|-torch[\d.]+\d", "", record.path.stem).replace("-", " ")
+    name = re.sub(rf"-{re.escape(slug(record.device['name']))}|-torch[\d.]+\d", "", record.path.stem)
+    return re.sub(r"(\d)(threads|rows)\b", r"\1 \2", re.sub(r"\b1threads\b", "1 thread", name)).replace("-", " ")
 
 
 def _bars(record: Record, name: str) -> dict | None:
@@ -57,8 +62,10 @@ def _bars(record: Record, name: str) -> dict | None:
     known = [(row, x) for row, x in known if math.isfinite(x) and x >= 0]
     if len(known) < 2 or not (most := max(x for _, x in known)):
         return None
+    # A key that is the same for all rows tells nothing apart.
+    keys = [key for key in record.keys if len({str(row.get(key)) for row, _ in known}) > 1]
     lines = [
-        {"label": " ".join(number(row.get(key)) for key in record.keys), "value": number(x), "share": x / most}
+        {"label": " ".join(number(row.get(key)) for key in keys), "value": number(x), "share": x / most}
         for row, x in known[:MOST_BARS]
     ]
     left = len(known) - len(lines)

@@ -279,9 +279,9 @@ def command_of(argv: list[str]) -> tuple[str, list[str]]:
             return name, argv[size:]
     first = argv[0] if argv else ""
     if not argv or first.startswith("-"):
-        raise UserError(
-            f"expected a command first: prefuse {' | '.join([*COMMANDS, *TOOLS])}; `prefuse --help` says what"
-        )
+        all_of_them = f": prefuse {' | '.join([*COMMANDS, *TOOLS])}"
+        hint = (first and did_you_mean(first, ["--help", "--version"])) or all_of_them
+        raise UserError(f"expected a command first{hint}; `prefuse --help` says what")
     if first in LOSS_TYPES:
         raise UserError(f"unknown command {first!r}: the loss is a setting, prefuse train --loss_type {first}")
     if (meant := _of_path(first)) is not None:

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from prefuse.engine.data.guess import KINDS, read_as
 from prefuse.engine.data.sources import open_source
 from prefuse.engine.data.stats import Stats, characters, identity_of, judgement_of, measure_rows, short_digest
 from prefuse.engine.data.table import source_row
-from prefuse.engine.data.write import TARGETS, check_output, with_turns, write_rows, written_rows
+from prefuse.engine.data.write import TARGETS, LeftOut, check_output, with_turns, write_rows, written_rows
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import say
 
@@ -94,12 +93,12 @@ def convert(args: argparse.Namespace) -> None:
     path = Path(args.output)
     check_output(path)
     reading, _ = _read(args.source, args, TARGETS[args.to])
-    skipped, used = Counter(), Counter()
-    count = write_rows(path, _converted(reading, args, skipped, used))
+    left, used = LeftOut(), set()
+    count = write_rows(path, _converted(reading, args, left, used))
     _say_form(args.source, reading, TARGETS[args.to])
     if reading.ignored:
         say(f"  columns not kept: {', '.join(reading.ignored)}")
-    _say_written(path, count, reading, skipped, None if reading.form.gather else len(used))
+    _say_written(path, count, reading, left, None if reading.form.gather else used)
 
 
 def filter_rows(args: argparse.Namespace) -> None:
@@ -109,7 +108,7 @@ def filter_rows(args: argparse.Namespace) -> None:
     verdicts = _verdicts(args) if args.drop_contradictions else {}
     reading, kind = _read(args.source, args)
     _refuse_gathered(reading)
-    dropped: Counter[str] = Counter()
+    dropped = LeftOut()
     kept = _kept(reading, args, verdicts, dropped)
     count = write_rows(path, (row for name, row in _source_rows(args) if name in kept))
     _say_form(args.source, reading, kind)
@@ -125,7 +124,7 @@ def split_rows(args: argparse.Namespace) -> None:
         check_output(path)
     reading, kind = _read(args.source, args)
     _refuse_gathered(reading)
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     sides = _sides(reading, args, skipped)
     counts = {}
     for name, path in paths.items():
@@ -176,31 +175,30 @@ def _source_rows(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     return open_source(args.source, args.split, args.options.dataset_config).rows()
 
 
-def _converted(
-    reading: Reading, args: argparse.Namespace, skipped: Counter[str], used: Counter[str]
-) -> Iterator[dict[str, Any]]:
-    """`used`: how many rows each source row gave."""
+def _converted(reading: Reading, args: argparse.Namespace, left: LeftOut, used: set[str]) -> Iterator[dict[str, Any]]:
+    """`used`: the source rows that gave something."""
     written: set[bytes] = set()
-    for record in _records(reading, skipped):
+    for record in _records(reading, left):
         try:
             rows = list(written_rows(with_turns(record) if args.as_turns else record, args.to))
         except BadRow as problem:
-            skipped[str(problem)] += 1
+            left.add(record.row, str(problem))
             continue
+        used.add(source_row(record.row))
         for row in rows:
             if args.to == "scored":  # an answer stands in several pairs
                 identity = short_digest(row)
                 if identity in written:
+                    left.repeated += 1
                     continue
                 written.add(identity)
-            used[source_row(record.row)] += 1
             yield row
 
 
-def _records(reading: Reading, skipped: Counter[str]) -> Iterator[Record]:
+def _records(reading: Reading, left: LeftOut) -> Iterator[Record]:
     for outcome in reading.outcomes:
         if isinstance(outcome, Skipped):
-            skipped[outcome.reason] += 1
+            left.add(outcome.row, outcome.reason)
         else:
             yield outcome
 
@@ -210,7 +208,7 @@ def _refuse_gathered(reading: Reading) -> None:
         raise UserError(f"a pair of {reading.form} comes from several rows: run `prefuse data convert` first")
 
 
-def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any], dropped: Counter[str]) -> set[str]:
+def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any], dropped: LeftOut) -> set[str]:
     """The rows of which every record passes."""
     kept, failed, seen = set(), set(), set()
     for record in _records(reading, dropped):
@@ -220,7 +218,7 @@ def _kept(reading: Reading, args: argparse.Namespace, verdicts: dict[bytes, Any]
             reason = "an earlier row equals it"
         seen.add(identity)
         if reason is not None and source_row(record.row) not in failed:
-            dropped[reason] += 1
+            dropped.add(source_row(record.row), reason)
             failed.add(source_row(record.row))
         kept.add(source_row(record.row))
     return kept - failed
@@ -253,14 +251,14 @@ def _fails(record: Record, args: argparse.Namespace, verdicts: dict[bytes, Any])
 def _verdicts(args: argparse.Namespace) -> dict[bytes, Any]:
     """{what is judged: the judgement, or None where two rows differ}."""
     found: dict[bytes, Any] = {}
-    for record in _records(_read(args.source, args)[0], Counter()):
+    for record in _records(_read(args.source, args)[0], LeftOut()):
         case, verdict = judgement_of(record)
         if verdict is not None:
             found[case] = verdict if found.get(case, verdict) == verdict else None
     return found
 
 
-def _sides(reading: Reading, args: argparse.Namespace, skipped: Counter[str]) -> dict[str, str]:
+def _sides(reading: Reading, args: argparse.Namespace, skipped: LeftOut) -> dict[str, str]:
     """{row: "train" or "test"}, by the digest of its prompt and the seed."""
     prompts = {source_row(record.row): short_digest(record.prompt) for record in _records(reading, skipped)}
     distinct = sorted(set(prompts.values()), key=lambda prompt: hashlib.sha256(b"%d " % args.seed + prompt).digest())
@@ -286,13 +284,16 @@ def _say_form(source: str, reading: Reading, kind: str) -> None:
         say(f"  columns not used: {', '.join(reading.ignored)}")
 
 
-def _say_written(path: Path | None, count: int, reading: Reading, left: Counter[str], used: int | None = None) -> None:
-    """`used`: how many rows of the source are in what was written, where that is another number."""
+def _say_written(
+    path: Path | None, count: int, reading: Reading, left: LeftOut, used: set[str] | None = None
+) -> None:  # fmt: skip
+    """`used`: the rows of the source that gave something, where one may give several."""
     if path is not None:
-        of_rows = "" if used in (None, count) else f", of {used} rows of the source"
+        rows = f"{len(used or ())} row{'' if len(used or ()) == 1 else 's'}"
+        of_rows = "" if used is None or len(used) == count else f", of {rows} of the source"
         say(f"{path}: {count} rows written{of_rows}")
-    for reason, rows in left.most_common():
-        say(f"  {rows} not: {reason}")
+    for line in left.lines(used):
+        say(f"  {line}")
 
 
 def _measure_tokens(args: argparse.Namespace, kind: str, stats: Stats, looked: "Looked") -> None:

@@ -17,15 +17,21 @@ from prefuse.engine.errors import UserError
 
 CONFIG_HELP = "YAML file with settings; flags win. It may hold settings of other commands."
 ALL = "all"
-NEEDED = "--model_name_or_path MODEL --dataset_name ROWS --output_dir NEW"  # of a command that trains
+TRAINS = "--model_name_or_path MODEL --dataset_name ROWS --output_dir NEW"
+NEEDED = {  # what no run of a command can be without
+    "eval": "--model_name_or_path MODEL --dataset_name ROWS",
+    "generate": "--model_name_or_path MODEL --dataset_name ROWS",
+    "label": "--dataset_name ROWS --scorer SCORER --output_file NEW",
+    "revise": "--model_name_or_path MODEL --dataset_name ROWS --constitution FILE --output_file NEW",
+    "merge": "--model_name_or_path ADAPTERS --output_dir NEW",
+} | dict.fromkeys(TRAINING, TRAINS)
 
 
 def help_of(command: str, about: str, wanted: str | None = None) -> str:
     """What `--help` shows, or `--help WANTED`: a topic, a setting or all. UserError where it is none of them."""
     topics = settings_of(command)
     names = {topic_name(title): title for title in topics}
-    needed = f"{NEEDED} " if command in TRAINING else ""
-    head = [f"usage: prefuse {command} {needed}[--config FILE] [--SETTING VALUE ...]", "", about]
+    head = [f"usage: prefuse {command} {NEEDED[command]} [--config FILE] [--SETTING VALUE ...]", "", about]
     if wanted is None:
         return "\n".join([*head, "", *_overview(command, topics)])
     word = wanted.lstrip("-").lower().replace("-", "_")
@@ -48,8 +54,7 @@ def help_of(command: str, about: str, wanted: str | None = None) -> str:
 
 def needed_of(command: str) -> str:
     """What a command without any setting is told."""
-    needed = NEEDED if command in TRAINING else "settings"
-    return f"prefuse {command} needs {needed}, or --config FILE"
+    return f"prefuse {command} needs {NEEDED[command]}, or --config FILE"
 
 
 def topic_name(title: str) -> str:

@@ -103,10 +103,13 @@ def unknown_setting(name: str, where: str) -> UserError:
 
 
 def did_you_mean(word: str, words: Iterable[str], other_names: dict[str, str] | None = None) -> str:
-    """A hint that continues an error, or nothing."""
-    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
-    if word in (other_names or {}):
-        near = [other_names[word]]
+    """A hint that continues an error, or nothing. `other_names`: what people type, and what it is called here."""
+    others = other_names or {}
+    if word in others:
+        return f"; did you mean {others[word]}?"
+    likeness = {name: difflib.SequenceMatcher(None, name, word).ratio() for name in [*words, *others]}
+    nearest = sorted(likeness, key=likeness.get, reverse=True)  # of equals a name of ours is the first
+    near = list(dict.fromkeys(others.get(name, name) for name in nearest if likeness[name] >= 0.5))[:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -57,9 +57,18 @@ def ending_of(template: ChatTemplate) -> Ending:
     return Ending(None, missing=next(iter(candidates), None))
 
 
-def _try(template: ChatTemplate, turns: list[dict[str, str]]) -> str:
+def learned_header(template: ChatTemplate) -> str:
+    """ "<|im_start|>assistant\\n" where answers begin with it: the template ignores add_generation_prompt; else ""."""
+    asked = [{"role": "user", "content": QUESTION}]
+    prompt, bare = _try(template, asked, generation_prompt=True), _try(template, asked)
+    whole = _try(template, [*asked, {"role": "assistant", "content": ANSWER}])
+    header, answer, _ = whole[len(bare) :].partition(ANSWER)
+    return header if prompt == bare and whole.startswith(bare) and answer and header.strip() else ""
+
+
+def _try(template: ChatTemplate, turns: list[dict[str, str]], generation_prompt: bool = False) -> str:
     try:
-        return template.text(turns)
+        return template.text(turns, generation_prompt=generation_prompt)
     except BadRow:
         return ""
 

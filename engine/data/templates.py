@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 from prefuse.engine.data.cures import cure_for_lost_text, cure_for_prefix, folded
-from prefuse.engine.data.endings import control_tokens, ending_of
+from prefuse.engine.data.endings import control_tokens, ending_of, learned_header
 from prefuse.engine.data.fidelity import doubled_tag, is_trimmed, lost_in_answer, lost_in_prompt, reasoning_tags
 from prefuse.engine.data.marks import Marks
 from prefuse.engine.data.records import BadRow, Record, Skipped
@@ -101,6 +101,12 @@ class Renderer:
         self.marks = Marks(self.template)
         self.tokens = control_tokens(tokenizer)
         self.ending = ending_of(self.template)
+        if header := learned_header(self.template):
+            _say_once(
+                f"the chat template ignores add_generation_prompt: answers are learned with their header {header!r}, "
+                "and prompts to be answered end before it. Fix: give another --chat_template, or end this one with "
+                f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}"
+            )
 
     def render(self, record: Record) -> list[Record]:
         arguments = {"tools": record.tools, "arguments": record.template_kwargs}

@@ -5,20 +5,56 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from prefuse.engine.data.forms.implicit import are_spoken, turns_of_transcript
 from prefuse.engine.data.records import BadRow, Record, SetAside
+from prefuse.engine.data.table import source_row
 from prefuse.engine.data.turns import REASONING
 from prefuse.engine.errors import UserError
 
 Row = dict[str, Any]
 TARGETS = {"pairs": "pair", "labelled": "labelled", "scored": "scored", "sft": "sft"}  # what rows become: their kind
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass
+class LeftOut:
+    """What is not written, by its reason: whole rows, and pairs or answers of rows that give several."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    parts_of: dict[str, set[str]] = field(default_factory=dict)  # reason -> the rows that they are of
+    repeated: int = 0  # answers that stand in several pairs, written once
+
+    def add(self, place: str, reason: str) -> None:
+        """`place`: "rows.json:3", or of a pair "rows.json:3 (0 over 2)"."""
+        row = source_row(place)
+        if row == place:
+            self.rows[reason] += 1
+        else:
+            self.parts[reason] += 1
+            self.parts_of.setdefault(reason, set()).add(row)
+
+    def lines(self, used: set[str] | None = None) -> list[str]:
+        """`used`: the rows that gave something. They, those that are named and those that gave nothing are all."""
+        said = [f"{count} not: {reason}" for reason, count in self.rows.most_common()]
+        for reason, count in self.parts.most_common():
+            said.append(f"{_counted(count, 'pair')} of {_counted(len(self.parts_of[reason]), 'row')} not: {reason}")
+        if empty := set().union(*self.parts_of.values()) - (used or set()):
+            said.append(f"{_counted(len(empty), 'row')} gave nothing: none of its pairs is written")
+        if self.repeated:
+            said.append(f"{_counted(self.repeated, 'answer')} not again: it is written already")
+        return said
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def written_rows(record: Record, target: str) -> Iterator[Row]:

@@ -72,7 +72,8 @@ class ColumnStatistic:
         s, rows = self.sums[i], slice(i * self.rows, (i + 1) * self.rows)
         p = logps[rows].exp()
         ends = torch.stack([total[rows] for total in self.totals.values()])  # (slices, R)
-        mass = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1])) @ p
+        # (Totals that were added up in another order may fall by a rounding.)
+        mass = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1])).clamp_min(0.0) @ p
         width = min([first for first in self.totals if first] or [len(s)])
         scale = mass / pad(s, (0, -len(s) % width)).view(-1, width).sum(1)
         # A total that is infinite says nothing; nor does a slice without any mass.

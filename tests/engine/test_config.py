@@ -1,11 +1,13 @@
 """Settings: where a value comes from, how a wrong one is named, and that what is saved reads back the same."""
 
 import dataclasses
+import re
 import typing
 
 import pytest
 
 from prefuse.engine.cli import parse
+from prefuse.engine.config import help as help_pages
 from prefuse.engine.config.setting import LOADING, known
 from prefuse.engine.config.settings import (
     FIELDS,
@@ -282,7 +284,8 @@ def test_flags_take_the_type_of_their_field(words, name, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected a command first: prefuse sft | train | eval | generate | merge"),
+        ("", r"expected a command first: prefuse sft \| train \| reward \| online \| label \| revise \| eval"),
+        ("--verison", "expected a command first; did you mean --version"),
         ("--beta 1", "expected a command first"),
         ("trian", "unknown command 'trian'; did you mean train"),
         ("evaluate", "unknown command 'evaluate'; did you mean eval"),
@@ -290,6 +293,7 @@ def test_flags_take_the_type_of_their_field(words, name, value):
         ("zzzzzz", "unknown command 'zzzzzz': expected sft, train, reward, online, label, revise, eval, generate"),
         ("train --bata 1", "unknown setting 'bata'; did you mean beta"),
         ("train --lr=1", "unknown setting 'lr'; did you mean learning_rate"),
+        ("train --modle m", "unknown setting 'modle'; did you mean model_name_or_path"),
         ("train --beta x", "beta must be a number or null, got 'x'"),
         ("train --beta", "argument --beta: expected 1 argument"),
         ("train --resume maybe", "resume must be true or false, got 'maybe'"),
@@ -315,3 +319,13 @@ def test_a_file_may_hold_what_other_commands_need_and_says_what_is_not_used(tmp_
     config = parse(["eval", "--config", path])[1]
     assert (config.beta, config.learning_rate) == (0.3, None)
     assert "without a meaning for `prefuse eval`, not used: learning_rate\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", help_pages.NEEDED)
+def test_what_a_command_says_it_needs_is_what_it_cannot_be_without(command):
+    names = re.findall(r"--(\w+)", help_pages.NEEDED[command])
+    given = dict.fromkeys(names, "x") | ({"scorer": ["length"]} if "scorer" in names else {})
+    assert f"needs {help_pages.NEEDED[command]}, or --config" in help_pages.needed_of(command)
+    for left_out in names:
+        with pytest.raises(UserError, match=f"{left_out} is required"):
+            validate(Config(**{name: value for name, value in given.items() if name != left_out}), command)

@@ -202,6 +202,7 @@ def test_a_bad_answer_stays_where_it_is_asked_for(tmp_path):
 
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: Q\n\nAssistant: A"
 TURN = "<|im_start|>{}\n{}<|im_end|>\n"
+VICUNA = "A chat between a curious user and an assistant."
 SPOKEN = {
     "Human and Assistant": ({"transcript": HH}, "user: q|assistant: a|user: Q"),
     "### Human": ({"chat": "### Human: Q### Assistant: A"}, "user: Q"),
@@ -215,6 +216,18 @@ SPOKEN = {
     ),
     "in brackets": ({"conversation": "[USER] Q\n[ASSISTANT] A"}, "user: Q"),
     "Llama 2": ({"conversation": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s>"}, "system: S|user: Q"),
+    "Vicuna": ({"conversation": f"{VICUNA} USER: q ASSISTANT: a</s>USER: Q ASSISTANT: A</s>"},
+               f"system: {VICUNA}|user: q|assistant: a|user: Q"),
+    "Vicuna without ends": ({"chat": "USER: q ASSISTANT: a USER: Q ASSISTANT: A"}, "user: q|assistant: a|user: Q"),
+    "Vicuna, in lines": (
+        {"chat": "USER: q\nASSISTANT: a</s>USER: Q\nASSISTANT: A</s>"}, "user: q|assistant: a|user: Q",
+    ),
+    "Vicuna, a system's mark": ({"chat": "SYSTEM: S USER: Q ASSISTANT: A"}, "system: S|user: Q"),
+    "HH in one line": ({"chat": "Human: q Assistant: a Human: Q Assistant: A"}, "user: q|assistant: a|user: Q"),
+    "words that look like marks": (
+        {"chat": "USER: q\nASSISTANT: say USER: x ASSISTANT: y\nUSER: Q\nASSISTANT: A"},
+        "user: q|assistant: say USER: x ASSISTANT: y|user: Q",
+    ),
     "a label within": ({"chat": "User: Q\nAnswer: no\nUser: R\nAnswer: A"}, "user: Q|assistant: no|user: R"),
 }  # fmt: skip
 
@@ -242,6 +255,24 @@ def test_transcripts_of_pairs_are_cut_at_their_own_mark(tmp_path):
     }
     prompt, *answers = read(tmp_path, [sides], "pair")[0][0]
     assert (prompt, answers) == ("\n\nHuman: Q\n\nAssistant:", [" so\nAnswer: A", " so\nAnswer: B"])
+
+
+def test_a_mark_within_a_line_counts_only_where_speakers_take_turns(tmp_path):
+    for text in (
+        "USER: q USER: r ASSISTANT: a",
+        "ASSISTANT: a USER: q",
+        "Say User: q Assistant: a",
+        "USER: q Assistant: a ASSISTANT: b",
+        "USER:q ASSISTANT:a",
+    ):
+        with pytest.raises(DataError, match="a column is missing"):
+            read(tmp_path, [{"chat": text}], "sft")
+
+
+def test_pairs_in_one_line_are_cut_behind_the_last_mark(tmp_path):
+    sides = {side: f"{VICUNA} USER: Q ASSISTANT: so {text}" for side, text in (("chosen", "A"), ("rejected", "B"))}
+    prompt, *answers = read(tmp_path, [sides], "pair")[0][0]
+    assert (prompt, answers) == (f"{VICUNA} USER: Q ASSISTANT:", [" so A", " so B"])
 
 
 USE = {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}}

@@ -206,8 +206,49 @@ def test_uneven_labels_are_named():
 def test_results_of_benchmarks_make_a_page(tmp_path):
     assert main(["bench", "show", "--html", str(tmp_path / "bench.html"), "--verb", "accuracy"]) == 0
     page = (tmp_path / "bench.html").read_text(encoding="utf-8")
-    assert '<rect class="bar"' in page
+    assert '<span class="bar"><i style="--share:1.0000"></i>' in page
     assert Tags(page).text.count("prefuse") > 3
+
+
+def test_on_the_page_of_results_every_link_leads_somewhere_and_every_bar_has_its_own_name(tmp_path):
+    assert main(["bench", "show", "--html", str(tmp_path / "bench.html")]) == 0
+    page = (tmp_path / "bench.html").read_text(encoding="utf-8")
+    places = re.findall(r'\bid="([^"]+)"', page)
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert len(links) > 30
+    assert len(set(places)) == len(places)
+    assert set(links) <= set(places)
+    names = re.findall(r'<a href="#result-\d+">(.*?)</a>', page)
+    assert len(set(names)) == len(names)
+    assert not re.search(r"\b1 threads|\dthreads|\drows", page[: page.index("<main")])
+    figures = re.findall(r'<figure class="bars">.*?</figure>', page, re.DOTALL)
+    assert len(figures) > 20
+    for figure in figures:
+        labels = re.findall(r'<span class="name">(.*?)</span>', figure)
+        assert len(set(labels)) == len(labels) > 1, labels
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome")
+@pytest.mark.parametrize("width", [390, 768, 1400])
+def test_in_a_browser_the_page_of_results_is_no_wider_than_the_window(width, tmp_path):
+    """Wide tables scroll in their own boxes; nothing is said on the console."""
+    assert main(["bench", "show", "--html", str(tmp_path / "bench.html")]) == 0
+    check = """<script>addEventListener("load", () => {
+      const outside = [...document.querySelectorAll("main *")].filter(
+        (x) => !x.closest(".scroll") && x.getBoundingClientRect().right > innerWidth + 1).length;
+      document.body.dataset.found = [document.documentElement.scrollWidth <= innerWidth, outside].join(" ");
+    });</script>"""
+    page = (tmp_path / "bench.html").read_text(encoding="utf-8")
+    (tmp_path / "looked.html").write_text(page.replace("</body>", check + "</body>"), encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom",
+         (tmp_path / "looked.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert not re.findall(r".*:CONSOLE.*", done.stderr)
+    assert re.search(r'data-found="(.*?)"', done.stdout)[1] == "true 0"
 
 
 def test_no_text_of_rows_is_markup(tmp_path):

@@ -172,6 +172,35 @@ def test_tools_that_the_template_does_not_print_are_said(tmp_path, caplog, chat_
     assert said == ([] if unseen is None else [expected])
 
 
+HEADER = "<|im_start|>assistant\n"
+HEADERS = {  # the template, and the header that answers are learned with
+    "ignored": (template().partition("{% if add_generation_prompt")[0], HEADER),
+    "honoured": (template(), None),
+    "none that is needed, as Mistral's": (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token }}"
+        "{% endfor %}",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("chat_template", "header"), HEADERS.values(), ids=HEADERS)
+def test_a_header_that_is_learned_is_said_once_with_the_fix(tmp_path, caplog, chat_template, header):
+    _say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for text in ("A1", "A2"):
+            load(tmp_path, chat_template, [USER, answer(text)])
+    said = [r.getMessage() for r in caplog.records if "add_generation_prompt" in r.getMessage()]
+    assert len(said) == (header is not None)
+    if header is not None:
+        fix = said[0].partition("or end this one with ")[2]
+        assert fix.endswith("{% endif %}")
+        _say_once.cache_clear()
+        caplog.clear()
+        load(tmp_path, chat_template + fix, [USER, answer()])
+        assert not caplog.records  # the fix that it names is one
+
+
 def test_blanks_that_a_template_trims_are_said_once(tmp_path, caplog):
     _say_once.cache_clear()
     with caplog.at_level(logging.WARNING):

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -53,6 +55,36 @@ def test_every_page_is_reached_and_the_readme_is_the_first(site):
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
         assert f'href="{page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()}"' in first, page
     assert "Preference optimization of language models" in re.sub(r"<[^>]+>", "", first)
+
+
+class _Links(HTMLParser):
+    """The places of a page, and what it links to and shows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.places, self.links = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.places |= {given[name] for name in ("id", "name") if given.get(name)}
+        self.links += [given[name] for name in ("href", "src") if given.get(name) is not None]
+
+
+def test_every_link_leads_to_a_file_of_the_site_and_to_a_place_in_it(site):
+    pages = {path: _Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
+    wrong, seen = [], 0
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            seen += 1
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.is_file() or (url.fragment and unquote(url.fragment) not in pages[target].places):
+                wrong.append(f"{path.name}: {link}")
+    assert seen > 3000
+    assert not wrong
 
 
 def test_nothing_is_fetched(site):

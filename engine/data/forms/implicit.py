@@ -2,7 +2,7 @@
 
 Turns: the prompt is the turns that both sides share. Strings, in this order:
 
-1. Transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."): behind the last marker of the assistant.
+1. Transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...", "USER: ... ASSISTANT: ..."): behind the assistant's last marker.
 2. Behind the last line break, label ("A:") or question mark in what both sides share.
 3. Behind the last whole word that both sides share, as in "The sky is| blue." and "The sky is| green."
 
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 from prefuse.engine.data.records import BadRow, Message
 
+BEHIND_END = r"(?<=</s>)|(?<=<\|endoftext\|>)"
 ROLE_NAMES = r"(?:Assistant|ASSISTANT|assistant|AI|Bot|GPT|Model|Response|RESPONSE|Answer|ANSWER)"
 MARKER = re.compile(
     rf"(?:^|\n)[ \t]*(?:\#+ *)?{ROLE_NAMES} *:"  # "Assistant:", "### Response:"
@@ -27,11 +28,13 @@ MARKER = re.compile(
 )
 LABEL = re.compile(r"(?:^|\n)[ \t]*(?:\#+ *)?\w[\w ]{0,20}:(?=\s|$)")
 SPOKEN = re.compile(  # the marks of turns, for `turns_of_transcript`
-    rf"(?:(?:^|\n)[ \t]*(?:\#+ *)?|\#{{2,}} *)(?P<name>{ROLE_NAMES}|Human|HUMAN|User|USER|user|Instruction|Question"
-    r"|System|SYSTEM|FUNCTION RESPONSE) *:"
+    rf"(?:(?:^|\n|{BEHIND_END})[ \t]*(?:\#+ *)?|\#{{2,}} *)(?P<name>{ROLE_NAMES}|Human|HUMAN|User|USER|user"
+    r"|Instruction|Question|System|SYSTEM|FUNCTION RESPONSE) *:"
     r"|<\|im_start\|>(?P<chatml>\w+)\n|<\|start_header_id\|>(?P<llama>\w+)<\|end_header_id\|>\n*"
     r"|<\|(?P<zephyr>system|user|assistant|tool)\|>\n?|<start_of_turn>(?P<gemma>user|model)\n|(?P<inst>\[/?INST\]|\[(?:USER|ASSISTANT|SYSTEM)\])"
 )
+# Vicuna's "USER: hi ASSISTANT: hello</s>USER: ...": marks anywhere in a line, for `spoken_marks`.
+INLINE = re.compile(rf"(?:^|(?<=\s)|{BEHIND_END})(?P<name>USER|ASSISTANT|SYSTEM|Human|User|Assistant):(?=\s|$)")
 LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL)
 SAID_BY = {"system": "system", "[system]": "system", "function response": "tool", "tool": "tool", "ipython": "tool"}
 SAID_BY |= dict.fromkeys(("human", "user", "instruction", "question", "[inst]", "[user]"), "user")
@@ -44,7 +47,7 @@ GUESSED = "prompts are what both sides share up to a whole word, for no mark say
 def is_transcripts(chosen: list[object], rejected: list[object]) -> bool:
     """Whether (nearly) all values of both columns have an assistant's marker."""
     texts = [text for text in [*chosen, *rejected] if isinstance(text, str)]
-    marked = sum(MARKER.search(text) is not None for text in texts)
+    marked = sum(bool(_answer_marks(text)) for text in texts)
     return bool(texts) and marked >= 0.9 * len(texts)
 
 
@@ -52,7 +55,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected), cut behind the last marker."""
     ends = []
     for side, text in (("chosen", chosen), ("rejected", rejected)):
-        markers = list(MARKER.finditer(text))
+        markers = _answer_marks(text)
         if not markers:
             raise BadRow(f'"{side}" has no assistant\'s turn, as the transcripts of other rows have')
         markers = [marker for marker in markers if marker[0].strip() == markers[0][0].strip()]  # no "Answer:" in one
@@ -102,7 +105,7 @@ def turns_of_transcript(text: str) -> list[Message]:
     A text without marks is one user turn. Of marks that mean one speaker the first kind counts: "Answer:" within an
     answer of "Assistant:" is a part of it.
     """
-    marks = list(SPOKEN.finditer(text))
+    marks = spoken_marks(text)
     kinds: dict[str, str] = {}  # the speaker -> the mark that counts
     marks = [mark for mark in marks if kinds.setdefault(speaker_of(mark), _kind(mark)) == _kind(mark)]
     if not marks:
@@ -123,9 +126,33 @@ def are_spoken(values: Iterable[object]) -> bool:
     """Whether (nearly) all are texts in which a user and an assistant speak, by their marks."""
     texts = list(itertools.islice(values, 100))
     spoken = sum(
-        isinstance(text, str) and {"user", "assistant"} <= set(map(speaker_of, SPOKEN.finditer(text))) for text in texts
+        isinstance(text, str) and {"user", "assistant"} <= set(map(speaker_of, spoken_marks(text))) for text in texts
     )
     return bool(texts) and spoken >= 0.9 * len(texts)
+
+
+def spoken_marks(text: str) -> list[re.Match[str]]:
+    """The marks of the turns: at the beginnings of lines, or anywhere in them where nothing else is left.
+
+    That is: no line begins with an assistant's mark, one name of each speaker is used, and user and assistant take
+    turns from the user's first word on, which begins the text (or, in capitals, stands behind the system's words).
+    """
+    marks = list(SPOKEN.finditer(text))
+    if any(speaker_of(mark) == "assistant" for mark in marks):
+        return marks
+    inline = list(INLINE.finditer(text))
+    turns = inline[1:] if inline and speaker_of(inline[0]) == "system" else inline
+    names = [mark["name"] for mark in turns]
+    first = inline[0].start() if inline else 0
+    take_turns = len(names) > 1 and all(name == names[i % 2] for i, name in enumerate(names))
+    in_order = take_turns and [speaker_of(mark) for mark in turns[:2]] == ["user", "assistant"]
+    begins = not text[:first].strip() or names[:1] == ["USER"]
+    return inline if in_order and begins else marks
+
+
+def _answer_marks(text: str) -> list[re.Match[str]]:
+    """Where an assistant begins to speak."""
+    return list(MARKER.finditer(text)) or [mark for mark in spoken_marks(text) if speaker_of(mark) == "assistant"]
 
 
 def speaker_of(mark: re.Match[str]) -> str:

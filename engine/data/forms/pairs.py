@@ -9,8 +9,9 @@ from typing import Any
 from prefuse.engine.data.forms.demonstrations import NO_CHANCE
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.implicit import is_transcripts, split_strings, split_transcripts, split_turns
+from prefuse.engine.data.forms.listed import find_listed
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import CONVERSATIONS, SYSTEMS, side_names
+from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, PROMPTS, SYSTEMS, answer_names, side_names
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, turn_of
 from prefuse.engine.data.records import BadRow, Message, Record, Text
@@ -18,6 +19,7 @@ from prefuse.engine.data.records import BadRow, Message, Record, Text
 REPEATED = "rows whose prompt stood at the start of both sides, and is cut off there"
 ANSWERED = "rows whose prompt ended with one of the two answers, and loses it"
 REPEATED_ONCE = "rows whose prompt stands at the start of one side alone, and stays there"
+NAMES = answer_names()
 FIRST_OF_SEVERAL = "rows with several answers on one side: the first counts"
 
 
@@ -183,8 +185,17 @@ def _sides(look: Look, named: dict[str, list[str]]) -> tuple[str, str] | None:
         if chosen and look.is_text(rejected):
             return chosen, rejected
     both = look.find("chosen"), look.find("rejected")  # named so, whatever they hold: their rows say what is wrong
-    are_places = all(both) and all(look.is_numbers(column) for column in both)  # of a list of answers
-    return both if all(both) and not are_places else None  # type: ignore[return-value]
+    if not all(both) or (all(map(look.is_numbers, both)) and _may_be_about_answers(look)):
+        return None
+    return both  # type: ignore[return-value]
+
+
+def _may_be_about_answers(look: Look) -> bool:
+    """Whether numbers under chosen and rejected may be places or scores of other columns' answers."""
+    beside = any(look.is_text(look.find(first)) and look.is_text(look.find(second)) for first, second, *_ in NAMES)
+    asked = look.find(*PROMPTS)
+    others = find_listed(look, {}) or look.find(*CONVERSATIONS) or look.find(*ANSWERS)
+    return beside or bool(others) or not look.all_are(asked, str)
 
 
 def _copy_of_chosen(look: Look, chosen: str) -> str | None:

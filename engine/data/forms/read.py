@@ -16,6 +16,7 @@ from prefuse.engine.data.forms.look import FIRST_ROWS, bad_name, columns_by_role
 from prefuse.engine.data.forms.mixture import mixed_form, mixture_parts, sources_of
 from prefuse.engine.data.forms.names import is_metadata, is_status, judges, plain_name
 from prefuse.engine.data.forms.nested import opened_columns, with_opened
+from prefuse.engine.data.forms.number_texts import numeric_answers, with_texts
 from prefuse.engine.data.forms.turns import marked_turns, other_keys, turns_in_text
 from prefuse.engine.data.records import BadRow, DataError, Record, SetAside, Skipped, json_kind
 from prefuse.engine.data.sources import Source, open_source
@@ -69,6 +70,9 @@ def read_source(source: Source, kind: str, options: ReadOptions) -> Reading:
         form.tally.notes[f'turns of the first rows that also hold "{key}", for the chat template alone'] += count
     marked = marked_turns(value for column in form.used for value in look.values.get(column, ()))
     form.tally.notes["turns of the first rows that a flag of their own marks as bad: they are not learned"] += marked
+    if numeric := numeric_answers(look, form):
+        everything = with_texts(itertools.chain(first, rows), numeric, form.tally.notes)
+        first, rows = list(itertools.islice(everything, len(first))), everything
     ignored = [column for column in look.values if column not in form.used]
     told = passed_over(columns_by_role(options.columns))
     empty = {column for column in ignored if not look.values[column]}

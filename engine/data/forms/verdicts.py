@@ -34,6 +34,7 @@ SIDE_FLAGS = (
     "accepted",
     "label",
 )
+NUMBERED_ANSWERS = ("answer", "response", "output", "completion")  # of these, numbers are the answers' text
 SIDE_NUMBERS = ("score", "rating", "reward", "votes", "upvotes", "likes", "probability", "prob", "rank")
 
 
@@ -140,7 +141,8 @@ def _answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
         found = look.find(first), look.find(second)
         if look.is_text(look.find(_third(second, suffixes[1]))):
             continue  # three answers are a list
-        if all(found) and all(look.is_text(column) for column in found):
+        may_be_numbers = first.removesuffix(suffixes[0]).strip("_") in NUMBERED_ANSWERS
+        if all(found) and all(look.is_text(side) or (may_be_numbers and look.is_numbers(side)) for side in found):
             return Answers(found, tuple(suffixes))  # type: ignore[arg-type]
     return None
 
