@@ -9,7 +9,7 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 import json
 from typing import Any
 
-from prefuse.engine.data.records import BadRow, Message, json_kind
+from prefuse.engine.data.records import BadRow, Message, json_kind, without_nulls
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -145,9 +145,3 @@ def parsed(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where} is a string that is not JSON: {error}") from None
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
