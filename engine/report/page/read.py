@@ -1,6 +1,7 @@
 """The folder of a run as one value. Every file may be absent, cut short or strange: what can be read is shown."""
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,7 @@ MOST_BYTES = 1 << 26  # of a file of answers or messages that is read
 MEASURED = {"loss", "win_rate", "score", "prompts"}  # one of them is in what `prefuse eval` writes
 MOST_ANSWERS = 200
 MOST_MESSAGES = 200
+MOST_SIDE_BY_SIDE = 8  # runs
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def read_run(folder: Path) -> RunFiles:
     """UserError where the folder holds no run."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl: expected the output_dir of a run")
+        inside = [shlex.quote(str(path.parent)) for path in sorted(folder.glob("*/metrics.jsonl"))]
+        hint = f"; there are runs in it: prefuse report {' '.join(inside[:MOST_SIDE_BY_SIDE])}" if inside else ""
+        raise UserError(f"{folder} has no metrics.jsonl: expected the output_dir of a run{hint}")
     skipped = list(_lines(folder / "skipped.jsonl"))
     return RunFiles(
         name=folder.resolve().name,
