@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from prefuse.engine.data.records import BadRow, Message, json_kind
+from prefuse.engine.data.records import BadRow, Message, json_kind, without_nulls
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 PARTS_IN_TEXT = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|input_text|output_text|image|image_url)\"")
@@ -168,9 +168,3 @@ def parsed(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where} is a string that is not JSON: {error}") from None
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
