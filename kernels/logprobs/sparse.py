@@ -57,7 +57,9 @@ class ColumnStatistic:
     def add(self, rows: slice, first: int, e: Tensor, total: Tensor) -> None:
         """The columns from `first` on of these rows of one block: e = exp(z - z_y) (R, C), and its sum so far (R,)."""
         # p_y = 1 / (1 + total) once the total is whole: until then an upper bound.
-        self.totals.setdefault(first, total.new_zeros(self.tokens))[rows] = total
+        if first not in self.totals:
+            self.totals[first] = total.new_zeros(self.tokens)
+        self.totals[first][rows] = total
         w = 1.0 / (1.0 + total)
         if self.guess is not None:
             w = torch.minimum(self.guess[rows], w)
