@@ -31,6 +31,7 @@ demo: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html opens from the disk; its search needs a server: python3 -m http.server -d build/site"
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"

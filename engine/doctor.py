@@ -222,7 +222,7 @@ def _disk_of_run(config: "Config", needs: "RunNeeds") -> Check:
 
 def _time_of_run(needs: "RunNeeds", device: torch.device) -> Check:
     """By a trial of a few layers where there was one, else its operations at a part of what the device can do."""
-    from prefuse.engine.model.flops import PEAK_FLOPS, measured_flops
+    from prefuse.engine.model.flops import PEAK_BANDWIDTH, PEAK_FLOPS, measured_bandwidth, measured_flops
 
     if needs.seconds is not None:
         low, high = (1 - TRIAL_ERROR) * needs.seconds, (1 + TRIAL_ERROR) * needs.seconds * needs.slower
@@ -230,12 +230,17 @@ def _time_of_run(needs: "RunNeeds", device: torch.device) -> Check:
         return Check("time", "ok", "; ".join([f"{about}: {needs.tokens}", *needs.notes]))
     if not needs.operations:
         return Check("time", "note", "; ".join([needs.tokens, *needs.notes]).removeprefix("; "))
-    rate = measured_flops(torch.float32) if device.type == "cpu" else None
+    rate, bandwidth = (measured_flops(torch.float32), measured_bandwidth()) if device.type == "cpu" else (None, None)
     if device.type == "cuda":
-        rate = next((r for n, r in PEAK_FLOPS.items() if n in torch.cuda.get_device_name(device)), None)
+        name = torch.cuda.get_device_name(device)
+        rate, bandwidth = (
+            next((x for part, x in peaks.items() if part in name), None) for peaks in (PEAK_FLOPS, PEAK_BANDWIDTH)
+        )
     if rate is None:
         return Check("time", "note", f"{needs.tokens}; the speed of {device} is not known")
-    low, high = (duration(needs.operations / (part * rate)) for part in RATES)
+    # Sampling reads all weights for each token; all else is matrix products.
+    low, high = (duration(needs.operations / (part * rate) + needs.moved / (part * bandwidth)) for part in RATES)
     about = f"at most {low} to {high}" if needs.at_most else f"{low} to {high}"
     said = f"{about}: {needs.tokens}, {RATES[1]:.0%} to {RATES[0]:.0%} of {rate:.2g} FLOP/s"
+    said += f" and of {bandwidth:.2g} bytes/s" if needs.moved else ""
     return Check("time", "ok", "; ".join([said, *needs.notes]))

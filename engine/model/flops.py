@@ -29,6 +29,17 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
 }
 
+PEAK_BANDWIDTH = {  # bytes of memory per second, by the same sheets
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "B200": 8.0e12,
+    "A100": 2.0e12,
+    "L40S": 0.864e12,
+    "MI300X": 5.3e12,
+}
+
 
 def peak_flops(lm: LanguageModel) -> float | None:
     """Of the device in the precision of the run, per second. None where that is not known, and for mixtures of experts,
@@ -54,6 +65,18 @@ def measured_flops(dtype: torch.dtype, size: int = 1024, rounds: int = 5) -> flo
         x @ x
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds[1:])
+
+
+@functools.cache
+def measured_bandwidth(rows: int = 8192, columns: int = 4096, rounds: int = 3) -> float:
+    """Bytes per second of the best of a few products of a matrix that no cache holds with a vector, on the CPU."""
+    x, y = torch.ones(rows, columns), torch.ones(columns)
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        x @ y
+        seconds.append(time.perf_counter() - began)
+    return x.nbytes / min(seconds[1:])
 
 
 def training_flops(lm: LanguageModel, batch: Batch) -> int:

@@ -8,6 +8,7 @@ become, so what rests on them is an upper bound.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class RunNeeds:
     activations: int = 0  # bytes, of a microbatch
     cache: int = 0  # bytes of keys and values while answers are sampled
     operations: float = 0.0
+    moved: float = 0.0  # bytes of weights that sampling reads: all of them for each next token of a batch
     seconds: float | None = None  # by a trial
     slower: float = 1.0  # how much slower its rounds were than the best one
     tokens: str = ""  # how many, in words
@@ -240,6 +242,7 @@ def _online(found: RunNeeds, config: Config, judges: Sequence[ModelSize]) -> Non
         found.operations += reading(model) * separate
         side_by_side = config.per_device_eval_batch_size * size
         found.cache = int(side_by_side * (longest + answer) * cache_per_token(config, model.about))
+        found.moved = math.ceil(groups * size / side_by_side) * answer * model.weights * found.width
     batch = config.per_device_train_batch_size * (answer + prompt / size)
     found.activations = int(batch * activations_per_token(config, model.about))
     found.at_most = True
@@ -270,6 +273,8 @@ def _answering(found: RunNeeds, config: Config, command: str, judges: Sequence[M
         found.operations = answers * read * sum(map(reading, models))
         side_by_side = min(answers, config.per_device_eval_batch_size)
         found.cache = int(side_by_side * (longest + turns * length) * cache_per_token(config, found.model.about))
+        steps = math.ceil(answers / side_by_side) * turns * length
+        found.moved = steps * sum(model.weights for model in models) * found.width
     compared = _texts_scored(config, command, len(prompts), count, len(models))
     found.operations += compared * (prompt + length) * sum(map(reading, judges))
     if command == "eval" and config.checkpoints:

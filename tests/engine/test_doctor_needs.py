@@ -143,6 +143,18 @@ def test_keys_and_values_are_those_that_transformers_keeps(files):
     assert kept == 2 * 11 * cache_per_token(config, about)
 
 
+def test_sampling_reads_all_weights_for_each_token_of_a_batch(files):
+    """5 prompts, 7 tokens at most, by `given_of`: one by one, by threes, all at once."""
+    for side_by_side, batches in ((1, 5), (3, 2), (8, 1)):
+        found, _ = needs_of(files, "generate", per_device_eval_batch_size=side_by_side)
+        assert found.moved == batches * 7 * found.model.weights * 4
+    assert needs_of(files, "train")[0].moved == 0
+    assert needs_of(files, "online")[0].moved > 0
+    slow, fast = (needs_of(files, "generate", per_device_eval_batch_size=n)[0] for n in (1, 8))
+    said = [doctor._time_of_run(found, torch.device("cpu")).said for found in (slow, fast)]
+    assert all("bytes/s" in line and line.startswith("at most ") for line in said)
+
+
 def test_a_longer_answer_a_second_scorer_and_more_answers_take_more(files):
     base = needs_of(files, "eval", scorer=[files["rule"]])[0].operations
     for changes in ({"max_new_tokens": 256}, {"num_generations": 2, "temperature": 1.0},
