@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefuse.bench.tiny_models import NOT_TRIED, TOKENS, VOCABULARY, dtype_of, tiny_model
+from prefuse.engine.errors import first_line
 from prefuse.models.trunk import UnsupportedModel
 
 TOLERANCE = 2e-5  # log-probabilities are float32
@@ -54,10 +55,6 @@ def close(got: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE
     difference = ((got.double() - expected.double()).abs().max() / size).item()
     if not difference <= tolerance:
         raise Wrong(f"{what} differ by {difference:.2g} of their size")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------

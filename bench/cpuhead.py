@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +28,7 @@ from torch import Tensor
 import prefuse
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.bench.timing import resident
 from prefuse.engine.config.tools import ToolParser
 from prefuse.kernels import slices
 from prefuse.kernels.logprobs.linear_logprobs import logprobs_within
@@ -242,14 +241,9 @@ def print_peak(name: str, shape: tuple[int, int, int], backward: bool) -> None:
     small = TimedHead.draw(64, shape[1], 512)
     run_logps(name, small, backward)  # imports, threads and BLAS workspaces are no part of the step
     x = TimedHead.draw(*shape)
-    before = high_water()
+    before = resident("VmHWM")
     run_logps(name, x, backward)
-    print(high_water() - before)
-
-
-def high_water() -> int:
-    """This process's peak resident bytes. (`ru_maxrss` would include what its parent held at the fork.)"""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    print(resident("VmHWM") - before)
 
 
 def measure_memory(n: int, d: int, v: int) -> list[dict]:

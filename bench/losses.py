@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.bench.timing import resident
 from prefuse.engine.config.tools import ToolParser
 
 SHAPE = (4, 512, 512, 32000)  # pairs, positions, hidden size, vocabulary
@@ -72,11 +71,6 @@ def measure_times(name: str, rounds: int) -> dict[str, list[float]]:
             steps[variant]()
             times[variant].append(time.process_time() - start)
     return times
-
-
-def resident(kind: str) -> int:
-    """This process's resident bytes: VmRSS now, VmHWM at its peak."""
-    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def peak_bytes(variant: str, name: str) -> int:

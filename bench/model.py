@@ -11,17 +11,16 @@ per variant, beyond model and gradients. Writes results/model_loss-<cpu>-<thread
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.bench.timing import resident
 from prefuse.engine.config.tools import ToolParser
 from prefuse.transformers import fuse_loss, sequence_logps
 
@@ -70,13 +69,9 @@ def print_peak(name: str) -> None:
     """Peak resident bytes of one step, after a small one has made the gradients."""
     model = model_for(name)
     step(name, model, *batch(8))
-    before = _high_water()
+    before = resident("VmHWM")
     step(name, model, *batch())
-    print(_high_water() - before)
-
-
-def _high_water() -> int:
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    print(resident("VmHWM") - before)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from prefuse.bench import record
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, slug, write_result
+from prefuse.bench.timing import resident
 from prefuse.engine.config.tools import ToolParser
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -146,11 +145,6 @@ def run_variant(settings: argparse.Namespace) -> dict:
     seconds = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)][WARM_UP:]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"seconds": seconds, "losses": [float(x) for x in losses], "peak": resident("VmHWM") - before}
-
-
-def resident(which: str) -> int:
-    """This process's resident bytes: now (VmRSS), or at their highest (VmHWM)."""
-    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 # ------------------------------------------------------------------------------------------------ all of them

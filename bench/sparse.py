@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import prefuse
-from prefuse.bench.cpuhead import high_water
 from prefuse.bench.record import RESULTS, cpu_model, environment, markdown, read_result, slug, write_result
+from prefuse.bench.timing import resident
 from prefuse.engine.config.tools import ToolParser
 from prefuse.kernels import record_skipped_mass
 
@@ -163,7 +163,7 @@ def measure_times(
             start = time.process_time()
             step()
             times[name].append(time.process_time() - start)
-            peaks[name].append(high_water() - before)
+            peaks[name].append(resident("VmHWM") - before)
     rows = {}
     for name, seconds in times.items():
         exact = times[f"{name.split(',')[0]}, exact"]
@@ -178,7 +178,7 @@ def memory_anew() -> int:
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return high_water()
+    return resident("VmHWM")
 
 
 def name_of(tolerance: float) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,6 +68,12 @@ def gemms(units: int, hidden: Tensor, weight: Tensor) -> Run:  # (N, D), (V, D)
 def paired_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     """How many times `base` a variant took: the median over rounds."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def resident(which: str) -> int:
+    """This process's resident bytes: VmRSS now, VmHWM at their peak. (`ru_maxrss` would include what its parent held at
+    the fork.)"""
+    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prefuse.losses.contract import check_share
+
 
 @dataclass(frozen=True)
 class FollowingReference:
@@ -21,8 +23,7 @@ class FollowingReference:
     steps: int = 512
 
     def __post_init__(self):
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], got {self.alpha}")
+        check_share("alpha", self.alpha)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 

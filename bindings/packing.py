@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from prefuse.kernels.attention.segments import Segments
 
+AnyBatch = TypeVar("AnyBatch")
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt, its completions
 
 
@@ -41,8 +43,13 @@ class Packed:
         return self.segments.num_tokens
 
     def to(self, device: torch.device | str) -> Packed:
-        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        return on_device(self, device)
+
+
+def on_device(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
+    """A dataclass with its tensors on `device`."""
+    tensors = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+    return replace(batch, **tensors)
 
 
 def pack(groups: Sequence[Group]) -> Packed:
@@ -135,8 +142,7 @@ class Padded:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> Padded:
-        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        return on_device(self, device)
 
 
 def padded(sequences: Sequence[tuple[list[int], list[int]]]) -> Padded:

@@ -13,6 +13,10 @@ class Diverged(UserError):
     """The weights of a run are broken (not finite, or far too large). Earlier checkpoints may still be good."""
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def fault_of(error: Exception) -> str:
     """One line, with the fix where it is a flag."""
     lines = str(error).strip().splitlines() or [""]

@@ -4,7 +4,7 @@ import difflib
 import functools
 from pathlib import Path
 
-from prefuse.engine.errors import UserError
+from prefuse.engine.errors import UserError, first_line
 
 FIRST_FILE = {"model": "config.json", "dataset": "README.md"}  # what transformers and datasets ask for first
 
@@ -53,10 +53,10 @@ def _require_on_hub(name: str, kind: str) -> None:
         raise UserError(f"{refusal}there is none of that name (a private one needs `hf auth login`)") from None
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500 and error.response.status_code != 429:
-            raise UserError(f"{refusal}{_line(error)}") from None
+            raise UserError(f"{refusal}{first_line(error)}") from None
         # the hub is busy: transformers and datasets ask again
     except Exception as error:  # no valid name; no network, in the words of whatever library asks
-        raise UserError(f"{refusal}{_line(error)}") from None
+        raise UserError(f"{refusal}{first_line(error)}") from None
 
 
 def _in_cache(name: str, kind: str) -> bool:
@@ -69,7 +69,3 @@ def _in_cache(name: str, kind: str) -> bool:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -40,8 +40,8 @@ def report_parser() -> ToolParser:
 
 
 def report(argv: Sequence[str]) -> int:
-    from prefuse.engine.report.page.read import read_run
-    from prefuse.engine.report.page.write import MOST_SIDE_BY_SIDE, write_page
+    from prefuse.engine.report.page.read import MOST_SIDE_BY_SIDE, read_run
+    from prefuse.engine.report.page.write import write_page
 
     given = report_parser().parse_args(argv)
     if len(given.runs) > MOST_SIDE_BY_SIDE:

@@ -294,6 +294,8 @@ def main() -> int:
     )
     curves = " ".join(str(folder / name / "curves.png") for name in [*seconds, "reward"])
     console.print(f"{time.perf_counter() - started:.0f} seconds in all; curves: {curves}")
+    runs = " ".join(str(folder / name) for name in seconds)
+    console.print(f"one page about the runs: {Path(sys.executable).with_name('prefuse')} report {runs}", soft_wrap=True)
     broken = broken_claims(results)
     broken += ["the reward model agrees with the rule in over 90% of both"] if min(judge[:2]) <= 0.9 else []
     for claim in broken:

@@ -12,7 +12,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 NEG_INF = tl.constexpr(float("-inf"))
-# A target in [0, V) is a row of this rank's weight. Another rank's target is V or more, or below these two codes.
+# A target in [0, V) is a row of this rank's weight; another rank's is V or more, or smaller than these two codes.
 IGNORED = tl.constexpr(-1)
 OUTSIDE = tl.constexpr(-2)  # not in the vocabulary: its log-probability is NaN
 

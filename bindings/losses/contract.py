@@ -159,6 +159,11 @@ def check_weight(name: str, weight: Any) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {weight}")
 
 
+def check_share(name: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+
+
 EXPONENT = 80.0  # e^80 still is a float32
 
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefuse.losses.contract import EXPONENT, Need, Sequences, capped_exp, check_smoothing, check_weight, smoothed
+from prefuse.losses.contract import (
+    EXPONENT,
+    Need,
+    Sequences,
+    capped_exp,
+    check_share,
+    check_smoothing,
+    check_weight,
+    smoothed,
+)
 from prefuse.losses.pairs import PairLoss
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -178,8 +187,7 @@ class MODPO(PairLoss):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"weight must be in (0, 1], got {self.weight}")
+        check_share("weight", self.weight)
 
     def losses(self, seq: Sequences) -> Tensor:  # (P,)
         return -logsigmoid((self.margin(seq) - seq.margins) / self.weight)

@@ -22,6 +22,7 @@ from prefuse.losses.contract import (
     Per,
     Sequences,
     check_beta,
+    check_share,
 )
 
 
@@ -115,8 +116,7 @@ class MOKTO(KTO):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"weight must be in (0, 1], got {self.weight}")
+        check_share("weight", self.weight)
 
     @property
     def needs(self) -> frozenset[Need]:

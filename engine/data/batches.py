@@ -9,7 +9,7 @@ E examples (pairs, labelled completions or demonstrations), B sequences, T padde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from prefuse.engine.data.fit import CharacterParts, cut_prompt
 from prefuse.engine.data.ragged import Ragged
 from prefuse.engine.data.table import NUMBERS, Example, Examples, Tokens
-from prefuse.packing import Packed, Padded, pack, padded
+from prefuse.packing import Packed, Padded, on_device, pack, padded
 from prefuse.tokens import IGNORE_INDEX
 
 
@@ -56,12 +56,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         numbers = {name: x.to(device) for name, x in self.numbers.items()}
         sampled = None if self.sampled is None else self.sampled.to(device)
-        return replace(_moved(self, device), tokens=self.tokens.to(device), numbers=numbers, sampled=sampled)
-
-
-def _moved(batch, device: torch.device):
-    tensors = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-    return replace(batch, **tensors)
+        return replace(on_device(self, device), tokens=self.tokens.to(device), numbers=numbers, sampled=sampled)
 
 
 def examples_of(dataset: Sequence[Example], bos: int | None = None, parts: CharacterParts | None = None) -> Examples:

@@ -32,11 +32,10 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The bare ids of each text, without the special tokens that a tokenizer puts around it."""
         ids: list[list[int]] = []
+        bare = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         for start in range(0, len(texts), TEXTS_PER_CALL):
             batch = list(texts[start : start + TEXTS_PER_CALL])
-            ids += self.tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+            ids += self.tokenizer(batch, **bare, verbose=False)["input_ids"]
         return ids
 
     def encode_after(

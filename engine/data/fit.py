@@ -39,7 +39,8 @@ class Room:
                 )
             room = min(len(record.prompt), self.max_length // 2)
             record = self._with_shorter_sides(record, self.max_length - room)
-        return replace(record, prompt=self.cut_prompt(record.prompt, room))
+        prompt = self.cut_prompt(record.prompt, room)
+        return record if prompt is record.prompt else replace(record, prompt=prompt)
 
     def _with_whole_answers(self, record: Record) -> Record:
         """Cuts a conversation that is too long behind the last answer that fits. If none fits, it stays as it is."""

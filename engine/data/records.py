@@ -77,3 +77,10 @@ def check_unicode(text: str, column: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may say "\ud800"; no tokenizer takes it
         raise BadRow(f'"{column}" holds half a surrogate pair at character {error.start}, not a Unicode text') from None
+
+
+def without_nulls(value: Any) -> Any:
+    """JSON without its nulls, at any depth: tables have them where an object lacks a key."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

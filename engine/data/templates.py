@@ -209,6 +209,9 @@ class Renderer:
     ) -> None:  # fmt: skip
         """Refuses answers of which the template drops something, or writes the tags of reasoning a second time."""
         answers = [turn for turn in turns if turn["role"] == "assistant"]
+        stop = self.ending.stop
+        if stop and any((turn.get("content") or "").rstrip().endswith(stop) for turn in answers):
+            raise BadRow(f'an answer of "{side}" ends with {stop}, which the template writes too: it would stand twice')
         if any(map(reasoning_tags, answers)):
             tag = doubled_tag(answers, self._header(prompt, text, arguments), completion)
             if tag is not None:

@@ -37,6 +37,8 @@ def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | 
     completions = iter(encoder.encode_after(before, texts, written))
 
     def encode(record: Record) -> Record:
+        if all(isinstance(text, str) for text in record.sides.values()):  # most rows
+            return replace(record, prompt=next(prompts), sides={side: next(completions) for side in record.sides})
         sides: dict[str, list[int]] = {}
         learned: list[bool] = []
         for side, text in record.sides.items():
@@ -51,8 +53,10 @@ def _encode(records: list[Record | Skipped], encoder: Encoder) -> list[Record | 
 
 def _behind_each_other(record: Record, side: str | list[Piece]) -> list[tuple[str, str, bool]]:
     """The pieces of a completion: what stands before each, its text, whether it is learned."""
+    if isinstance(side, str):
+        return [(record.prompt, side, True)]
     found, before = [], record.prompt
-    for text, is_learned in [(side, True)] if isinstance(side, str) else side:
+    for text, is_learned in side:
         found.append((before, text, is_learned))
         before = before[-LONGEST_TAIL:] + text
     return found

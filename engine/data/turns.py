@@ -7,19 +7,29 @@ Nulls are dropped: Arrow writes one for every key that another row has. Nulls in
 """
 
 import json
+import re
 from typing import Any
 
-from prefuse.engine.data.records import BadRow, Message, json_kind
+from prefuse.engine.data.records import BadRow, Message, json_kind, without_nulls
 
 MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+PARTS_IN_TEXT = re.compile(r"\s*\[\s*\{\s*\"type\"\s*:\s*\"(?:text|input_text|output_text|image|image_url)\"")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is the call, as JSON text
 RESULT_ROLES = ("observation", "function", "function_response", "tool_response", "ipython")  # other names of "tool"
 NAMES = ("role", "content", "from", "value", "tool_calls", "function_call")  # read here; other keys are the template's
-# Of OpenAI and Mistral, of axolotl, of LLaMA-Factory, of ms-swift and XTuner: 0 or false says no.
-LEARNED = ("weight", "train", "loss_weight", "loss")
+# Of OpenAI and Mistral, of axolotl (train, training), of LLaMA-Factory, of ms-swift and XTuner, and what people write
+# for them: 0 or false says no.
+LEARNED = ("weight", "train", "loss_weight", "loss", "training", "train_on_turn", "trainable", "loss_mask")
+PARTLY_LEARNED = ("train_detail", "mask", "masked")  # of parts of a turn, or of 1 and 0 that may mean either
+ARGUMENTS = (
+    "args",
+    "parameters",
+    "input",
+    "kwargs",
+)  # other names of a call's arguments: LangChain's, Llama's, Claude's
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing, as transformers has it
 
 
@@ -28,6 +38,9 @@ def make_message(role: str, content: Any, turn: Message, column: str) -> Message
     where = f'a "{role}" turn in "{column}"'
     rest = {key: value for key, value in turn.items() if value is not None and key not in NAMES}
     rest |= {name: _learned(rest[name], name, where) for name in LEARNED if name in rest}
+    for name in PARTLY_LEARNED:
+        if role == "assistant" and name in rest:
+            raise BadRow(f'"{name}" of {where} says that parts of it are not learned. Fix: "train" of whole turns')
     content, thought = _without_thought(content)
     rest |= _reasoning_of(rest | ({"thinking": thought} if thought else {}), where)
     if role in CALL_ROLES:
@@ -55,7 +68,11 @@ def _without_thought(content: Any) -> tuple[Any, str]:
     """A content without its parts of reasoning, {type: thinking, thinking: ...}, and what they say."""
     if not isinstance(content, list):
         return content, ""
-    parts = [part for part in content if isinstance(part, dict) and part.get("type") in REASONING]
+    parts = [
+        part
+        for part in content
+        if isinstance(part, dict) and (part.get("type") in REASONING or part.get("thought") is True)  # Gemini's
+    ]
     said = [part.get("thinking") or part.get("reasoning") or part.get("text") for part in parts]
     if not parts or not all(isinstance(text, str) for text in said):
         return content, ""  # where it is refused by name
@@ -80,6 +97,8 @@ def is_empty(message: Message) -> bool:
 def content_text(content: Any, where: str) -> str | None:
     """A content as one string: text parts are joined, images, audio and video are refused by name; None stays None."""
     if content is None or isinstance(content, str):
+        if content is not None and PARTS_IN_TEXT.match(content):
+            raise BadRow(f"{where} is a text, the JSON of a list of parts. Fix: write it as a list")
         return content
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, dict) for part in parts):
@@ -120,6 +139,10 @@ def _call(call: Any, where: str) -> Message:
         raise BadRow(f"a tool call of {where} has no name: expected {{function: {{name, arguments}}}}")
     rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
     function = without_nulls(function)
+    other = next((name for name in ARGUMENTS if name in function), None)
+    if "arguments" not in function and other:
+        function["arguments"] = function.pop(other)
+    rest = {key: value for key, value in rest.items() if key not in ARGUMENTS}
     return without_nulls({"type": "function", **rest}) | {
         "function": function | {"arguments": function.get("arguments", {})}
     }
@@ -145,9 +168,3 @@ def parsed(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where} is a string that is not JSON: {error}") from None
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value

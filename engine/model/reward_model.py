@@ -256,6 +256,6 @@ def pad_apart(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterab
     if chosen == before or before is None:
         return None
     return (
-        f"the padding token {before} also ends answers, where transformers would not see it: the reward model and its "
-        f"tokenizer pad with {chosen}"
+        f"the padding token {before!r} also ends answers, and transformers would take it there for padding: the reward "
+        f"model and its tokenizer pad with {chosen!r} instead"
     )

@@ -1,10 +1,9 @@
 """curves.png from metrics.jsonl: what was trained on as lines, what was held out as dots and lines."""
 
-import math
 from pathlib import Path
 
 from prefuse.engine.report.log import read_metrics
-from prefuse.engine.run.files import save_figure
+from prefuse.engine.run.files import is_number, save_figure
 
 PANELS = {  # title -> metrics that share an axis
     "loss": ("loss",),
@@ -59,7 +58,3 @@ def curve_points(rows: list[dict], name: str, prefix: str) -> list[tuple[int, fl
     half = 0.5 if name == "rewards/accuracies" else 0.0
     points = [(row.get("step"), row.get(prefix + name), row.get(f"{prefix}rewards/ties") or 0.0) for row in rows]
     return [(step, mean + half * ties) for step, mean, ties in points if all(map(is_number, (step, mean, ties)))]
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -136,6 +136,11 @@ def whole_file(final: Path) -> Iterator[Path]:
         raise
 
 
+def is_number(value: object) -> bool:
+    """Whether what a file of JSON holds is a finite number, and no true or false."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file appears whole, in the place of what was there."""
     with whole_file(path) as aside:

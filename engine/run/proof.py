@@ -5,7 +5,6 @@ name, shape and numbers. A function here returns what is wrong in words, or None
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from prefuse.engine.model.adapters import ABOUT, WEIGHTS, adapter_state
 from prefuse.engine.model.forward import LanguageModel
-from prefuse.engine.run.files import sha256_of
+from prefuse.engine.run.files import is_number, sha256_of
 from prefuse.models.head import class_of
 
 ALWAYS = ("trainer_state.json", "rng.safetensors", "rows.safetensors")
@@ -107,7 +106,7 @@ def _fault_of_state(path: Path, manifest: dict[str, str]) -> str | None:
     if len(state["cut"]) != 3 or not all(type(number) is int and number > 0 for number in state["cut"]):
         return f"trainer_state.json has no plausible 'cut': {_short(state['cut'])}"
     window = state["window"].values()
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in window):
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in window):
         return "trainer_state.json has no plausible 'window'"
     if {**state["files"], "trainer_state.json": manifest["trainer_state.json"]} != manifest:
         return "manifest.json and trainer_state.json do not name the same files with the same hashes"
@@ -116,21 +115,17 @@ def _fault_of_state(path: Path, manifest: dict[str, str]) -> str | None:
 
 def _fault_of_guards(guards: dict) -> str | None:
     numbers = guards.get("losses")
-    if not isinstance(numbers, list) or not all(map(_is_number, numbers)):
+    if not isinstance(numbers, list) or not all(map(is_number, numbers)):
         return "trainer_state.json has no plausible 'guards'"
     for name in ("skipped", "skipped_in_row"):
         if type(guards.get(name)) is not int or guards[name] < 0:
             return f"trainer_state.json has no plausible guards: {name} {_short(guards.get(name))}"
     for name in ("first_loss", "best_accuracy", "train_accuracy"):
-        if guards.get(name) is not None and not _is_number(guards[name]):
+        if guards.get(name) is not None and not is_number(guards[name]):
             return f"trainer_state.json has no plausible guards: {name} {_short(guards[name])}"
     if not isinstance(guards.get("fired"), list) or not all(isinstance(name, str) for name in guards["fired"]):
         return "trainer_state.json has no plausible guards: fired"
     return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: object) -> str:

@@ -65,6 +65,9 @@ def test_a_strange_file_costs_its_own_part_of_the_page_alone(name, content, tmp_
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err
+    runs = [write_run(tmp_path / name) for name in ("a run", "b")]
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"there are runs in it: prefuse report '{runs[0]}' {runs[1]}" in capsys.readouterr().err
 
 
 def test_a_long_curve_keeps_its_mean_and_its_spikes():

@@ -10,10 +10,10 @@ from typing import Any
 from prefuse.engine.data.forms.form import Form, ReadOptions, Row, Tally, make_record
 from prefuse.engine.data.forms.implicit import are_spoken, turns_of_transcript
 from prefuse.engine.data.forms.look import Look
-from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS
+from prefuse.engine.data.forms.names import ANSWERS, CONVERSATIONS, HISTORIES, PROMPTS, SYSTEMS, TURN_MASKS
 from prefuse.engine.data.forms.prompts import PromptColumns, find_prompt, with_turns_before
 from prefuse.engine.data.forms.turns import read_text, read_turns, turn_of
-from prefuse.engine.data.records import BadRow, Message, Record, Text, json_kind
+from prefuse.engine.data.records import BadRow, DataError, Message, Record, Text, json_kind
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
             system = named.get("system", [None])[0] or look.find(*SYSTEMS)
             history = named.get("history", [None])[0] or look.find(*HISTORIES)
             look.used |= {name for name in (system, history) if name}
+            _refuse_turn_masks(look, column)
             spoken = look.all_are(column, str) and are_spoken(look.values[column])
             repeated = () if spoken else _repeated_columns(look, column)
             return Conversation(column, system, history, repeated, spoken)
@@ -203,6 +204,16 @@ def find_answers(look: Look, named: dict[str, list[str]]) -> Answers | None:
     copy = _copy(look, prompt.text, answer)
     look.used |= {copy} if copy else set()
     return _repeating(look, AnswerColumns(prompt, answer, copy=copy))
+
+
+def _refuse_turn_masks(look: Look, column: str) -> None:
+    """A number for each turn, beside the conversation, may say which turns are learned."""
+    mask = next((name for name in look.find_all(*TURN_MASKS) if look.all_are(name, list)), None)
+    if mask:
+        raise DataError(
+            f'{look.source}: "{mask}" is a list beside "{column}", and may say which turns are learned. Fix: write it '
+            f'into the turns, as "weight": 0 or 1; or --columns unused={mask}'
+        )
 
 
 def _copy(look: Look, question: str, answer: str) -> str | None:

@@ -17,6 +17,7 @@ from prefuse.engine.data.forms.look import Look
 from prefuse.engine.data.forms.names import (
     BAD_FLAGS,
     BAD_REVIEWS,
+    BROKEN_OFF,
     COUNTED,
     FLAGS,
     LABELS,
@@ -75,8 +76,9 @@ def find_marks(look: Look, form: Form, kind: str) -> tuple[list[str], Marks | No
     """The columns that mark some of the first rows as bad, and how every row is looked at."""
     free = [column for column in look.values if column not in form.used | look.used]
     is_answer = form.kind != "pair" and kind in ("labelled", "sft")
-    flags = {*FLAGS, *LABELS} if is_answer else REVIEWS  # whether an answer is good is nothing that a pair is asked
-    bad_flags = set(BAD_FLAGS) if is_answer else BAD_REVIEWS
+    # Whether an answer is good is nothing that a pair is asked.
+    flags = REVIEWS | ({*FLAGS, *LABELS} if is_answer else set())
+    bad_flags = BAD_REVIEWS | ({*BAD_FLAGS, *BROKEN_OFF} if is_answer else set())
     bad: dict[str, Callable[[Any], bool]] = {}
     words = (BAD_WORDS - PLAIN) | ({"tie"} if form.kind == "pair" else set())
     for column in free:

@@ -62,16 +62,24 @@ LABELS = (
 FLAGS = (
     "acceptable", "is_acceptable", "approved", "is_approved", "is_safe", "safe", "helpful", "is_helpful", "thumbs_up",
     "thumb_up", "upvote", "is_liked", "is_preferred", "is_chosen", "is_good_answer", "is_valid", "valid", "passed",
+    "success", "is_success", "successful", "is_successful", "resolved", "is_resolved", "solved", "is_solved",
+    "positive",
 )  # fmt: skip
 BAD_FLAGS = (  # true is bad
     "rejected", "toxic", "is_toxic", "toxicity", "bad", "is_bad", "harmful", "is_harmful", "unsafe", "is_unsafe",
     "flagged", "discarded", "spam", "is_spam", "hallucinated", "incorrect", "is_incorrect", "wrong", "disliked",
-    "thumbs_down", "thumb_down", "downvote", "deleted", "is_rejected", "is_flagged", "is_deleted",
+    "thumbs_down", "thumb_down", "downvote", "deleted", "is_rejected", "is_flagged", "is_deleted", "negative",
+    "is_negative", "failed", "is_failed",
 )  # fmt: skip
 COUNTED = {"thumbs_up", "thumb_up", "upvote", "thumbs_down", "thumb_down", "downvote"}  # flags, or how many there are
-REVIEWS = {"approved", "is_approved", "is_valid", "valid"}  # flags of a row, whatever it holds
+BROKEN_OFF = {"has_error", "is_error", "truncated", "is_truncated", "timed_out"}  # flags of an answer: it is not whole
+REVIEWS = {  # flags of a row, whatever it holds
+    "approved", "is_approved", "is_valid", "valid", "keep", "is_kept", "include", "included", "use", "usable",
+    "is_usable",
+}  # fmt: skip
 BAD_REVIEWS = {
     "flagged", "is_flagged", "discarded", "deleted", "is_deleted", "spam", "is_spam", "rejected", "is_rejected",
+    "exclude", "excluded", "skip", "skipped", "ignore", "ignored", "drop", "dropped", "duplicate", "is_duplicate",
 }  # fmt: skip
 STATUSES = (  # what became of a row: in words
     "status", "state", "review", "review_result", "moderation", "moderation_result", "decision", "approval", "outcome",
@@ -101,6 +109,7 @@ ORDERS = (  # names of answers in order
     "preferences", "verdict", "label",
 )  # fmt: skip
 NAME_LISTS = ("models", "model_names", "generators")
+TURN_MASKS = ("loss_mask", "loss_masks", "loss_weights", "weights", "turn_weights", "train_mask", "train_on_turns")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 
 # Columns that say something about a row and are no part of it. Whole names, then the ends of names.
@@ -133,8 +142,8 @@ SWAPPED = ("swapped", "is_swapped", "flipped", "is_flipped", "reversed", "is_rev
 def judges(column: str, of_pairs: bool) -> bool:
     """Whether a column of this name says how good a row is (of pairs: whether it counts, and which way round)."""
     name = plain_name(column)
-    names = {*REVIEWS, *BAD_REVIEWS, *SWAPPED, *VERDICTS} if of_pairs else {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES}
-    return name in names or is_status(column)
+    names = {*SWAPPED, *VERDICTS} if of_pairs else {*LABELS, *FLAGS, *BAD_FLAGS, *SCORES, *BROKEN_OFF}
+    return name in names | REVIEWS | BAD_REVIEWS or is_status(column)
 
 
 def is_status(column: str) -> bool:

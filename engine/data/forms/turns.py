@@ -15,7 +15,18 @@ from typing import Any
 from prefuse.engine.data.forms.blocks import without_blocks
 from prefuse.engine.data.forms.items import is_item, with_items
 from prefuse.engine.data.forms.look import holds_text
-from prefuse.engine.data.forms.names import BAD_FLAGS, FLAGS, LABELS, is_metadata, plain_name
+from prefuse.engine.data.forms.marks import BAD_WORDS, PLAIN, label_key
+from prefuse.engine.data.forms.names import (
+    BAD_FLAGS,
+    BAD_REVIEWS,
+    BROKEN_OFF,
+    FLAGS,
+    LABELS,
+    REVIEWS,
+    is_metadata,
+    is_status,
+    plain_name,
+)
 from prefuse.engine.data.records import BadRow, Message, Text, check_unicode, json_kind
 from prefuse.engine.data.sources.tables import json_or_python
 from prefuse.engine.data.turns import CALL_ROLES, LEARNED, NAMES, REASONING, RESULT_ROLES, make_message, parsed
@@ -42,7 +53,9 @@ ANSWER_KEYS = (
 )  # of an object with no role
 EXCHANGES = dict.fromkeys(("input", "question", "query", "prompt"), "user")  # keys of {question, answer}, as _exchange
 EXCHANGES |= dict.fromkeys(("output", "answer", "response", "completion"), "assistant")
+TURN_IN_TEXT = re.compile(r"\s*\{\s*['\"](?:role|from|content|messages|conversations)['\"]\s*:")
 BROKEN_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+GOOD_MARKS, BAD_MARKS = {*FLAGS, *LABELS, *REVIEWS}, {*BAD_FLAGS, *BROKEN_OFF, *BAD_REVIEWS}
 KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *NAMES, *LEARNED, *REASONING, "name", "tool_call_id"}
 
 
@@ -107,10 +120,16 @@ def turn_of(role: str, text: str, column: str) -> Message:
 
 def turns_in_text(value: Any) -> list[Any] | None:
     """The turns whose JSON a string is; None if it is another text. Nothing else begins with the brackets of a list of
-    objects and names a role in each."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    objects and names a role in each; nor is {"role": ..., "content": ...} or {"messages": [...]} anything else."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return None
     turns = json_or_python(value)
+    if isinstance(turns, dict):
+        if not TURN_IN_TEXT.match(value):
+            return None
+        turns = next((turns[key] for key in ("messages", "conversations") if key in turns), [turns])
+    if not isinstance(turns, list):
+        return None
     is_turns = turns and all(
         isinstance(turn, dict) and (any(key in turn for key in ROLE_KEYS) or is_item(turn)) for turn in turns
     )
@@ -135,9 +154,15 @@ def marked_turns(values: Iterable[Any]) -> int:
 
 
 def is_marked_bad(turn: Message) -> bool:
-    """Whether a flag of the turn itself says that it is bad: such an answer is not learned."""
-    names = {plain_name(key): part for key, part in turn.items() if isinstance(part, bool)}
-    return any(name in BAD_FLAGS if said else name in FLAGS or name in LABELS for name, said in names.items())
+    """Whether a flag or a word of the turn itself says that it is bad: such an answer is not learned."""
+    names = {plain_name(key): part for key, part in turn.items() if key not in TEXT_KEYS}
+    flags = {name: part for name, part in names.items() if isinstance(part, bool)}
+    words = [part for name, part in names.items() if isinstance(part, str) and (name in LABELS or is_status(name))]
+    inside = [said for name, said in names.items() if isinstance(said, dict) and name in LABELS]
+    words += [part for said in inside for part in said.values()]
+    if any(name in BAD_MARKS if said else name in GOOD_MARKS for name, said in flags.items()):
+        return True
+    return any(label_key(word) in BAD_WORDS - PLAIN or label_key(word) == -1 for word in words)
 
 
 def _exchange(turn: Any) -> list[Message] | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prefuse.engine.data.records import BadRow, DataError
+from prefuse.engine.data.records import BadRow, DataError, without_nulls
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -62,19 +62,13 @@ def rows_of_batches(batches: Iterable[Any], schema: Any, name: str) -> Rows:
 
 def _restored(row: dict[str, Any], texts: dict[str, Any], nested: list[str]) -> Any:
     for column in nested:
-        row[column] = _without_nulls(row[column])
+        row[column] = without_nulls(row[column])
     try:
         for column, feature in texts.items():
             row[column] = _decoded(row[column], feature, column)
     except (ValueError, RecursionError) as error:
         return BadRow(f"its JSON text is not valid: {error}")
     return row
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _has_objects(kind: Any) -> bool:

@@ -1,7 +1,7 @@
 """The folder of a run as one value. Every file may be absent, cut short or strange: what can be read is shown."""
 
 import json
-import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,12 +13,14 @@ import yaml
 from prefuse.engine.errors import UserError
 from prefuse.engine.report.log import read_metrics
 from prefuse.engine.report.messages import MESSAGES
+from prefuse.engine.run.files import is_number
 
 QUANTILES = 5  # numbers that about.json has of each length
 MOST_BYTES = 1 << 26  # of a file of answers or messages that is read
 MEASURED = {"loss", "win_rate", "score", "prompts"}  # one of them is in what `prefuse eval` writes
 MOST_ANSWERS = 200
 MOST_MESSAGES = 200
+MOST_SIDE_BY_SIDE = 8  # runs
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def read_run(folder: Path) -> RunFiles:
     """UserError where the folder holds no run."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl: expected the output_dir of a run")
+        inside = [shlex.quote(str(path.parent)) for path in sorted(folder.glob("*/metrics.jsonl"))]
+        hint = f"; there are runs in it: prefuse report {' '.join(inside[:MOST_SIDE_BY_SIDE])}" if inside else ""
+        raise UserError(f"{folder} has no metrics.jsonl: expected the output_dir of a run{hint}")
     skipped = list(_lines(folder / "skipped.jsonl"))
     return RunFiles(
         name=folder.resolve().name,
@@ -114,7 +118,7 @@ def _about(value: object) -> dict[str, Any]:
 
 
 def _are_numbers(value: object, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(_is_number(x) for x in value)
+    return isinstance(value, list) and len(value) == count and all(is_number(x) for x in value)
 
 
 def _is_side(side: object) -> bool:
@@ -160,7 +164,7 @@ def _evaluations(folder: Path):
     for path in sorted(folder.glob("*.json")):
         found = _mapping(_read_json(path))
         if MEASURED & found.keys():
-            yield path.name, {name: value for name, value in found.items() if _is_number(value)}
+            yield path.name, {name: value for name, value in found.items() if is_number(value)}
 
 
 def _checkpoints(folder: Path):
@@ -168,8 +172,8 @@ def _checkpoints(folder: Path):
     for path in sorted(folder.glob("*.json")):
         found = _mapping(_read_json(path))
         points = found.get("checkpoints")
-        if isinstance(points, list) and all(_is_number(_mapping(point).get("sqrt_kl")) for point in points):
-            turn = {name: value for name, value in _mapping(found.get("turn")).items() if _is_number(value)}
+        if isinstance(points, list) and all(is_number(_mapping(point).get("sqrt_kl")) for point in points):
+            turn = {name: value for name, value in _mapping(found.get("turn")).items() if is_number(value)}
             yield path.name, points, turn
 
 
@@ -186,13 +190,9 @@ def _is_sampled(row: dict) -> bool:
     answers, scores = row.get("answers"), row.get("scores")
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         return False
-    return all(score is None or _is_number(score) for score in scores)
+    return all(score is None or is_number(score) for score in scores)
 
 
 def _is_scored(row: dict) -> bool:
     scores = row.get("scores")
-    return isinstance(scores, list) and len(scores) > 1 and all(map(_is_number, scores))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(scores, list) and len(scores) > 1 and all(map(is_number, scores))

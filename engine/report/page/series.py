@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefuse.engine.report.plots import PANELS, curve_points, is_number
+from prefuse.engine.report.plots import PANELS, curve_points
+from prefuse.engine.run.files import is_number
 
 MOST_POINTS = 1500
 SPEED = ("tokens_per_second", "samples_per_second", "pairs_per_second", "mfu", "tokens_saved")

@@ -17,7 +17,6 @@ from prefuse.engine.report.page.render import write_rendered
 from prefuse.engine.report.page.series import charts_of, in_order
 
 OPEN_CHARTS = 8  # the rest stands folded below them
-MOST_SIDE_BY_SIDE = 8
 
 
 def write_page(path: Path, runs: Sequence[RunFiles]) -> None:
