@@ -83,7 +83,7 @@ def _train(results: Results) -> list[str]:
 
 
 def _real(results: Results) -> list[str]:
-    record = results.newest("real", train="lora")
+    record = results.newest("real", train="lora", model="SmolLM2-135M-Instruct")
     engine, trl, trainer = (row(record, implementation=x) for x in ("engine", "TRL", "prefuse.trl.DPOTrainer"))
     memory = engine["peak_mib"] / trl["peak_mib"]
     found = (

@@ -59,7 +59,7 @@ def trl_trainers(results: Results) -> str:
 
 
 def trl_real(results: Results) -> str:
-    record = results.newest("real", train="lora")
+    record = results.newest("real", train="lora", model="SmolLM2-135M-Instruct")
     tolerance = f"`prefuse train --gradient_tolerance {record.settings['tolerance']}`"
     names = {
         "TRL": f"TRL {record.environment['packages']['trl']}",
