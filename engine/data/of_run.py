@@ -1,6 +1,7 @@
 """What the folder of a run says of the text that its model was trained on."""
 
 import datetime
+import hashlib
 import json
 import re
 from dataclasses import asdict, replace
@@ -73,7 +74,8 @@ def text_key(text: TextOptions, tokenizer: Any) -> str:
     """What a cache of scores must know of it: empty where nothing but the template's own text is in the scores."""
     dated = re.search("date|strftime", str(tokenizer.chat_template))
     known = replace(text, date=text.date if dated else None, arguments=text.arguments or None)
-    return "" if known == TextOptions() else f" {json.dumps(asdict(known), sort_keys=True)}"
+    digest = hashlib.sha256(json.dumps(asdict(known), sort_keys=True).encode()).hexdigest()
+    return "" if known == TextOptions() else f" text {digest[:16]}"
 
 
 def say_unlike_run(config: Config) -> None:

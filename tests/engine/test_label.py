@@ -96,6 +96,19 @@ def test_what_is_written_is_what_training_reads(monkeypatch, tmp_path):
     assert sum(e.label for e in labelled.examples) == len(ROWS)
 
 
+def test_what_is_written_beside_the_rows_may_be_long(tmp_path):
+    """A principle, the scorers of a list, a first answer are as long as they are: no text that training has to use."""
+    text = "a sentence of six more words " * 5
+    names = ("annotator_name", "annotator_key", "annotator_principle", "meta_answers_by", "meta_first_answer")
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(pair | dict.fromkeys(names, text)) + "\n")
+    read = load_examples(str(tmp_path / "rows.jsonl"), "pair", tiny_tokenizer(), 64, cache="none")
+    assert len(read.examples) == 1
+    (tmp_path / "rows.jsonl").write_text(json.dumps(pair | {"annotator_reason": text}) + "\n")
+    with pytest.raises(ValueError, match=r"annotator_reason.* holds text"):
+        load_examples(str(tmp_path / "rows.jsonl"), "pair", tiny_tokenizer(), 64, cache="none")
+
+
 def test_agreement_with_the_given_labels(monkeypatch, tmp_path):
     """A judge of length alone: it agrees where the chosen answer is longer, two thirds of the rows."""
     metrics, _, _ = run(monkeypatch, tmp_path, constitution=f"- {LONGER}\n")

@@ -135,6 +135,8 @@ METADATA_STARTS = ("generator_", "model_", "score_", "rating_", "meta_", "metada
 REMARKS = {
     "comment", "comments", "critique", "justification", "judgement", "note", "notes", "preference_statement",
     "preference_elaboration", "principle",
+    # as `prefuse label` and `prefuse revise` write them
+    "annotator_name", "annotator_key", "annotator_principle", "meta_answers_by", "meta_first_answer",
 }  # fmt: skip
 SWAPPED = ("swapped", "is_swapped", "flipped", "is_flipped", "reversed", "is_reversed")
 
