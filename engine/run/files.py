@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -137,8 +138,8 @@ def whole_file(final: Path) -> Iterator[Path]:
 
 
 def is_number(value: object) -> bool:
-    """Whether what a file of JSON holds is a finite number, and no true or false."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether what a file of JSON holds is a number that a float can be, and no true or false."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -149,7 +149,7 @@ def _training(found: RunNeeds, config: Config, command: str, room: int) -> None:
     try:
         cut, settings = _cut_for_trial(found, config, command, examples, room)
         trial, plan = run_trial(cut, settings, examples, loss)
-    except Exception as error:  # a model with layers of its own kind, one that is too large, a device that lacks sth
+    except Exception as error:  # of layers of another kind, of too little memory, of a device
         found.notes.append(f"without a trial of a few layers ({' '.join(str(error).split())[:100]})")
         flat = dataclasses.replace(examples, padding_free=config.padding_free is not False)
         trial, plan = None, plan_of(flat, config, loss)

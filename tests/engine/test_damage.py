@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prefuse.engine.run.files import sha256_of
+from prefuse.engine.run.files import is_number, sha256_of
 from prefuse.engine.train import train
 from tiny_run import PAIRS, save_model, settings, weights, write_rows
 
@@ -176,3 +176,13 @@ def test_where_all_are_damaged_the_run_starts_anew_and_ends_alike(stopped, base,
     train(settings(**base, output_dir=str(stopped), max_steps=4, save_steps=2, resume=True), "train")
     assert "has no whole checkpoint: starting from the first step" in capsys.readouterr().out
     assert all(torch.equal(value, weights(finished_once)[name]) for name, value in weights(stopped).items())
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", True), ("-1.5e300", True), ("NaN", False), ("-Infinity", False), ("true", False), ('"1"', False),
+     ("null", False), ("1" * 400, False)],
+)  # fmt: skip
+def test_a_number_of_a_file_is_one_that_a_float_can_be(text, number):
+    """A whole number of 400 digits is JSON too, and no float can be it."""
+    assert is_number(json.loads(text)) is number

@@ -161,6 +161,16 @@ def test_each_slice_of_the_statistic_has_its_rows_mass(guess):
             torch.testing.assert_close(found.double(), truth.sum(0), rtol=1e-4, atol=1e-6)
 
 
+def test_a_total_that_falls_by_a_rounding_makes_no_negative_statistic():
+    """Totals of a GPU's segments are added up in another order at each slice."""
+    statistic = sparse.ColumnStatistic(torch.zeros(2, 3), 8, None)
+    statistic.sums.fill_(1.0)
+    statistic.totals = {0: torch.ones(2), 4: torch.full((2,), 1.0 - 2**-24)}
+    found = statistic.of_block(0, torch.tensor([-0.5, -2.0]))
+    torch.testing.assert_close(found[:4].sum(), torch.tensor([-0.5, -2.0]).exp().sum())
+    assert found[4:].tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_dropped_columns_mean_takes_most_of_the_error_of_dhidden(impl, device, monkeypatch):
     """Columns that have much in common, as trained heads do: plain dropping would lose it."""

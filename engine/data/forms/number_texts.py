@@ -43,6 +43,7 @@ def with_texts(
 
 
 def _is_number(value: Any) -> bool:
+    """A finite one, of any size: the answer to 2^2000 is a number too."""
     finite = isinstance(value, int | float) and value == value and abs(value) != float("inf")
     return finite and not isinstance(value, bool)
 
